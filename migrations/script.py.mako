@@ -1,0 +1,38 @@
+<%! quoted = lambda text: text.replace("\\", "\\\\").replace('"', '\\"') %>\
+"""${(message or "") | quoted}
+
+Revision ID: ${up_revision}
+Revises: ${down_revision | comma,n}
+Create Date: ${create_date}
+"""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = ${repr(up_revision)}
+down_revision = ${repr(down_revision)}
+% if branch_labels:
+branch_labels = ${repr(branch_labels)}
+% endif
+% if depends_on:
+depends_on = ${repr(depends_on)}
+% endif
+
+# A safe revision (delete these lines when they hold):
+# - imports nothing of this project, so that it still runs in ten years;
+# - only adds what the running release does not mind: a new column is nullable or has a constant default, and what is
+#   dropped or renamed is not used by the release before;
+# - has a downgrade() that undoes all of upgrade(), or raises an error that says why nothing can;
+# - indexes a filled table with postgresql_concurrently=True inside `with op.get_context().autocommit_block():`, alone
+#   in its revision and without IF NOT EXISTS;
+# - adds NOT NULL, a foreign key or a check as NOT VALID, and validates it in the next revision;
+# - changes many rows in batches, in a revision of its own;
+# - is never edited after it was released: the next revision mends it.
+
+
+def upgrade() -> None:
+    pass
+
+
+def downgrade() -> None:
+    pass
