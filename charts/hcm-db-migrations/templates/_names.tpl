@@ -1,0 +1,44 @@
+{{/* Name of all objects, without the Job's number. Another release's name is in it: two releases with one Job name would
+delete each other's running Job. A release's name has 53 characters at most, and so has this: a number fits behind it. */}}
+{{- define "hcm-db-migrations.fullname" -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride -}}
+{{- else if eq .Release.Name "hcm-db-migrations" -}}
+hcm-db-migration
+{{- else -}}
+{{- printf "%s-hcm-db-migration" .Release.Name | trunc 53 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Name of the Job. An ordinary Job cannot be changed, so it gets a new name exactly when its spec is another. */}}
+{{- define "hcm-db-migrations.jobName" -}}
+{{- if .Values.hook -}}
+{{- printf "%s-%d" (include "hcm-db-migrations.fullname" .) (int64 .Release.Revision) -}}
+{{- else -}}
+{{- printf "%s-%s" (include "hcm-db-migrations.fullname" .) (include "hcm-db-migrations.jobSpec" . | sha256sum | trunc 8) -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "hcm-db-migrations.namespace" -}}
+{{- .Values.namespace | default .Release.Namespace -}}
+{{- end -}}
+
+{{/* Labels that a NetworkPolicy may select by. */}}
+{{- define "hcm-db-migrations.selectorLabels" -}}
+app.kubernetes.io/name: hcm-db-migrations
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
+{{- end -}}
+
+{{- define "hcm-db-migrations.labels" -}}
+{{ include "hcm-db-migrations.selectorLabels" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service | quote }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" | quote }}
+{{- end -}}
+
+{{/* Reference of an image: (dict "repository" "tag" "digest"). */}}
+{{- define "hcm-db-migrations.image" -}}
+{{- .repository -}}
+{{- with .tag }}:{{ . }}{{ end -}}
+{{- with .digest }}@{{ . }}{{ end -}}
+{{- end -}}

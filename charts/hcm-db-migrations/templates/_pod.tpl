@@ -1,0 +1,79 @@
+{{/* The pod of the Job and of helm test: (dict "root" $ "args" <of Alembic> "expected" <words that Alembic must print>). */}}
+{{- define "hcm-db-migrations.podSpec" -}}
+{{- $root := .root -}}
+{{- with .root.Values -}}
+restartPolicy: Never
+# Reached first, before the Job's own limit: it ends the run with SIGTERM and leaves pod and log.
+activeDeadlineSeconds: {{ .job.activeDeadlineSeconds | int64 }}
+terminationGracePeriodSeconds: 30
+automountServiceAccountToken: false
+# A Service named "db" would set DB_PORT to an address.
+enableServiceLinks: false
+{{- with .serviceAccountName }}
+serviceAccountName: {{ . | quote }}
+{{- end }}
+{{- with .imagePullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .podSecurityContext }}
+securityContext:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+initContainers:
+  {{- include "hcm-db-migrations.gitSync" $root | nindent 2 }}
+containers:
+  - name: migrate
+    image: {{ include "hcm-db-migrations.image" .image | quote }}
+    imagePullPolicy: {{ .image.pullPolicy }}
+    command:
+      - sh
+      - -c
+      - |
+        {{- $root.Files.Get "files/migrate.sh" | trim | nindent 8 }}
+      - migrate
+    args:
+      {{- toYaml $.args | nindent 6 }}
+    # Not the checkout: a working directory that is missing would be made, and look like an empty checkout.
+    workingDir: /workspace
+    env:
+      {{- include "hcm-db-migrations.env" (dict "root" $root "expected" $.expected) | nindent 6 }}
+    terminationMessagePolicy: FallbackToLogsOnError
+    {{- with .securityContext }}
+    securityContext:
+      {{- toYaml . | nindent 6 }}
+    {{- end }}
+    {{- with .resources }}
+    resources:
+      {{- toYaml . | nindent 6 }}
+    {{- end }}
+    volumeMounts:
+      - name: workspace
+        mountPath: /workspace
+      {{- with .extraVolumeMounts }}
+      {{- toYaml . | nindent 6 }}
+      {{- end }}
+volumes:
+  - name: workspace
+    emptyDir: {}
+  {{- include "hcm-db-migrations.gitVolume" $root | nindent 2 }}
+  {{- with .extraVolumes }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- range $key := list "nodeSelector" "tolerations" "affinity" }}
+{{- with index $root.Values $key }}
+{{ $key }}:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* Labels and annotations of that pod: the chart's own win. */}}
+{{- define "hcm-db-migrations.podMetadata" -}}
+labels:
+  {{- merge (include "hcm-db-migrations.labels" . | fromYaml) .Values.podLabels | toYaml | nindent 2 }}
+annotations:
+  {{- $own := dict "kubectl.kubernetes.io/default-container" "migrate" "hcm-db-migrations/sparse-checkout" (include "hcm-db-migrations.sparseCheckout" .) }}
+  {{- merge $own .Values.podAnnotations | toYaml | nindent 2 }}
+{{- end -}}
