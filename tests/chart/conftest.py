@@ -1,0 +1,174 @@
+"""One way to render the chart, under Helm 3 and Helm 4. Every rendered object is checked by Kubernetes' schemas."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from jsonschema import Draft202012Validator
+from kubernetes_validate.utils import schema_contents
+from referencing import Registry, Resource
+
+from tools.binaries import find_or_build
+from tools.steps import UnavailableError
+
+ROOT = Path(__file__).parents[2]
+CHART = ROOT / "charts" / "hcm-db-migrations"
+SUPPORTED = [f"1.{minor}" for minor in range(28, 38)]
+
+# What every render needs, and nothing else.
+MINIMAL: dict[str, Any] = {"git": {"repo": "https://git.example.org/schema", "branch": "main"}}
+
+Objects = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Helm:
+    """One Helm, cut off from the user's own settings, repositories and clusters."""
+
+    path: Path
+    home: Path
+
+    def run(self, *command: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        environment = {"PATH": os.environ["PATH"], "HOME": str(self.home), "KUBECONFIG": str(self.home / "no-cluster")}
+        return subprocess.run(
+            [self.path, *command], input=stdin, capture_output=True, text=True, check=False, env=environment
+        )
+
+    def render(self, values: dict[str, Any] | None = None, *options: str | Path, **where: str | Path) -> Objects:
+        """Return the objects that `values` (over MINIMAL) give, each valid in every supported Kubernetes.
+
+        `where` may have release, namespace and chart; `options` are further ones of `helm template`.
+        """
+        return self.objects({**MINIMAL, **(values or {})}, *options, **where)
+
+    def objects(self, values: dict[str, Any], *options: str | Path, **where: str | Path) -> Objects:
+        """As render, without MINIMAL."""
+        done = self.template(values, *options, **where)
+        assert done.returncode == 0, done.stderr
+        return json.loads(_valid(done.stdout))
+
+    def refuse(self, values: dict[str, Any], *options: str | Path) -> str:
+        """Return the message with which `values` (not over MINIMAL) are refused."""
+        done = self.template(values, *options)
+        assert done.returncode != 0, done.stdout
+        return done.stderr
+
+    def template(
+        self,
+        values: dict[str, Any],
+        *options: str | Path,
+        release: str = "hcm-db-migrations",
+        namespace: str = "health",
+        chart: Path = CHART,
+    ) -> subprocess.CompletedProcess[str]:
+        return _template(self, json.dumps(values), options, release, namespace, chart)
+
+
+@functools.cache
+def _template(
+    helm: Helm, values: str, options: tuple, release: str, namespace: str, chart: Path
+) -> subprocess.CompletedProcess[str]:
+    return helm.run("template", release, chart, "-n", namespace, "-f", "-", *options, stdin=values)
+
+
+@functools.cache
+def _valid(manifest: str) -> str:
+    """The objects of a manifest as JSON, after their validation."""
+    found = [document for document in yaml.load_all(manifest, yaml.CSafeLoader) if document]
+    for document in found:
+        for version in SUPPORTED:
+            _validator(version, document["kind"], document["apiVersion"]).validate(document)
+    return json.dumps(found)
+
+
+@functools.cache
+def _validator(version: str, kind: str, api_version: str) -> Draft202012Validator:
+    """The strict schema of one kind of object: no field may be unknown."""
+    folder = f"kubernetes-json-schema/v{version}.0-local-strict"
+    schema = schema_contents(f"{folder}/{kind.lower()}-{api_version.replace('/', '-')}.json", version)
+    return Draft202012Validator(schema, registry=Resource.from_contents(schema) @ _definitions(version))
+
+
+@functools.cache
+def _definitions(version: str) -> Registry:
+    folder = f"kubernetes-json-schema/v{version}.0-local-strict"
+    return Resource.from_contents(schema_contents(f"{folder}/_definitions.json", version)) @ Registry()
+
+
+def one(objects: Objects, kind: str) -> dict[str, Any]:
+    """The only object of that kind."""
+    (found,) = [document for document in objects if document["kind"] == kind]
+    return found
+
+
+def pod(objects: Objects) -> dict[str, Any]:
+    """The Job's pod: {metadata, spec}."""
+    return one(objects, "Job")["spec"]["template"]
+
+
+def migrate(objects: Objects) -> dict[str, Any]:
+    """The container that runs Alembic."""
+    (container,) = pod(objects)["spec"]["containers"]
+    return container
+
+
+def git_sync(objects: Objects) -> dict[str, Any]:
+    """The container that clones."""
+    (container,) = pod(objects)["spec"]["initContainers"]
+    return container
+
+
+def environment(container: dict[str, Any]) -> dict[str, Any]:
+    """{name: value or reference}; a name that is there twice is an error."""
+    names = [entry["name"] for entry in container["env"]]
+    assert len(names) == len(set(names)), names
+    return {entry["name"]: entry.get("value", entry.get("valueFrom")) for entry in container["env"]}
+
+
+def nested(path: str, value: Any) -> dict[str, Any]:
+    """{"a": {"b": value}} for "a.b", over MINIMAL."""
+    values = json.loads(json.dumps(MINIMAL))
+    *parents, last = path.split(".")
+    functools.reduce(lambda at, key: at.setdefault(key, {}), parents, values)[last] = value
+    return values
+
+
+@functools.cache
+def _helm4() -> Path:
+    return find_or_build("helm")
+
+
+@pytest.fixture(scope="session", params=["Helm 3", "Helm 4"])
+def helm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Helm:
+    """Helm 3 from the development requirements, and Helm 4 from PATH or built."""
+    return _get(request.param, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def helm4(tmp_path_factory: pytest.TempPathFactory) -> Helm:
+    """One Helm, where both give the same by another test."""
+    return _get("Helm 4", tmp_path_factory)
+
+
+def _get(name: str, tmp_path_factory: pytest.TempPathFactory) -> Helm:
+    try:
+        path = Path(sys.executable).with_name("helm") if name == "Helm 3" else _helm4()
+    except UnavailableError as error:
+        pytest.skip(str(error))
+    found = Helm(path, tmp_path_factory.getbasetemp())
+    version = found.run("version", "--short").stdout
+    assert version.startswith(f"v{name[-1]}."), f"{path} is {version}, not {name}: run `make venv`"
+    return found
+
+
+Read = Callable[[Objects], Any]

@@ -1,0 +1,85 @@
+"""What the READMEs tell people to write is accepted by the chart, and what they link to is there."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.chart.conftest import CHART, MINIMAL, ROOT, Helm, one
+
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", CHART / "README.md"]
+
+
+def _values() -> list[Any]:
+    """Every block of YAML that is values of the chart, named by its file and line."""
+    found = []
+    for path in DOCUMENTS:
+        text = path.read_text()
+        fenced = re.finditer(r"^```yaml\n(.*?)^```", text, re.M | re.S)
+        indented = re.finditer(r"(?<=\n\n)((?:    \w.*\n(?:    .*\n)*))", text)
+        for block in [*fenced, *indented]:
+            try:
+                values = yaml.safe_load(textwrap.dedent(block[1]))
+            except yaml.YAMLError:
+                continue
+            keys = set(values) if isinstance(values, dict) else set()
+            if keys and keys <= {"hcm-db-migrations", *yaml.safe_load((CHART / "values.yaml").read_text())}:
+                line = text.count("\n", 0, block.start()) + 1
+                found.append(pytest.param(values, id=f"{path.relative_to(ROOT)}:{line}"))
+    return found
+
+
+def test_there_are_examples_to_check() -> None:
+    assert len(_values()) >= 9
+
+
+@pytest.mark.parametrize("values", _values())
+def test_an_example_of_values_renders(helm4: Helm, values: dict[str, Any]) -> None:
+    git = MINIMAL["git"] | values.get("hcm-db-migrations", values).get("git", {})
+    if "hcm-db-migrations" in values:
+        assert helm4.objects({"hcm-db-migrations": values["hcm-db-migrations"] | {"git": git}})
+    else:
+        assert helm4.objects(values | {"git": git})
+
+
+@pytest.mark.parametrize("release", ["hcm-db-migrations", "digit"])
+@pytest.mark.parametrize("hook", ["", "pre-install,pre-upgrade"])
+def test_the_alert_finds_the_job_of_every_release(helm4: Helm, release: str, hook: str) -> None:
+    """Prometheus matches the whole name."""
+    name = one(helm4.render({"hook": hook}, release=release), "Job")["metadata"]["name"]
+    (pattern,) = re.findall(r'job_name=~"(.+?)"', (ROOT / "README.md").read_text())
+    assert re.fullmatch(pattern, name)
+
+
+def _anchors(path: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_within_the_repository_leads_somewhere(path: Path) -> None:
+    for link in re.findall(r"\]\(([^)]+)\)", path.read_text()):
+        if "://" in link:
+            continue
+        file, _, anchor = link.partition("#")
+        target = path.parent / file if file else path
+        assert target.exists(), link
+        assert not anchor or anchor in _anchors(target), link
+
+
+def test_every_heading_that_a_message_names_exists() -> None:
+    """A message of a run ends with where to read."""
+    sources = [*(ROOT / "migrations").glob("*.py"), *(CHART / "files").glob("*.sh")]
+    named = {
+        (document, heading)
+        for source in sources
+        for heading, document in re.findall(r"'([A-Z][\w ]+)' in (README\.md)", source.read_text())
+    }
+    assert {heading for _, heading in named} >= {"Adding a migration", "Least grants", "Troubleshooting"}
+    for document, heading in named:
+        assert heading.lower().replace(" ", "-") in _anchors(ROOT / document), heading

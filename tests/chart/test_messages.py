@@ -1,0 +1,332 @@
+"""Every mistake in the values has one message with its cure. Of the schema's, which are Helm's, the key is pinned."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+
+from tests.chart.conftest import CHART, MINIMAL, Helm, nested
+
+REPO = "https://git.example.org/schema"
+ADD = """ not set: add to a file that you give with -f
+
+    hcm-db-migrations:
+      git:
+        repo: "https://github.com/<owner>/<repository>"   # or git@github.com:<owner>/<repository>
+        branch: "<branch, tag or full commit>"
+"""
+ADDRESS = '"git.repo" is no address that can be cloned: set https://host/path, git@host:path or ssh://git@host/path'
+CREDENTIALS = (
+    '"git.repo" has credentials or a query in it, which logs would show: for https:// put a user and a token into a '
+    'Secret and its name into "git.httpsSecretName", for SSH a key, and its name into "git.secretName"'
+)
+HTTPS_ONLY = (
+    '"git.httpsSecretName" and "git.ca" are for https:// addresses, and "git.repo" is one for SSH: unset them, '
+    "or set an https:// address"
+)
+TWO_CA = '"git.ca.configMapName" and "git.ca.secretName" are both set: keep the one that holds the CA'
+SHORTENED = (
+    '"git.branch" is "0a1b2c3", which looks like a shortened commit, and a server gives commits by their full name '
+    "only: "
+    "set all 40 digits (git rev-parse 0a1b2c3), or refs/heads/0a1b2c3 if it is a branch"
+)
+DISABLED = (
+    '"enabled" is false, which only an umbrella chart understands: name it in the umbrella\'s Chart.yaml '
+    "(condition: hcm-db-migrations.enabled), or do not install this chart"
+)
+
+
+def _relative(value: str) -> str:
+    return (
+        f'"args" has "{value}" in it, which counts from wherever the database stands, and Kubernetes may run a Job\'s '
+        'pod twice: name the revision, such as [downgrade, "002"]'
+    )
+
+
+def _path(value: str) -> str:
+    return (
+        f'"git.path" is "{value}": set a folder relative to the repository\'s root, such as '
+        "utilities/hcm-db-migrations, "
+        'or . for the root (no .., space or * ? [ ] ! \\ ")'
+    )
+
+
+def _extra_env(*names: str) -> str:
+    return (
+        f'"extraEnv" has {", ".join(names)} twice or against the scripts of the chart: name a variable once, and none '
+        "of EXPECTED, GIT_PATH, GIT_REF, GIT_REPO, NAMESPACE, REQUIRED, REQUIREMENTS, USERNAME_FILE"
+    )
+
+
+def _no_image(path: str) -> str:
+    return f'"{path}" has neither tag nor digest, and would be any version: set "{path}.tag" or "{path}.digest"'
+
+
+def _hook(value: str) -> str:
+    allowed = 'set pre-install,pre-upgrade or post-install,post-upgrade, or "" for an ordinary Job'
+    return f'"hook" has "{value}" in it: {allowed}'
+
+
+def _twice(path: str) -> str:
+    return (
+        f'"{path}" and "hcm-db-migrations.{path}" are set to different values: keep one of the two, '
+        f"on the command line --set hcm-db-migrations.{path}=..."
+    )
+
+
+def _message(*problems: str) -> str:
+    return (
+        "\n\nThe values of hcm-db-migrations cannot work:\n\n- "
+        + "\n- ".join(problems)
+        + '\n\nRead README.md of the chart (helm show readme), "Values".\n'
+    )
+
+
+REFUSED: list[tuple[dict[str, Any], list[str]]] = [
+    ({}, ['"git.repo" and "git.branch" are' + ADD]),
+    ({"git": {"repo": REPO}}, ['"git.branch" is' + ADD]),
+    ({"git": {"branch": "main"}}, ['"git.repo" is' + ADD]),
+    (nested("args", ["downgrade", "-1"]), [_relative("-1")]),
+    (nested("args", ["upgrade", "+2"]), [_relative("+2")]),
+    (nested("git.repo", "github.com/owner/name"), [ADDRESS]),
+    (nested("git.repo", "/srv/git/schema"), [ADDRESS]),
+    (nested("git.repo", "https://user:s3cret@git.example.org/schema"), [CREDENTIALS]),
+    (nested("git.repo", "https://user@git.example.org/schema"), [CREDENTIALS]),
+    (nested("git.repo", "https://git.example.org/schema?access_token=s3cret"), [CREDENTIALS]),
+    (nested("git.repo", "ssh://git:s3cret@git.example.org/schema"), [CREDENTIALS]),
+    (nested("git.repo", "git:s3cret@git.example.org:schema"), [ADDRESS]),
+    (nested("git.repo", "https://git.example.org/sch ema"), [ADDRESS]),
+    (nested("git.repo", "https://git.example.org/schema\n"), [ADDRESS]),
+    (nested("git.repo", "git@git.example.org:schema\n--upload-pack=x"), [ADDRESS]),
+    (nested("git.repo", "https://git.example.org"), [ADDRESS]),
+    (nested("image", {"tag": ""}), [_no_image("image")]),
+    (nested("image", {"tag": None}), [_no_image("image")]),
+    (nested("git.image", {"tag": None, "digest": None}), [_no_image("git.image")]),
+    (nested("extraEnv", [{"name": "A", "value": "s3cret"}, {"name": "B"}, {"name": "A"}]), [_extra_env("A")]),
+    (
+        nested("extraEnv", [{"name": name} for name in ("GIT_REPO", "REQUIRED", "HOME", "GIT_REPO")]),
+        [_extra_env("GIT_REPO", "REQUIRED")],
+    ),
+    ({"git": {"repo": "git@host:a", "branch": "main", "httpsSecretName": "token"}}, [HTTPS_ONLY]),
+    ({"git": {"repo": "ssh://git@host/a", "branch": "main", "ca": {"secretName": "ca"}}}, [HTTPS_ONLY]),
+    (nested("git.ca", {"configMapName": "a", "secretName": "b"}), [TWO_CA]),
+    (nested("git.branch", "0a1b2c3"), [SHORTENED]),
+    (nested("git.path", "/utilities"), [_path("/utilities")]),
+    (nested("git.path", "a/../b"), [_path("a/../b")]),
+    (nested("git.path", "a/*"), [_path("a/*")]),
+    (nested("git.path", "a[1]"), [_path("a[1]")]),
+    (nested("git.path", "a b"), [_path("a b")]),
+    (nested("hook", "pre-delete"), [_hook("pre-delete")]),
+    (nested("hook", "pre-install,Sync"), [_hook("Sync")]),
+    (nested("hook", "pre-install,pre-upgrade,"), [_hook("")]),
+    (nested("hook", ","), [_hook("")]),
+    (nested("hook", " "), [_hook(" ")]),
+    (nested("hook", "pre-install, pre-upgrade"), [_hook(" pre-upgrade")]),
+    (nested("enabled", False), [DISABLED]),
+    (
+        {"git": {"path": ".."}, "hook": "x", "enabled": False},
+        ['"git.repo" and "git.branch" are' + ADD, _path(".."), _hook("x"), DISABLED],
+    ),
+]
+
+
+@pytest.mark.parametrize("form", ["plain", "nested"])
+@pytest.mark.parametrize(("values", "problems"), REFUSED)
+def test_a_mistake_has_one_message(helm: Helm, values: dict, problems: list[str], form: str) -> None:
+    refused = helm.refuse(values if form == "plain" else {"hcm-db-migrations": values})
+    assert _message(*problems) in refused
+    assert "s3cret" not in refused
+
+
+@pytest.mark.parametrize(
+    "repo",
+    [
+        "https://git.example.org:8443/a/b.git",
+        "http://server.hcm-fixtures/git/a.git",
+        "https://[::1]/a",
+        "https://git.example.org/@scope/a:b",
+        "git@github.com:owner/name",
+        "org-1_a.b@host:~a/b",
+        "ssh://host/a",
+        "ssh://git@host:2222/~/a",
+    ],
+)
+def test_an_address_that_git_understands_is_taken(helm: Helm, repo: str) -> None:
+    helm.render(nested("git.repo", repo))
+
+
+@pytest.mark.parametrize(
+    "branch", ["1234567", "deadbeef", "20251201", "v1.0", "release/1.0", "refs/heads/0a1b2c3", "0a" * 20]
+)
+def test_a_branch_a_tag_and_a_full_commit_are_taken(helm: Helm, branch: str) -> None:
+    helm.render(nested("git.branch", branch))
+
+
+@pytest.mark.parametrize(
+    ("above", "below", "paths"),
+    [
+        (nested("git.branch", "hotfix"), MINIMAL, ["git.branch"]),
+        ({"args": ["stamp", "head"]}, {**MINIMAL, "args": ["downgrade", "001"]}, ["args"]),
+        ({"db": {"port": 6432}}, {**MINIMAL, "db": {"port": 6433, "secret": {"name": "other"}}}, ["db.port"]),
+        ({"podLabels": {"a": "1"}}, {**MINIMAL, "podLabels": {"a": "2"}}, ["podLabels.a"]),
+        ({"job": {"backoffLimit": 0}}, {**MINIMAL, "job": {"backoffLimit": 2}}, ["job.backoffLimit"]),
+        (
+            {"job": {"ttlSecondsAfterFinished": 1}},
+            {**MINIMAL, "job": {"ttlSecondsAfterFinished": None}},
+            ["job.ttlSecondsAfterFinished"],
+        ),
+        (
+            {"git": {"knownHosts": False}, "requirements": ""},
+            {**nested("git.knownHosts", True), "requirements": "r.txt"},
+            ["git.knownHosts", "requirements"],
+        ),
+    ],
+)
+def test_a_value_that_is_set_to_two_things_is_refused(helm: Helm, above: dict, below: dict, paths: list[str]) -> None:
+    assert _message(*map(_twice, paths)) in helm.refuse({**above, "hcm-db-migrations": below})
+
+
+@pytest.mark.parametrize(
+    "above",
+    [MINIMAL, {"git": {"branch": "main"}}, {"git": {"path": "a"}}, {"podLabels": {"b": "1"}}, {"db": {"port": 5432}}],
+)
+def test_what_is_set_beside_the_nested_form_to_the_same_or_to_something_else_is_merged(helm: Helm, above: dict) -> None:
+    below = copy.deepcopy(MINIMAL) | {"podLabels": {"a": "1"}}
+    both = copy.deepcopy(below)
+    both["git"] = {**below["git"], **above.get("git", {})}
+    both["podLabels"] = {**below["podLabels"], **above.get("podLabels", {})}
+    assert helm.objects({**above, "hcm-db-migrations": below}) == helm.objects(both)
+
+
+def test_a_secret_that_is_set_twice_is_not_shown(helm: Helm) -> None:
+    def values(secret: str) -> list[dict]:
+        return [{"name": "DATABASE_URL", "value": secret}]
+
+    refused = helm.refuse(
+        {"extraEnv": values("s3cret"), "hcm-db-migrations": {**MINIMAL, "extraEnv": values("s3cret2")}}
+    )
+    assert _message(_twice("extraEnv")) in refused
+    assert "s3cret" not in refused
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"gti": {}}, "gti"),
+        (nested("git.brnach", "main"), "brnach"),
+        (nested("git.branch", 1.1), "branch"),
+        (nested("git.branch", "-x"), "branch"),
+        (nested("git.branch", "--upload-pack=x"), "branch"),
+        (nested("git.branch", "a*"), "branch"),
+        (nested("git.branch", "a\nb"), "branch"),
+        (nested("git.branch", "a b"), "branch"),
+        (nested("git.branch", None), "branch"),
+        (nested("git.knownHosts", "false"), "knownHosts"),
+        (nested("git.secretName", ""), "secretName"),
+        (nested("image.tag", 3.1), "tag"),
+        (nested("image.digest", "sha256:abc"), "digest"),
+        (nested("image.pullPolicy", "Sometimes"), "pullPolicy"),
+        (nested("image", None), "image"),
+        (nested("requirements", "/etc/passwd"), "requirements"),
+        (nested("args", "upgrade head"), "args"),
+        (nested("args", []), "args"),
+        (nested("db.port", "5432"), "port"),
+        (nested("db.port", 70000), "port"),
+        (nested("db.secret.name", "Not_A_Name"), "name"),
+        (nested("db.configMap.hostKey", "a b"), "hostKey"),
+        (nested("job.activeDeadlineSeconds", 5), "activeDeadlineSeconds"),
+        (nested("job.activeDeadlineSeconds", None), "activeDeadlineSeconds"),
+        (nested("job.backoffLimit", -1), "backoffLimit"),
+        (nested("job.ttlSecondsAfterFinished", 1.5), "ttlSecondsAfterFinished"),
+        (nested("namespace", "Health"), "namespace"),
+        (nested("fullnameOverride", "a" * 54), "fullnameOverride"),
+        (nested("resources", {"limits": {"memory": "much"}}), "memory"),
+        (nested("podLabels", {"a": 1}), "podLabels"),
+        (nested("podLabels", {"a": "b c"}), "podLabels"),
+        (nested("extraEnv", [{"value": "x"}]), "extraEnv"),
+        (nested("extraEnv", [{"name": "A", "value": 1}]), "extraEnv"),
+        (nested("extraVolumes", [{"name": "workspace"}]), "extraVolumes"),
+        (nested("extraVolumeMounts", [{"name": "a", "mountPath": "/workspace"}]), "extraVolumeMounts"),
+    ],
+)
+def test_the_schema_names_the_key_of_what_it_refuses(helm: Helm, values: dict, key: str) -> None:
+    refused = helm.refuse(values)
+    assert "values don't meet the specifications of the schema" in refused
+    assert key in refused
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"gti": {}}, "gti"),
+        (nested("git.brnach", "x"), "brnach"),
+        ({"db": {"port": "x"}}, "port"),
+        ({"args": []}, "args"),
+    ],
+)
+def test_the_schema_is_as_strict_below_the_nested_key(helm: Helm, values: dict, key: str) -> None:
+    assert key in helm.refuse({"hcm-db-migrations": values, "egov-user": {}})
+
+
+def test_keys_of_other_charts_may_stand_beside_the_nested_form(helm: Helm) -> None:
+    others = {"global": {"domain": "x"}, "egov-user": {"replicas": 1}, "cluster-configs": {"db": {"port": "x"}}}
+    assert helm.objects({"hcm-db-migrations": MINIMAL, **others}) == helm.render()
+    assert helm.objects({"hcm-db-migrations": {**MINIMAL, "enabled": True, "global": {}}}) == helm.render()
+    assert helm.objects({**MINIMAL, "global": {"domain": "x"}, "enabled": True}) == helm.render()
+
+
+def test_a_key_beside_the_nested_form_with_the_name_of_a_value_is_that_value(helm: Helm) -> None:
+    found = helm.objects({"namespace": "egov", "hcm-db-migrations": MINIMAL})
+    assert {document["metadata"]["namespace"] for document in found} == {"egov"}
+    assert "registry" in helm.refuse({"image": {"registry": "x"}, "hcm-db-migrations": MINIMAL})
+
+
+def test_the_notes_say_what_ran_and_how_to_see_it(helm4: Helm) -> None:
+    """Helm 3 needs a cluster to print notes."""
+    assert _notes(helm4, {}) == (
+        "alembic upgrade head has run (hook pre-install,pre-upgrade), with the code that main of "
+        "https://git.example.org/schema had then.\n"
+        "Its Job hcm-db-migration-1 in namespace health deleted itself. Helm 3.18 and newer have printed its log.\n"
+        "\n"
+        "A run that fails leaves Job and log behind:\n"
+        "\n"
+        "    kubectl logs job/hcm-db-migration-1 -n health\n"
+        "\n"
+        "Is the database at the head of main as it is now?\n"
+        "\n"
+        "    helm test hcm-db-migrations -n health\n"
+        "\n"
+        'Python 3.10 has had no security fixes since 2026-10. Set image.tag to "3.13-slim" when the requirements '
+        "allow it."
+    )
+
+
+def test_the_notes_of_an_ordinary_job_do_not_say_that_it_has_run(helm4: Helm) -> None:
+    notes = _notes(helm4, {"hook": "", "image": {"tag": "3.13-slim"}}).splitlines()
+    job = notes[0].split()[1]
+    assert notes == [
+        f"Job {job} in namespace health runs alembic upgrade head with the code that main of "
+        "https://git.example.org/schema has now.",
+        "It starts anew when its values change, not when the branch moves. See it:",
+        "",
+        f"    kubectl logs job/{job} -n health",
+        "",
+        "If it failed and nothing is to be changed, delete it and apply again:",
+        "",
+        f"    kubectl delete job {job} -n health",
+    ]
+
+
+def test_the_notes_of_an_image_that_has_a_digest_only_are_printed(helm4: Helm) -> None:
+    notes = _notes(helm4, {"image": {"tag": None, "digest": f"sha256:{'0' * 64}"}})
+    assert notes.endswith("helm test hcm-db-migrations -n health")
+
+
+def _notes(helm: Helm, values: dict) -> str:
+    options = ("-n", "health", "-f", "-", "--dry-run=client")
+    done = helm.run("install", "hcm-db-migrations", CHART, *options, stdin=json.dumps({**MINIMAL, **values}))
+    assert done.returncode == 0, done.stderr
+    return done.stdout.partition("\nNOTES:\n")[2].strip()

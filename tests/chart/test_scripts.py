@@ -1,0 +1,531 @@
+"""The scripts of both containers, run as the rendered pod has them, in a folder that stands for the pod's volume."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.chart.conftest import Helm, environment, git_sync, migrate, nested, one, pod
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+CODE = f"code: repository https://git.example.org/schema, ref main, commit {COMMIT}, path utilities/hcm-db-migrations\n"
+README = "README.md of the chart"
+CREDENTIALS = {"DB_HOST": "db", "DB_NAME": "n", "DB_USER": "u", "DB_PASSWORD": "p"}
+# git-sync's image has bash as sh, Debian's and python's images have dash.
+SHELLS = [shell for shell in ("sh", "bash") if shutil.which(shell)]
+
+
+class Volume:
+    """A pod's volume: what the containers find in it, and what they say."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.bin = folder / "bin"
+        self.bin.mkdir()
+        (self.bin / "python3").symlink_to(sys.executable)
+        self.checkout = folder / "git" / ".worktrees" / COMMIT / "utilities" / "hcm-db-migrations"
+
+    def clone(self, *names: str) -> Path:
+        """Leave a checkout as git-sync does, with these files in git.path; return that folder."""
+        self.checkout.mkdir(parents=True)
+        (self.folder / "git" / "code").symlink_to(Path(".worktrees") / COMMIT)
+        for name in names:
+            (self.checkout / name).touch()
+        return self.checkout
+
+    def program(self, name: str, script: str) -> None:
+        path = self.bin / name
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+
+    def start(self, container: dict[str, Any], shell: str = "sh", **references: str) -> subprocess.Popen[str]:
+        """Start the container; `references` are the values that the cluster would resolve, or that differ here."""
+        values = {name: value for name, value in environment(container).items() if isinstance(value, str)}
+        here = {"PATH": f"{self.bin}:{os.environ['PATH']}", "HOME": str(self.folder), "TMPDIR": str(self.folder)}
+        command = [shell, *container["command"][1:], *container["args"]]
+        return subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env=values | here | references,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+    def run(self, container: dict[str, Any], shell: str = "sh", **references: str) -> tuple[int, str]:
+        """Return exit status and log of the container."""
+        process = self.start(container, shell, **references)
+        log, _ = process.communicate(timeout=60)
+        return process.returncode, log
+
+
+@pytest.fixture
+def volume(tmp_path: Path) -> Volume:
+    return Volume(tmp_path)
+
+
+@pytest.fixture(params=SHELLS)
+def shell(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def container(helm4: Helm) -> Callable[..., dict[str, Any]]:
+    """The container that runs Alembic, rendered with these values; without pip unless they say otherwise."""
+    return lambda **values: migrate(helm4.render({"requirements": "", **values}))
+
+
+def test_kubernetes_leaves_the_scripts_as_they_are(helm: Helm) -> None:
+    """In a command, the API replaces $$ by $, and $(NAME) by a variable of the container."""
+    found = helm.render()
+    for of in (git_sync(found), migrate(found)):
+        script = of["command"][2]
+        assert "$$" not in script
+        assert not set(re.findall(r"\$\((\w+)\)", script)) & set(environment(of))
+
+
+def test_alembic_runs_in_the_folder_with_its_arguments(volume: Volume, container: Callable, shell: str) -> None:
+    folder = volume.clone("alembic.ini")
+    volume.program("alembic", 'printf "%s|" "$(pwd -P)" "$@" "$DB_HOST" "$DB_PORT" "$DB_PASSWORD"')
+    found = volume.run(container(args=["revision", "-m", "a b $HOME"]), shell, **CREDENTIALS)
+    assert found == (0, CODE + f"{folder.resolve()}|revision|-m|a b $HOME|db|5432|p|")
+
+
+@pytest.mark.parametrize("status", [0, 1, 3, 255])
+def test_the_exit_status_is_alembics(volume: Volume, container: Callable, shell: str, status: int) -> None:
+    volume.clone("alembic.ini")
+    volume.program("alembic", f"exit {status}")
+    assert volume.run(container(), shell, **CREDENTIALS) == (status, CODE)
+
+
+@pytest.mark.fault(
+    "Code and settings",
+    fault="A ConfigMap, Secret or key is missing",
+    sees="One line that names object and key",
+    state="The database is not contacted",
+    do="Make it; the Job's next try takes it",
+)
+def test_every_missing_credential_is_named_with_its_object_and_key(
+    volume: Volume, container: Callable, shell: str
+) -> None:
+    volume.clone("alembic.ini")
+    volume.program("alembic", "echo not reached")
+    assert volume.run(container(), shell, DB_HOST="db", DB_USER="") == (
+        1,
+        CODE
+        + 'FAILED: no value for DB_NAME (key "db-name" of ConfigMap "egov-config"), DB_USER (key "username" of Secret '
+        '"db"), '
+        'DB_PASSWORD (key "password" of Secret "db"): create it in namespace "health", or set "db" or "extraEnv" to '
+        "where it is "
+        f'({README}, "Database")\n',
+    )
+
+
+def test_an_empty_database_url_is_not_replaced_by_anything(volume: Volume, container: Callable, shell: str) -> None:
+    volume.clone("alembic.ini")
+    reference = {"secretKeyRef": {"name": "a", "key": "url", "optional": True}}
+    found = volume.run(container(extraEnv=[{"name": "DATABASE_URL", "valueFrom": reference}]), shell)
+    assert found == (
+        1,
+        CODE
+        + 'FAILED: no value for DATABASE_URL (extraEnv): create it in namespace "health", or set "db" or "extraEnv" to '
+        "where it is "
+        f'({README}, "Database")\n',
+    )
+
+
+def _git_error(stderr: str, stdout: str = "") -> str:
+    """git-sync's --error-file: pkg/logging writes JSON, pkg/cmd quotes the output as Go does."""
+    output = f"{{ stdout: {json.dumps(stdout)}, stderr: {json.dumps(stderr)} }}"
+    error = f"Run(git fetch https://git.example.org/schema nope): exit status 128: {output}"
+    return json.dumps({"Msg": "too many failures, aborting", "Err": error, "Args": {"failCount": 2}})
+
+
+TIMEOUT = 'Run(git fetch): context deadline exceeded: { stdout: "", stderr: "" }'
+
+
+@pytest.mark.fault(
+    "Code and settings",
+    fault="The clone fails: unknown ref, server down, wrong credentials",
+    sees="git's reason is the last line of the migrate container, which Helm prints",
+    state="The database is not contacted",
+    do="What the line says, deploy again",
+)
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (_git_error("fatal: couldn't find remote ref nope"), "fatal: couldn't find remote ref nope"),
+        (_git_error("POST git-upload-pack (323 bytes)\nfatal: no"), "fatal: no"),
+        (
+            _git_error("Host key verification failed.\r\nfatal: Could not read from remote repository."),
+            "Host key verification failed. fatal: Could not read from remote repository.",
+        ),
+        (_git_error('fatal: "quoted" ünïcode }'), 'fatal: "quoted" ünïcode }'),
+        (json.dumps({"Msg": "too many failures, aborting", "Err": TIMEOUT, "Args": {}}), TIMEOUT),
+        (
+            _git_error("fatal: unable to access 'https://ci:t0ken@host/a/': no proxy http://u:p@ss@proxy:3128"),
+            "fatal: unable to access 'https://host/a/': no proxy http://proxy:3128",
+        ),
+        ('no value for key "ssh" of Secret "git-creds"', 'no value for key "ssh" of Secret "git-creds"'),
+        ("", "the clone was cut off"),
+        (None, "the clone was cut off"),
+    ],
+)
+def test_a_failed_clone_is_the_last_line(
+    volume: Volume, container: Callable, shell: str, error: str | None, reason: str
+) -> None:
+    if error is not None:
+        (volume.folder / "git-error").write_text(error)
+    assert volume.run(container(), shell, **CREDENTIALS) == (
+        1,
+        f'FAILED: no checkout of "main" from "https://git.example.org/schema": {reason} ({README}, "Git access")\n',
+    )
+
+
+def test_a_path_that_is_not_there_is_named(volume: Volume, helm4: Helm, shell: str) -> None:
+    volume.clone("alembic.ini")
+    status, log = volume.run(migrate(helm4.render(nested("git.path", "db/schema"))), shell, **CREDENTIALS)
+    assert (status, log) == (
+        255,
+        f"{CODE.replace('utilities/hcm-db-migrations', 'db/schema')}"
+        f'FAILED: no folder "db/schema" in commit {COMMIT}: set "git.path" to the one with alembic.ini ({README}, '
+        '"Git access")\n',
+    )
+
+
+def test_a_folder_without_alembic_ini_is_named(volume: Volume, container: Callable, shell: str) -> None:
+    volume.clone("README.md")
+    assert volume.run(container(), shell, **CREDENTIALS) == (
+        255,
+        CODE
+        + f'FAILED: no alembic.ini in "utilities/hcm-db-migrations" of commit {COMMIT}: set "git.path" to the folder '
+        "that has it "
+        f'({README}, "Git access")\n',
+    )
+
+
+def test_another_name_for_alembic_ini_is_alembics_own_variable(volume: Volume, container: Callable, shell: str) -> None:
+    volume.clone("other.ini")
+    volume.program("alembic", "echo $ALEMBIC_CONFIG")
+    found = volume.run(container(extraEnv=[{"name": "ALEMBIC_CONFIG", "value": "other.ini"}]), shell, **CREDENTIALS)
+    assert found == (0, f"{CODE}other.ini\n")
+
+
+def test_without_requirements_neither_pip_nor_venv_runs(volume: Volume, container: Callable, shell: str) -> None:
+    volume.clone("alembic.ini", "requirements.txt")
+    (volume.bin / "python3").unlink()
+    volume.program("python3", "echo python3 ran; exit 9")
+    volume.program("alembic", "echo alembic ran")
+    assert volume.run(container(), shell, **CREDENTIALS) == (0, f"{CODE}alembic ran\n")
+
+
+def test_an_image_without_alembic_is_told_so(volume: Volume, container: Callable, shell: str) -> None:
+    volume.clone("alembic.ini")
+    for program in ("basename", "readlink", "printenv", "dirname"):
+        (volume.bin / program).symlink_to(shutil.which(program))
+    (volume.bin / shell).symlink_to(shutil.which(shell))
+    assert volume.run(container(), shell, PATH=str(volume.bin), **CREDENTIALS) == (
+        255,
+        CODE + f'FAILED: no alembic to run: add it to "requirements" (), or to the image if that is "" ({README}, '
+        '"Requirements")\n',
+    )
+
+
+def test_requirements_that_are_not_there_are_named(volume: Volume, container: Callable, shell: str) -> None:
+    volume.clone("alembic.ini")
+    assert volume.run(container(requirements="deploy.txt"), shell, **CREDENTIALS) == (
+        255,
+        CODE
+        + f'FAILED: no deploy.txt in "utilities/hcm-db-migrations" of commit {COMMIT}: set "requirements" to its name, '
+        'or to "" if the '
+        f'image brings all ({README}, "Requirements")\n',
+    )
+
+
+def _wheel(folder: Path) -> str:
+    """Make a package "alembic" that prints its arguments; return its hash."""
+    path = folder / "alembic-0.0.1-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        files = {
+            "tool.py": "import sys\ndef main():\n    print('alembic of the venv:', sys.argv[1:], sys.prefix)\n",
+            "alembic-0.0.1.dist-info/METADATA": "Metadata-Version: 2.1\nName: alembic\nVersion: 0.0.1\n",
+            "alembic-0.0.1.dist-info/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: "
+            "py3-none-any\n",
+            "alembic-0.0.1.dist-info/entry_points.txt": "[console_scripts]\nalembic = tool:main\n",
+        }
+        for name, text in files.items():
+            wheel.writestr(name, text)
+        hashes = {
+            name: base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
+            for name, text in files.items()
+        }
+        record = "".join(f"{name},sha256={digest},\n" for name, digest in hashes.items())
+        wheel.writestr("alembic-0.0.1.dist-info/RECORD", record + "alembic-0.0.1.dist-info/RECORD,,\n")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_requirements_are_installed_into_the_volume_by_their_hashes(
+    volume: Volume, container: Callable, shell: str
+) -> None:
+    folder = volume.clone("alembic.ini")
+    (folder / "requirements.txt").write_text(f"alembic==0.0.1 --hash=sha256:{_wheel(volume.folder)}\n")
+    index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(volume.folder)}
+    found = volume.run(container(requirements="requirements.txt"), shell, **CREDENTIALS, **index)
+    assert found == (0, f"{CODE}alembic of the venv: ['upgrade', 'head'] {volume.folder / 'venv'}\n")
+    assert not list((volume.folder / "venv").rglob("__pycache__/tool*"))
+
+
+@pytest.mark.fault(
+    "Code and settings",
+    fault="A requirement does not match its hash",
+    sees="pip's words and our own line",
+    state="Nothing installed; the database is not contacted",
+    do="Find out who changed the package",
+)
+def test_a_tampered_requirement_stops_the_run_before_the_database(
+    volume: Volume, container: Callable, shell: str
+) -> None:
+    folder = volume.clone("alembic.ini")
+    _wheel(volume.folder)
+    (folder / "requirements.txt").write_text(f"alembic==0.0.1 --hash=sha256:{'0' * 64}\n")
+    index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(volume.folder)}
+    status, log = volume.run(container(requirements="requirements.txt"), shell, **CREDENTIALS, **index)
+    assert (status, log.startswith(CODE)) == (1, True)
+    assert "THESE PACKAGES DO NOT MATCH THE HASHES" in log
+    assert log.splitlines()[-1] == (
+        "FAILED: pip could not install requirements.txt (exit status 1, reason above): for a mirror, proxy or "
+        "private CA set "
+        f'"extraEnv" ({README}, "Requirements")'
+    )
+
+
+@pytest.mark.fault(
+    "Network",
+    fault="The package index cannot be reached",
+    sees="Our own line, within seconds",
+    state="The database is not contacted",
+    do="What the line says, deploy again",
+)
+def test_a_dead_package_index_is_told_within_seconds(volume: Volume, container: Callable, shell: str) -> None:
+    folder = volume.clone("alembic.ini")
+    (folder / "requirements.txt").write_text("alembic==0.0.1\n")
+    start = time.monotonic()
+    index = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple"}
+    status, log = volume.run(container(requirements="requirements.txt"), shell, **CREDENTIALS, **index)
+    assert (status, log.splitlines()[-1][:46]) == (1, "FAILED: pip could not install requirements.txt")
+    assert time.monotonic() - start < 10
+
+
+def _test_container(helm: Helm) -> dict[str, Any]:
+    (container,) = one(helm.render({"requirements": ""}), "Pod")["spec"]["containers"]
+    return container
+
+
+def test_helm_test_passes_at_the_head(volume: Volume, helm4: Helm, shell: str) -> None:
+    volume.clone("alembic.ini")
+    volume.program("alembic", 'echo "$*"; echo "002 (head)"')
+    assert volume.run(_test_container(helm4), shell, **CREDENTIALS) == (0, f"{CODE}current\n002 (head)\n")
+
+
+@pytest.mark.parametrize("current", ["001", ""])
+def test_helm_test_fails_with_the_cure_when_the_database_is_behind(
+    volume: Volume, helm4: Helm, shell: str, current: str
+) -> None:
+    volume.clone("alembic.ini")
+    volume.program("alembic", f"echo '{current}'")
+    assert volume.run(_test_container(helm4), shell, **CREDENTIALS) == (
+        1,
+        f"{CODE}{current}\n"
+        'FAILED: alembic current did not say "(head)": the database is not at the head of "main" as it is now; run '
+        "helm upgrade "
+        f'({README}, "helm test")\n',
+    )
+
+
+def test_helm_test_fails_as_alembic_does(volume: Volume, helm4: Helm, shell: str) -> None:
+    volume.clone("alembic.ini")
+    volume.program("alembic", "echo 'FAILED: why' >&2; exit 255")
+    assert volume.run(_test_container(helm4), shell, **CREDENTIALS) == (255, f"{CODE}FAILED: why\n")
+
+
+def _terminated(process: subprocess.Popen[str], volume: Volume) -> tuple[int, str, float]:
+    """Send SIGTERM as soon as the file "running" is there; return exit status, log and how long that took."""
+    limit = time.monotonic() + 20
+    while not (volume.folder / "running").exists():
+        assert time.monotonic() < limit, process.communicate()
+        time.sleep(0.02)
+    start = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    log, _ = process.communicate(timeout=30)
+    return process.returncode, log, time.monotonic() - start
+
+
+WAITS = 'touch "$HOME/running"; exec sleep 60'
+
+
+def test_sigterm_ends_an_alembic_that_has_no_handler_at_once(volume: Volume, container: Callable, shell: str) -> None:
+    volume.clone("alembic.ini")
+    volume.program("alembic", WAITS)
+    status, log, seconds = _terminated(volume.start(container(), shell, **CREDENTIALS), volume)
+    assert (status, log) == (
+        143,
+        CODE
+        + "stopped by SIGTERM while running alembic upgrade head; PostgreSQL rolls back what was not committed; if it "
+        "was the time limit, "
+        'raise "job.activeDeadlineSeconds" and Helm\'s --timeout\n',
+    )
+    assert seconds < 2
+
+
+def test_an_alembic_that_handles_sigterm_has_the_last_word(volume: Volume, container: Callable, shell: str) -> None:
+    volume.clone("alembic.ini")
+    volume.program(
+        "alembic", "trap 'echo rolled back at 001 >&2; kill $!; exit 7' TERM\nsleep 60 &\ntouch \"$HOME/running\"; wait"
+    )
+    status, log, seconds = _terminated(volume.start(container(), shell, **CREDENTIALS), volume)
+    assert (status, log.splitlines()[-1]) == (7, "rolled back at 001")
+    assert seconds < 2
+
+
+@pytest.mark.fault(
+    "Process and pod",
+    fault="SIGTERM while pip installs",
+    sees="The container ends at once",
+    state="The database is not contacted",
+    do="Deploy again",
+)
+def test_sigterm_ends_pip_at_once_and_alembic_does_not_begin(volume: Volume, container: Callable, shell: str) -> None:
+    volume.clone("alembic.ini", "requirements.txt")
+    (volume.bin / "python3").unlink()
+    volume.program("python3", WAITS)
+    volume.program("alembic", "echo not reached >&2")
+    status, log, seconds = _terminated(
+        volume.start(container(requirements="requirements.txt"), shell, **CREDENTIALS), volume
+    )
+    assert (status, log) == (
+        143,
+        CODE
+        + "stopped by SIGTERM while installing requirements.txt; the database was not contacted; if it was the time "
+        "limit, "
+        'raise "job.activeDeadlineSeconds" and Helm\'s --timeout\n',
+    )
+    assert seconds < 2
+
+
+@pytest.mark.fault(
+    "Process and pod",
+    fault="Out of memory",
+    sees="The last line points to the memory limit",
+    state="Finished revisions stay, this one is rolled back",
+    do="Raise `resources.limits.memory`, deploy again",
+)
+def test_an_alembic_that_is_killed_points_to_the_memory(volume: Volume, container: Callable, shell: str) -> None:
+    volume.clone("alembic.ini")
+    volume.program("alembic", "kill -9 $$")
+    status, log = volume.run(container(), shell, **CREDENTIALS)
+    assert (status, log.splitlines()[-1]) == (
+        137,
+        'FAILED: alembic was killed, most likely out of memory: raise "resources.limits.memory"',
+    )
+
+
+@pytest.fixture
+def clone(helm4: Helm, volume: Volume) -> Callable[..., dict[str, Any]]:
+    """The container that clones, for this part of "git"; a program of the test stands for git-sync."""
+
+    def render(**git: Any) -> dict[str, Any]:
+        address = {"repo": "https://git.example.org/schema", "branch": "main"}
+        found = git_sync(helm4.render({"git": address | git}))
+        assert found["command"][3:] == ["sync", "/git-sync"]
+        text = (
+            json.dumps(found)
+            .replace("/etc/git-sync/", f"{volume.folder}/")
+            .replace('"/git-sync"', f'"{volume.bin}/git-sync"')
+        )
+        return json.loads(text)
+
+    return render
+
+
+def test_git_sync_gets_its_flags_and_the_user(volume: Volume, clone: Callable, shell: str) -> None:
+    for name, text in {"username": "a user\n", "password": "s3cret\n"}.items():
+        (volume.folder / name).write_text(text)
+    volume.program("git-sync", 'printf "%s|" "$@"')
+    of = clone(httpsSecretName="token")
+    assert volume.run(of, shell) == (0, "|".join([*of["args"], "--username=a user", ""]))
+    assert not (volume.folder / "git-error").exists()
+
+
+@pytest.mark.parametrize(
+    ("git", "there", "missing"),
+    [
+        ({"repo": "git@host:a"}, [], ['"ssh" of Secret "git-creds"', '"known_hosts" of Secret "git-creds"']),
+        ({"repo": "git@host:a"}, ["ssh"], ['"known_hosts" of Secret "git-creds"']),
+        ({"repo": "git@host:a", "knownHosts": False}, [], ['"ssh" of Secret "git-creds"']),
+        ({"httpsSecretName": "token"}, ["username"], ['"password" of Secret "token"']),
+        ({"ca": {"configMapName": "roots"}}, [], ['"ca.crt" of ConfigMap "roots"']),
+    ],
+)
+def test_a_missing_credential_of_git_is_named_by_the_other_container(
+    volume: Volume, clone: Callable, container: Callable, shell: str, git: dict, there: list[str], missing: list[str]
+) -> None:
+    for name in there:
+        (volume.folder / name).write_text("x")
+    volume.program("git-sync", "echo not reached")
+    reason = "; ".join(f'no value for key {key} in namespace "health"' for key in missing)
+    assert volume.run(clone(**git), shell) == (0, f"{reason}\n")
+    assert volume.run(container(), shell, **CREDENTIALS)[1] == (
+        f'FAILED: no checkout of "main" from "https://git.example.org/schema": {reason} ({README}, "Git access")\n'
+    )
+
+
+@pytest.mark.parametrize(
+    ("script", "error"),
+    [
+        ("echo reason >git-error; exit 1", "reason\n"),
+        ("echo 'unknown flag: --x' >&2; exit 2", "git-sync ended with exit status 2, see its log\n"),
+        ("kill -9 $$", "git-sync ended with exit status 137, see its log\n"),
+    ],
+)
+def test_a_failed_git_sync_lets_the_other_container_speak(
+    volume: Volume, clone: Callable, shell: str, script: str, error: str
+) -> None:
+    volume.program("git-sync", script)
+    assert volume.run(clone(), shell)[0] == 0
+    assert (volume.folder / "git-error").read_text() == error
+
+
+@pytest.mark.fault(
+    "Process and pod",
+    fault="SIGTERM in the clone",
+    sees="The container ends at once",
+    state="The database is not contacted",
+    do="Deploy again",
+)
+def test_sigterm_ends_the_clone_at_once(volume: Volume, clone: Callable, shell: str) -> None:
+    volume.program("git-sync", WAITS)
+    status, _, seconds = _terminated(volume.start(clone(), shell), volume)
+    assert status == 143
+    assert seconds < 2
+
+
+def test_the_pod_shows_what_the_scripts_need(helm: Helm) -> None:
+    """What the tests above replace is there: the folder of the volume, and what stands for the checkout."""
+    found = helm.render()
+    assert {"--root=/workspace/git", "--link=code", "--error-file=/workspace/git-error"} <= set(git_sync(found)["args"])
+    assert migrate(found)["workingDir"] == "/workspace"
+    assert pod(found)["spec"]["restartPolicy"] == "Never"

@@ -1,0 +1,317 @@
+"""Every value has its effect, and values.yaml, its schema, its copy for the templates and README.md agree."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.chart.conftest import (
+    CHART,
+    MINIMAL,
+    Helm,
+    Objects,
+    Read,
+    environment,
+    git_sync,
+    migrate,
+    nested,
+    one,
+    pod,
+)
+from tools import docs
+
+SSH = {"git": {"repo": "git@git.example.org:schema", "branch": "main"}}
+DIGEST = "sha256:" + "0123456789abcdef" * 4
+VOLUME = {"name": "ca", "configMap": {"name": "ca"}}
+MOUNT = {"name": "ca", "mountPath": "/etc/ca"}
+VARIABLE = {"name": "PIP_CERT", "value": "/etc/ca/ca.crt"}
+TOLERATION = {"key": "dedicated", "operator": "Exists"}
+AFFINITY = {
+    "nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [{"matchFields": []}]}}
+}
+
+
+def _flag(name: str) -> Read:
+    def read(objects: Objects) -> list[str]:
+        return [arg.partition("=")[2] for arg in git_sync(objects)["args"] if arg.startswith(f"--{name}=")]
+
+    return read
+
+
+def _variable(name: str) -> Read:
+    return lambda objects: environment(migrate(objects))[name]
+
+
+def _spec(key: str) -> Read:
+    return lambda objects: pod(objects)["spec"].get(key)
+
+
+def _job(key: str) -> Read:
+    return lambda objects: one(objects, "Job")["spec"].get(key)
+
+
+def _sources(objects: Objects) -> list[dict[str, Any]]:
+    """What the container that clones can read, without the patterns of the sparse checkout."""
+    (volume,) = [volume for volume in pod(objects)["spec"]["volumes"] if volume["name"] == "git"]
+    return volume["projected"]["sources"][1:]
+
+
+def _reference(kind: str, name: str, key: str) -> dict[str, Any]:
+    return {f"{kind}KeyRef": {"name": name, "key": key, "optional": True}}
+
+
+def _resources(path: str, container: Callable[[Objects], dict[str, Any]]) -> dict[str, tuple[Any, Read, Any]]:
+    """The entries of EFFECTS for the resources of a container."""
+
+    def of(kind: str, name: str) -> Read:
+        return lambda objects: container(objects)["resources"][kind][name]
+
+    values = {
+        "requests": {"cpu": "1", "memory": "1Gi", "ephemeral-storage": "1Gi"},
+        "limits": {"memory": "1Gi", "ephemeral-storage": "2Gi"},
+    }
+    return {
+        f"{path}.{kind}.{name}": (value, of(kind, name), value)
+        for kind, of_kind in values.items()
+        for name, value in of_kind.items()
+    }
+
+
+# A value, where it goes, and what is there then. What is there by default must differ.
+EFFECTS: dict[str, tuple[Any, Read, Any]] = {
+    "namespace": ("elsewhere", lambda o: one(o, "Job")["metadata"]["namespace"], "elsewhere"),
+    "fullnameOverride": ("schema", lambda o: one(o, "Job")["metadata"]["name"], "schema-1"),
+    "git.repo": ("https://other.example.org/a", _flag("repo"), ["https://other.example.org/a"]),
+    "git.branch": ("v1.0", _flag("ref"), ["v1.0"]),
+    "git.path": ("a/b/", _variable("GIT_PATH"), "a/b"),
+    "git.secretName": ("key", lambda o: [s["secret"]["name"] for s in _sources(o)], ["key"]),
+    "git.knownHosts": (False, _flag("ssh-known-hosts"), ["false"]),
+    "git.httpsSecretName": ("token", lambda o: [s["secret"]["name"] for s in _sources(o)], ["token"]),
+    "git.ca.configMapName": ("ca", lambda o: [s["configMap"]["name"] for s in _sources(o)], ["ca"]),
+    "git.ca.secretName": ("ca", lambda o: [s["secret"]["name"] for s in _sources(o)], ["ca"]),
+    "git.ca.key": ("bundle.pem", lambda o: _sources(o)[0]["configMap"]["items"][0]["key"], "bundle.pem"),
+    "git.image.repository": ("mirror/git-sync", lambda o: git_sync(o)["image"], "mirror/git-sync:v4.7.1"),
+    "git.image.tag": ("v4.8.0", lambda o: git_sync(o)["image"], "registry.k8s.io/git-sync/git-sync:v4.8.0"),
+    "git.image.digest": (DIGEST, lambda o: git_sync(o)["image"], f"registry.k8s.io/git-sync/git-sync:v4.7.1@{DIGEST}"),
+    "git.image.pullPolicy": ("Never", lambda o: git_sync(o)["imagePullPolicy"], "Never"),
+    **_resources("git.resources", git_sync),
+    "image.repository": ("mirror/python", lambda o: migrate(o)["image"], "mirror/python:3.10-slim"),
+    "image.tag": ("3.13-slim", lambda o: migrate(o)["image"], "python:3.13-slim"),
+    "image.digest": (DIGEST, lambda o: migrate(o)["image"], f"python:3.10-slim@{DIGEST}"),
+    "image.pullPolicy": ("Always", lambda o: migrate(o)["imagePullPolicy"], "Always"),
+    "imagePullSecrets": ([{"name": "pull"}], _spec("imagePullSecrets"), [{"name": "pull"}]),
+    "requirements": ("", _variable("REQUIREMENTS"), ""),
+    "args": (["downgrade", "002"], lambda o: migrate(o)["args"], ["downgrade", "002"]),
+    "db.port": (6432, _variable("DB_PORT"), "6432"),
+    "db.configMap.name": ("other", _variable("DB_HOST"), _reference("configMap", "other", "db-host")),
+    "db.configMap.hostKey": ("host", _variable("DB_HOST"), _reference("configMap", "egov-config", "host")),
+    "db.configMap.nameKey": ("name", _variable("DB_NAME"), _reference("configMap", "egov-config", "name")),
+    "db.secret.name": ("other", _variable("DB_USER"), _reference("secret", "other", "username")),
+    "db.secret.usernameKey": ("user", _variable("DB_USER"), _reference("secret", "db", "user")),
+    "db.secret.passwordKey": ("pass", _variable("DB_PASSWORD"), _reference("secret", "db", "pass")),
+    "hook": (
+        "post-install,post-upgrade",
+        lambda o: one(o, "Job")["metadata"]["annotations"]["helm.sh/hook"],
+        "post-install,post-upgrade",
+    ),
+    "job.activeDeadlineSeconds": (
+        600,
+        lambda o: (_spec("activeDeadlineSeconds")(o), _job("activeDeadlineSeconds")(o), _flag("sync-timeout")(o)),
+        (600, 620, ["60s"]),
+    ),
+    "job.backoffLimit": (0, _job("backoffLimit"), 0),
+    "job.ttlSecondsAfterFinished": (0, _job("ttlSecondsAfterFinished"), 0),
+    **_resources("resources", migrate),
+    "podLabels": ({"team": "hcm"}, lambda o: pod(o)["metadata"]["labels"].get("team"), "hcm"),
+    "podAnnotations": ({"a/b": "c"}, lambda o: pod(o)["metadata"]["annotations"].get("a/b"), "c"),
+    "nodeSelector": ({"disk": "ssd"}, _spec("nodeSelector"), {"disk": "ssd"}),
+    "tolerations": ([TOLERATION], _spec("tolerations"), [TOLERATION]),
+    "affinity": (AFFINITY, _spec("affinity"), AFFINITY),
+    "serviceAccountName": ("migrations", _spec("serviceAccountName"), "migrations"),
+    "podSecurityContext.runAsNonRoot": (False, lambda o: _spec("securityContext")(o)["runAsNonRoot"], False),
+    "podSecurityContext.runAsUser": (1000680000, lambda o: _spec("securityContext")(o)["runAsUser"], 1000680000),
+    "podSecurityContext.runAsGroup": (0, lambda o: _spec("securityContext")(o)["runAsGroup"], 0),
+    "podSecurityContext.fsGroup": (1, lambda o: _spec("securityContext")(o)["fsGroup"], 1),
+    "podSecurityContext.seccompProfile.type": (
+        "Unconfined",
+        lambda o: _spec("securityContext")(o)["seccompProfile"]["type"],
+        "Unconfined",
+    ),
+    "securityContext.allowPrivilegeEscalation": (
+        True,
+        lambda o: [c["securityContext"]["allowPrivilegeEscalation"] for c in (migrate(o), git_sync(o))],
+        [True, True],
+    ),
+    "securityContext.readOnlyRootFilesystem": (
+        False,
+        lambda o: [c["securityContext"]["readOnlyRootFilesystem"] for c in (migrate(o), git_sync(o))],
+        [False, False],
+    ),
+    "securityContext.capabilities.drop": (
+        ["NET_RAW"],
+        lambda o: [c["securityContext"]["capabilities"]["drop"] for c in (migrate(o), git_sync(o))],
+        [["NET_RAW"], ["NET_RAW"]],
+    ),
+    "extraEnv": ([VARIABLE], lambda o: VARIABLE in migrate(o)["env"], True),
+    "extraVolumes": ([VOLUME], lambda o: VOLUME in pod(o)["spec"]["volumes"], True),
+    "extraVolumeMounts": ([MOUNT], lambda o: MOUNT in migrate(o)["volumeMounts"], True),
+}
+
+# What else has to be set for the effect to show.
+WITH: dict[str, dict[str, Any]] = {
+    "git.secretName": SSH,
+    "git.knownHosts": SSH,
+    "git.ca.key": {"git": {"ca": {"configMapName": "ca"}}},
+}
+
+
+def _leaves(values: dict[str, Any], path: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}"
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    both = {key: _merged(base[key], over[key]) for key in base.keys() & over.keys() if isinstance(base[key], dict)}
+    return {**base, **over, **both}
+
+
+def test_every_value_has_a_test_of_its_effect() -> None:
+    assert list(EFFECTS) == list(_leaves(yaml.safe_load((CHART / "values.yaml").read_text())))
+
+
+@pytest.mark.parametrize("name", EFFECTS)
+def test_a_value_has_its_effect(helm: Helm, name: str) -> None:
+    value, read, expected = EFFECTS[name]
+    others = WITH.get(name, {})
+    assert read(helm.render(_merged(nested(name, value), others))) == expected
+    try:
+        by_default = read(helm.render(_merged(MINIMAL, others)))
+    except (KeyError, IndexError):  # nothing is there
+        by_default = None
+    assert by_default != expected
+
+
+@pytest.mark.parametrize("address", ["https://other.example.org/a", "git@other.example.org:a"])
+def test_every_value_has_the_same_effect_when_it_is_nested(helm: Helm, address: str) -> None:
+    everything: dict[str, Any] = {}
+    for name, (value, _, _) in EFFECTS.items():
+        if name not in (
+            "git.ca.secretName",
+            *(("git.httpsSecretName", "git.ca.configMapName") if "@" in address else ()),
+        ):
+            everything = _merged(everything, nested(name, value))
+    everything["git"]["repo"] = address
+    assert helm.objects({"hcm-db-migrations": everything, "egov-user": {"replicas": 1}}) == helm.objects(everything)
+
+
+def test_null_takes_an_optional_value_away(helm: Helm) -> None:
+    ids = {"runAsUser": None, "runAsGroup": None, "fsGroup": None}
+    values = {"podSecurityContext": ids, "job": {"ttlSecondsAfterFinished": None}, "resources": {"limits": None}}
+    for found in (helm.render(values), helm.render({}, "--set-json", f"hcm-db-migrations={json.dumps(values)}")):
+        assert pod(found)["spec"]["securityContext"] == {
+            "runAsNonRoot": True,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        }
+        assert "ttlSecondsAfterFinished" not in one(found, "Job")["spec"]
+        assert list(migrate(found)["resources"]) == ["requests"]
+
+
+@pytest.mark.parametrize("tag", ["", None])
+@pytest.mark.parametrize(("path", "name"), [("image", "python"), ("git.image", "registry.k8s.io/git-sync/git-sync")])
+def test_a_digest_needs_no_tag(helm: Helm, path: str, name: str, tag: str | None) -> None:
+    values = nested(path, {"tag": tag, "digest": DIGEST})
+    for found in (helm.objects(values), helm.objects({"hcm-db-migrations": values})):
+        assert f"{name}@{DIGEST}" in (migrate(found)["image"], git_sync(found)["image"])
+
+
+def test_the_charts_own_labels_and_annotations_win(helm: Helm) -> None:
+    mine = {"app.kubernetes.io/instance": "mine", "team": "hcm"}
+    annotations = {"kubectl.kubernetes.io/default-container": "git-sync", "helm.sh/hook": "none", "team": "hcm"}
+    found = helm.render({"podLabels": mine, "podAnnotations": annotations})
+    for metadata in (pod(found)["metadata"], one(found, "Pod")["metadata"]):
+        assert metadata["labels"]["app.kubernetes.io/instance"] == "hcm-db-migrations"
+        assert metadata["annotations"]["kubectl.kubernetes.io/default-container"] == "migrate"
+        assert (metadata["labels"]["team"], metadata["annotations"]["team"]) == ("hcm", "hcm")
+    assert one(found, "Pod")["metadata"]["annotations"]["helm.sh/hook"] == "test"
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(10, "10s"), (60, "12s"), (230, "46s"), (86400, "60s")])
+def test_a_try_to_clone_takes_a_fifth_of_the_limit_within_bounds(helm4: Helm, limit: int, expected: str) -> None:
+    assert _flag("sync-timeout")(helm4.render({"job": {"activeDeadlineSeconds": limit}})) == [expected]
+
+
+def test_database_url_is_all_that_is_required_and_may_refer_to_the_other_credentials(helm: Helm) -> None:
+    """Kubernetes expands $(NAME) from what stands before it."""
+    others = list(environment(migrate(helm.render())))
+    entry = {"name": "DATABASE_URL", "value": "postgresql://$(DB_USER):$(DB_PASSWORD)@$(DB_HOST)/$(DB_NAME)"}
+    found = environment(migrate(helm.render({"extraEnv": [entry]})))
+    assert list(found) == [*others, "DATABASE_URL"]
+    assert found["DATABASE_URL"] == entry["value"]
+    assert found["REQUIRED"] == "DATABASE_URL extraEnv"
+
+
+def test_a_password_of_extra_env_may_be_empty(helm: Helm) -> None:
+    """libpq then finds it in PGPASSFILE, or needs none for a client certificate."""
+    found = environment(migrate(helm.render({"extraEnv": [{"name": "DB_PASSWORD", "value": ""}]})))
+    assert found["DB_PASSWORD"] == ""
+    assert [line.split()[0] for line in found["REQUIRED"].splitlines()] == ["DB_HOST", "DB_NAME", "DB_USER"]
+
+
+def test_an_entry_of_extra_env_replaces_the_charts_own(helm: Helm) -> None:
+    found = environment(migrate(helm.render({"extraEnv": [{"name": "DB_HOST", "value": "db.example.org"}]})))
+    assert found["DB_HOST"] == "db.example.org"
+    assert found["REQUIRED"].splitlines()[0] == "DB_HOST extraEnv"
+    assert found["DB_NAME"] == _reference("configMap", "egov-config", "db-name")
+
+
+def test_the_container_that_clones_gets_the_proxy_and_nothing_else_of_extra_env(helm: Helm) -> None:
+    proxies = [{"name": name, "value": "http://proxy"} for name in ("HTTPS_PROXY", "https_proxy", "NO_PROXY")]
+    others = [VARIABLE, {"name": "DATABASE_URL", "value": "x"}]
+    found = git_sync(helm.render({"extraEnv": proxies + others}))["env"]
+    assert [entry for entry in found if entry in proxies + others] == proxies
+
+
+@pytest.mark.parametrize("path", docs.generated(), ids=lambda path: path.name)
+def test_what_is_written_from_the_values_is_up_to_date(path) -> None:
+    assert path.read_text() == docs.generated()[path], "values.yaml changed: run `make docs` and commit"
+
+
+def test_every_value_is_documented_with_its_default() -> None:
+    rows = re.findall(
+        r"^\| `(\S+)` \| `(.*?)` \| .+ \|$", docs.TABLE.search((CHART / "README.md").read_text())[0], re.M
+    )
+    written = {name: json.loads(default) for name, default in rows}
+    assert written == {name: default for name, default, _ in docs.documented()}
+
+
+def test_the_schema_knows_exactly_the_values(helm4: Helm) -> None:
+    definitions = json.loads((CHART / "values.schema.json").read_text())["definitions"]
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+
+    def known(schema: dict, default: dict, path: str) -> Iterator[str]:
+        schema = definitions[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
+        for key, of_key in schema.get("properties", {}).items():
+            of_key = definitions[of_key["$ref"].rpartition("/")[2]] if "$ref" in of_key else of_key
+            if of_key.get("additionalProperties") is False and key not in ("resources",):
+                yield from known(of_key, default.get(key, {}), f"{path}{key}.")
+            else:
+                yield f"{path}{key}"
+
+    def there(default: dict, path: str) -> Iterator[str]:
+        free = {"resources", "podSecurityContext", "securityContext"}
+        for key, value in default.items():
+            if isinstance(value, dict) and value and key not in free:
+                yield from there(value, f"{path}{key}.")
+            else:
+                yield f"{path}{key}"
+
+    assert set(known(definitions["values"], values, "")) - {"enabled"} == set(there(values, ""))
+    assert set(definitions["noOther"]["properties"]) - {"global", "enabled"} == set(values)

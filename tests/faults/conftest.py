@@ -1,0 +1,162 @@
+"""What injects the faults: toxiproxy, PgBouncer, network namespaces, small disks; all real, all the test's own."""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import re
+import shutil
+import socket
+import subprocess
+import tempfile
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from sqlalchemy import URL
+
+from tests.migrations.conftest import Database, database, files, own_server, project, server, until
+from tools import binaries, debian
+from tools.postgres import UNPRIVILEGED
+from tools.steps import CACHE, UnavailableError, once
+
+__all__ = ["database", "files", "own_server", "project", "server"]
+
+root_only = pytest.mark.skipif(os.geteuid() != 0, reason="needs root (mounts, network namespaces): run as root")
+
+
+@contextmanager
+def namespace(kind: str, script: str = "true") -> Iterator[list[str]]:
+    """Yield the command that enters a new namespace (`mount` or `net`), where `script` ran; the kernel removes all."""
+    holder = subprocess.Popen(
+        ["unshare", f"--{kind}", "sh", "-ec", f"{script}; echo ready; exec sleep infinity"], stdout=subprocess.PIPE
+    )
+    assert holder.stdout
+    try:
+        assert holder.stdout.readline() == b"ready\n"
+        yield ["nsenter", f"--{kind}=/proc/{holder.pid}/ns/{'mnt' if kind == 'mount' else kind}"]
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+class Proxy:
+    """A TCP proxy before the server whose connections can be cut, slowed down or held up."""
+
+    def __init__(self, api: str, upstream: str) -> None:
+        self.api = api
+        listen = self._post("", {"name": "postgres", "listen": "127.0.0.1:0", "upstream": upstream})["listen"]
+        self.port = int(listen.rsplit(":", 1)[1])
+
+    def toxic(self, kind: str, **attributes: int) -> None:
+        """In both directions, from now on: `latency` with latency in ms, `timeout` 0 lets nothing through."""
+        for stream in ("upstream", "downstream"):
+            toxic = {"name": f"{kind}-{stream}", "type": kind, "stream": stream, "attributes": attributes}
+            self._post("/postgres/toxics", toxic)
+
+    def cut(self) -> None:
+        """Close all connections, and take no new ones."""
+        self._post("/postgres", {"enabled": False})
+
+    def mend(self) -> None:
+        self._post("/postgres", {"enabled": True})
+
+    def reset(self) -> None:
+        """Without any toxic, and enabled."""
+        request = urllib.request.Request(f"{self.api}/reset", method="POST")  # noqa: S310
+        urllib.request.urlopen(request, timeout=10).close()  # noqa: S310
+
+    def _post(self, path: str, body: dict) -> dict:
+        request = urllib.request.Request(f"{self.api}/proxies{path}", json.dumps(body).encode())  # noqa: S310
+        with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310
+            return json.load(answer)
+
+
+@pytest.fixture
+def proxy(server: URL) -> Iterator[Proxy]:
+    """toxiproxy between the test's runs and the server."""
+    try:
+        program = binaries.find_or_build("toxiproxy")
+    except UnavailableError as error:
+        pytest.skip(f"toxiproxy: {error}")
+    port = free_port()
+    api = f"http://127.0.0.1:{port}"
+    process = subprocess.Popen(
+        [program, "-host", "127.0.0.1", "-port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
+        yield Proxy(api, f"{server.host}:{server.port or 5432}")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _pgbouncer() -> tuple[Path, dict[str, str]]:
+    """PgBouncer's program and environment: from PATH, else from Debian's package in the cache."""
+    if path := shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin"):
+        return Path(path), {}
+    release = Path("/etc/os-release").read_text()
+    name = "-".join(re.findall(r'^(?:ID|VERSION_ID)="?([^"\n]*)', release, re.M))
+    try:
+        folder = once(
+            CACHE / f"pgbouncer-{name}",
+            lambda partial: debian.extract(partial, ["pgbouncer"], "downloading PgBouncer's package into the cache"),
+        )
+    except (UnavailableError, RuntimeError) as error:
+        pytest.skip(f"PgBouncer cannot be had: {error}; install it")
+    return folder / "usr/sbin/pgbouncer", {"LD_LIBRARY_PATH": str(next(folder.glob("usr/lib/*-linux-gnu")))}
+
+
+@contextmanager
+def pgbouncer(database: Database, mode: str) -> Iterator[URL]:
+    """PgBouncer before the test's database, in pool mode `session` or `transaction`; yields the URL through it."""
+    program, environment = _pgbouncer()
+    as_root = os.geteuid() == 0
+    folder, port, url = Path(tempfile.mkdtemp(prefix="hcm-pgbouncer-")), free_port(), database.url
+    password = str(url.password).replace('"', '""')
+    (folder / "users").write_text(f'"{database.role}" "{password}"\n')
+    (folder / "ini").write_text(f"""[databases]
+{database.name} = host={url.host} port={url.port or 5432}
+[pgbouncer]
+listen_addr = 127.0.0.1
+listen_port = {port}
+unix_socket_dir =
+auth_type = scram-sha-256
+auth_file = users
+pool_mode = {mode}
+""")
+    (folder / "program").symlink_to(program)
+    if as_root:  # it refuses to run as root, and root's cache may lie where only root can read
+        library = environment.get("LD_LIBRARY_PATH")
+        if library:
+            shutil.copytree(library, folder / "lib")
+            environment = {"LD_LIBRARY_PATH": str(folder / "lib")}
+        (folder / "program").unlink()
+        shutil.copy(program, folder / "program")
+        for path in [folder, *folder.rglob("*")]:
+            shutil.chown(path, UNPRIVILEGED)
+    user: dict = {"user": UNPRIVILEGED, "group": pwd.getpwnam(UNPRIVILEGED).pw_gid, "extra_groups": []}
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [folder / "program", "ini"],
+            cwd=folder, env=environment, stdout=log, stderr=log, **(user if as_root else {}),
+        )  # fmt: skip
+    try:
+        until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0 or process.poll() is not None)
+        assert process.poll() is None, (folder / "log").read_text()
+        yield url.set(port=port)
+    finally:
+        process.kill()
+        process.wait()
+        shutil.rmtree(folder)

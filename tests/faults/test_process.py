@@ -1,0 +1,156 @@
+"""Runs that end at any moment: nothing is half done, and the next run finishes the work."""
+
+import signal
+
+import pytest
+
+from tests.migrations.conftest import Database, Project, until
+from tests.migrations.test_safety import AGAIN, AUDIT, BUILD, FILE, audit, audited, idle, sleeping
+
+ENDS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)]
+ends = pytest.mark.parametrize(("number", "code"), ENDS, ids=["SIGTERM", "SIGINT", "SIGKILL"])
+
+# A revision that sends its own process a signal when the run logs these words.
+SIGNAL_AT = """
+import logging, os
+def filter(record):
+    if record.getMessage().startswith({words!r}):
+        os.kill(os.getpid(), {number})
+    return True
+logging.getLogger("migrations.run").addFilter(filter)
+"""
+
+
+@pytest.mark.fault(
+    "Process and pod",
+    fault="SIGTERM, SIGINT or SIGKILL between two revisions, or after the last one before the exit",
+    sees="`FAILED: interrupted by SIGTERM; the database is at 003; run again to go on, ...`, exit 143 (SIGINT: 130);"
+    " SIGKILL: nothing, exit 137",
+    state="Finished revisions stay, each applied once; no lock",
+    do="Deploy again",
+)
+@ends
+@pytest.mark.parametrize(
+    ("words", "at"),
+    [("done in", "003"), ("running upgrade 003 -> 004", "003"), ("now at", "004")],
+    ids=["after a revision", "before the next", "after the last"],
+)
+def test_a_run_that_ends_between_two_revisions_has_done_whole_ones(
+    project: Project, database: Database, number: signal.Signals, code: int, words: str, at: str
+) -> None:
+    project.add("002", AUDIT)
+    path = project.add("003", audited("003", SIGNAL_AT.format(words=words, number=int(number))))
+    project.add("004", audited("004"))
+    result = project.alembic("upgrade", "head")
+    assert result.returncode == code, result
+    if number != signal.SIGKILL:
+        assert result.failure == f"interrupted by {number.name}; the database is at {at}; {AGAIN}"
+    idle(database)
+    assert (database.at, audit(database)) == ([at], ["003", "004"][: int(at) - 2])
+    path.write_text(path.read_text().replace("os.kill", "print"))
+    assert project.alembic("upgrade", "head").returncode == 0
+    assert (database.at, audit(database)) == (["004"], ["003", "004"])
+
+
+@pytest.mark.fault(
+    "Process and pod",
+    fault="SIGKILL (out of memory, a lost node) while a run waits for another one",
+    sees="Nothing, exit 137; the other run does not notice",
+    state="The other run's work; no session and no lock of the killed one",
+    do="Nothing",
+)
+def test_a_run_that_is_killed_while_it_waits_does_not_disturb_the_other(project: Project, database: Database) -> None:
+    project.add("002", AUDIT)
+    project.add("003", audited("003", 'op.execute("SELECT pg_sleep(4)")'))
+    first = project.popen("upgrade", "head")
+    until(lambda: sleeping(database))
+    second = project.popen("upgrade", "head")
+    second.says(" waiting, ")
+    result, _ = second.stop(signal.SIGKILL)
+    assert result.returncode == -9
+    assert first.wait().returncode == 0
+    assert (database.at, audit(database)) == (["003"], ["003"])
+    idle(database)
+
+
+@pytest.mark.fault(
+    "Partial work",
+    fault="SIGKILL while an index is built concurrently",
+    sees="The next run: `... already exists ...; INVALID, and of no use: public.slow;"
+    " remove with: DROP INDEX CONCURRENTLY public.slow; rolled back at 002`, exit 255",
+    state="An INVALID index; finished revisions stay",
+    do="Run the statement that the line shows, deploy again",
+)
+def test_an_index_whose_building_was_killed_is_named_by_the_next_run(project: Project, database: Database) -> None:
+    project.add("002", AUDIT)
+    project.add("003", "with op.get_context().autocommit_block():\n    " + BUILD)
+    assert project.alembic("upgrade", "002").returncode == 0
+    with database.session() as writer:
+        writer.execute("INSERT INTO audit VALUES ('writer')")  # CREATE INDEX CONCURRENTLY waits for it to end
+        running = project.popen("upgrade", "head")
+        until(lambda: database.scalar("SELECT count(*) FROM pg_stat_progress_create_index WHERE phase LIKE 'waiting%'"))
+        running.stop(signal.SIGKILL)
+        idle(database)
+    result = project.alembic("upgrade", "head")
+    drop = "DROP INDEX CONCURRENTLY public.slow"
+    assert (result.returncode, database.at) == (255, ["002"])
+    assert f"; INVALID, and of no use: public.slow; remove with: {drop}; rolled back at 002; " in result.failure
+    database.execute(drop)
+    assert project.alembic("upgrade", "head").returncode == 0
+    assert database.scalar("SELECT indisvalid FROM pg_index WHERE indexrelid = 'slow'::regclass") is True
+
+
+@pytest.mark.fault(
+    "Partial work",
+    fault="SIGKILL after an index was built concurrently and before its revision was recorded",
+    sees="The next run: `revision 003 (...) failed: relation ... already exists (made by hand, or by a run that was"
+    " killed before it was recorded: see 'Troubleshooting' in README.md)`, exit 255",
+    state="A valid index; finished revisions stay",
+    do="`DROP INDEX CONCURRENTLY` it, deploy again",
+)
+def test_an_index_that_was_built_but_not_recorded_is_told_with_the_cure(project: Project, database: Database) -> None:
+    project.add("002", AUDIT)
+    kill = "import os\nos.kill(os.getpid(), signal.SIGKILL)"
+    path = project.add("003", f"with op.get_context().autocommit_block():\n    {BUILD}\n{kill}")
+    assert project.alembic("upgrade", "head").returncode == -9
+    idle(database)
+    path.write_text(path.read_text().replace("os.kill", "print"))
+    result = project.alembic("upgrade", "head")
+    assert (result.returncode, database.at) == (255, ["002"])
+    assert result.failure == (
+        f'revision 003 ({FILE.format("003")}) failed: relation "slow" already exists (made by hand, or by a run that'
+        f" was killed before it was recorded: see 'Troubleshooting' in README.md), at {FILE.format('003')}, line 8;"
+        " rolled back at 002; mend it, then run again"
+    )
+    database.execute("DROP INDEX CONCURRENTLY slow")
+    assert project.alembic("upgrade", "head").returncode == 0
+    assert database.at == ["003"]
+
+
+@pytest.mark.fault(
+    "Partial work",
+    fault="The connection breaks in an `autocommit_block`",
+    sees="`... failed: server closed the connection unexpectedly ...; outside its transaction it had done,"
+    " and this stays: ...; rolled back at 002; mend it, then run again`, exit 255",
+    state="What the block had done, as listed; finished revisions stay",
+    do="Undo or finish what is listed, deploy again",
+)
+def test_a_connection_that_breaks_in_an_autocommit_block_lists_what_stays(project: Project, database: Database) -> None:
+    project.add("002", AUDIT)
+    body = f'    {BUILD}\n    op.execute("SELECT pg_sleep(60)")'
+    path = project.add("003", f"with op.get_context().autocommit_block():\n{body}")
+    running = project.popen("upgrade", "head")
+    until(lambda: sleeping(database))
+    database.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep%'")
+    result = running.wait()
+    assert (result.returncode, database.at) == (255, ["002"])
+    assert result.failure == (
+        f"revision 003 ({path.name}) failed: server closed the connection unexpectedly This probably means the server"
+        f" terminated abnormally before or while processing the request, at {path.name}, line 9; outside its"
+        " transaction it had done, and this stays: CREATE INDEX CONCURRENTLY slow ON audit (revision); rolled back at"
+        " 002; mend it, then run again"
+    )
+    assert " waiting, " not in result.stderr
+    path.write_text(path.read_text().replace("pg_sleep(60)", "1"))
+    database.execute("DROP INDEX CONCURRENTLY slow")
+    assert project.alembic("upgrade", "head").returncode == 0

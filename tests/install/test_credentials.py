@@ -1,0 +1,167 @@
+"""Where the database is and who may enter: what is missing, wrong, late, or wants TLS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from sqlalchemy import make_url
+
+from tests.install.helpers import Api, Release, contacted
+from tests.migrations.conftest import Database, until
+from tools.cluster import Cluster
+from tools.postgres import execute
+
+JOB = "hcm-db-migration-1"
+DATABASE = '(README.md of the chart, "Database")'
+
+
+def _no_config_map(api: Api) -> str:
+    api.core.delete_namespaced_config_map("egov-config", api.namespace)
+    return 'DB_HOST (key "db-host" of ConfigMap "egov-config"), DB_NAME (key "db-name" of ConfigMap "egov-config")'
+
+
+def _no_secret(api: Api) -> str:
+    api.core.delete_namespaced_secret("db", api.namespace)
+    return 'DB_USER (key "username" of Secret "db"), DB_PASSWORD (key "password" of Secret "db")'
+
+
+def _no_key_in_the_config_map(api: Api) -> str:
+    api.core.patch_namespaced_config_map("egov-config", api.namespace, {"data": {"db-name": None}})
+    return 'DB_NAME (key "db-name" of ConfigMap "egov-config")'
+
+
+def _no_key_in_the_secret(api: Api) -> str:
+    api.core.patch_namespaced_secret("db", api.namespace, {"data": {"password": None}})
+    return 'DB_PASSWORD (key "password" of Secret "db")'
+
+
+@pytest.mark.parametrize(
+    "remove", [_no_config_map, _no_secret, _no_key_in_the_config_map, _no_key_in_the_secret], ids=lambda f: f.__name__
+)
+def test_what_is_missing_is_named_within_30_seconds(
+    release: Release, api: Api, cluster: Cluster, database: Database, remove: Callable[[Api], str]
+) -> None:
+    missing = remove(api)
+    result = release.upgrade()
+    assert (result.returncode, result.seconds < 30) == (1, True), result.seconds
+    cure = f'create it in namespace "{api.namespace}", or set "db" or "extraEnv" to where it is'
+    result.line(f"FAILED: no value for {missing}: {cure} {DATABASE}", times=2)  # a second try follows
+    assert api.conditions(JOB)["Failed"] == "BackoffLimitExceeded"
+    assert not contacted(cluster, database)
+
+
+def test_a_secret_that_comes_late_is_found_by_the_second_try(release: Release, api: Api, database: Database) -> None:
+    login = api.core.read_namespaced_secret("db", api.namespace)
+    api.core.delete_namespaced_secret("db", api.namespace)
+    upgrade = release.upgrading()
+    until(lambda: any("FAILED: no value for DB_USER" in log for log in api.logs(JOB)))
+    login.metadata = {"name": "db"}
+    api.core.create_namespaced_secret(api.namespace, login)
+    result = upgrade.wait()
+    assert (result.returncode, database.at) == (0, ["001"]), result.text
+
+
+def test_a_wrong_password_ends_the_job_at_once_and_is_not_shown(release: Release, api: Api, database: Database) -> None:
+    api.core.patch_namespaced_secret("db", api.namespace, {"stringData": {"password": "c4n4ry-but-wrong"}})
+    result = release.upgrade()
+    assert result.returncode == 1
+    result.line(
+        f"FAILED: cannot connect to database {database.name} at postgres.hcm-fixtures:5432 as {database.role}: ",
+        f'FATAL: password authentication failed for user "{database.role}"',
+        "; check DB_USER and DB_PASSWORD",
+    )
+    assert (api.conditions(JOB)["Failed"], len(api.pods(JOB))) == ("PodFailurePolicy", 1)
+
+
+@pytest.fixture
+def service(api: Api) -> str:
+    """A Service with no server behind it yet: where the ConfigMap says that the database is."""
+    api.core.create_namespaced_service(
+        api.namespace, {"metadata": {"name": "late"}, "spec": {"ports": [{"port": 5432}]}}
+    )
+    host = f"late.{api.namespace}"
+    api.core.patch_namespaced_config_map("egov-config", api.namespace, {"data": {"db-host": host}})
+    return host
+
+
+def test_a_database_that_is_not_there_yet_is_waited_for(
+    release: Release, api: Api, database: Database, service: str
+) -> None:
+    upgrade = release.upgrading()
+    waiting = f'INFO waiting, up to 90 s more: connection to server at "{service}"'
+    until(lambda: any(waiting in log for log in api.logs(JOB)))
+    (pod,) = api.core.list_namespaced_pod("hcm-fixtures", label_selector="app=postgres").items
+    server = {"addresses": [{"ip": pod.status.pod_ip}], "ports": [{"port": 5432}]}
+    api.core.create_namespaced_endpoints(api.namespace, {"metadata": {"name": "late"}, "subsets": [server]})
+    result = upgrade.wait()
+    assert (result.returncode, database.at) == (0, ["001"]), result.text
+    result.line(waiting, "Connection refused")
+
+
+def test_a_database_that_never_comes_is_given_up_in_bounded_time(release: Release, api: Api, service: str) -> None:
+    wait = {"name": "MIGRATION_WAIT_SECONDS", "value": "2"}
+    values = {"extraEnv": [*release.values["extraEnv"], wait], "job": {"backoffLimit": 0}}
+    result = release.upgrade(values)
+    assert (result.returncode, result.seconds < 30) == (1, True), result.seconds
+    result.line(
+        "FAILED: no connection to database ",
+        f" at {service}:5432 ",
+        " in 2 s: ",
+        "Connection refused",
+        "; check that the server runs and DB_HOST, DB_PORT and the network, or raise MIGRATION_WAIT_SECONDS",
+    )
+    assert api.conditions(JOB)["Failed"] == "BackoffLimitExceeded"
+
+
+@pytest.fixture
+def tls_only(cluster: Cluster, database: Database) -> Iterator[None]:
+    """The server lets the test's role in by TLS only; its certificate is signed by the git server's CA."""
+    make = """set -e; cd $(mktemp -d); k=/srv/keys; openssl req -x509 -newkey rsa:2048 -nodes -days 30 \
+        -subj /CN=postgres -addext subjectAltName=DNS:postgres.hcm-fixtures -addext basicConstraints=critical,CA:FALSE \
+        -CA $k/ca.crt -CAkey $k/ca.key -keyout key -out crt 2>/dev/null; cat key crt"""
+    pem = cluster.kubectl("exec", "-n", "hcm-fixtures", "deploy/server", "--", "sh", "-c", make)
+    server = make_url(cluster.postgres_url())
+    place = execute(server, "SHOW data_directory")[0][0]
+
+    def in_pod(script: str, stdin: str = "") -> None:
+        words = ["exec", "-i", "-n", "hcm-fixtures", "deploy/postgres", "--", "sh", "-c", f"cd {place} && {script}"]
+        cluster.kubectl(*words, input=stdin)
+        execute(server, "SELECT pg_reload_conf()")
+
+    owned = "chown postgres server.key && chmod 600 server.key"
+    in_pod(f"cat > server.crt && cp server.crt server.key && {owned}", pem)  # each reads its own part of the file
+    execute(server, "ALTER SYSTEM SET ssl = on")
+    in_pod(f"sed -i '1i hostnossl all {database.role} all reject' pg_hba.conf")
+    until(lambda: execute(server, "SHOW ssl")[0][0] == "on")
+    yield
+    in_pod(f"sed -i '/ {database.role} /d' pg_hba.conf")
+
+
+def test_tls_is_used_where_the_server_wants_it_and_checked_against_the_ca(
+    release: Release, api: Api, cluster: Cluster, database: Database, tls_only: None
+) -> None:
+    def checked(ca: str) -> dict:
+        variables = [
+            {"name": "PGSSLMODE", "value": "verify-full"},
+            {"name": "PGSSLROOTCERT", "value": "/etc/ca/ca.crt"},
+        ]
+        return {
+            "extraEnv": [*release.values["extraEnv"], *variables],
+            "extraVolumes": [{"name": "ca", "configMap": {"name": ca}}],
+            "extraVolumeMounts": [{"name": "ca", "mountPath": "/etc/ca", "readOnly": True}],
+        }
+
+    never = {"extraEnv": [*release.values["extraEnv"], {"name": "PGSSLMODE", "value": "disable"}]}
+    refused = release.upgrade(never)
+    assert refused.returncode == 1
+    refused.line("FAILED: cannot connect to database", "no encryption", "; set PGSSLMODE=require")
+    other = release.upgrade(checked("kube-root-ca.crt"))
+    assert other.returncode == 1
+    other.line(
+        "FAILED: cannot connect to database", "certificate verify failed", "; set PGSSLROOTCERT to the CA's file"
+    )
+    assert not contacted(cluster, database)
+    api.config_map("database-ca", **{"ca.crt": cluster.server_file("ca.crt")})
+    result = release.upgrade(checked("database-ca"))
+    assert (result.returncode, database.at) == (0, ["001"]), result.text

@@ -1,0 +1,103 @@
+"""chart-testing, as the chart's repository would run it: `ct lint` and `ct install` with ct.yaml."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.install.conftest import OWN_IMAGE
+from tests.install.helpers import Api
+from tests.install.test_lifecycle import TABLE
+from tests.migrations.conftest import Database
+from tools.binaries import find_or_build, source_folder
+from tools.cluster import Cluster
+from tools.steps import ROOT, run
+
+Ct = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A clone of a repository that has this checkout's charts on main."""
+    origin, clone = tmp_path / "origin", tmp_path / "clone"
+    shutil.copytree(ROOT / "charts", origin / "charts")
+    shutil.copy(ROOT / "ct.yaml", origin)
+    git(origin, "init", "--quiet", "--initial-branch=main")
+    commit(origin)
+    git(tmp_path, "clone", "--quiet", str(origin), str(clone))
+    return clone
+
+
+def git(folder: Path, *words: str) -> str:
+    who = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+    return run(["git", "-C", folder, *who, *words], env={"PATH": os.environ["PATH"], "HOME": str(folder)})
+
+
+def commit(folder: Path) -> None:
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--message=test")
+
+
+@pytest.fixture
+def ct(folder: Path, tmp_path: Path, cluster: Cluster) -> Ct:
+    """Runs ct in the clone, with Helm 4 and this project's other tools."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("helm", "kubectl"):
+        (programs / name).symlink_to(find_or_build(name))
+    for name in ("yamale", "yamllint"):
+        (programs / name).symlink_to(Path(sys.executable).with_name(name))
+    environment = {"PATH": f"{programs}:{os.environ['PATH']}", "HOME": str(tmp_path), "KUBECONFIG": cluster.kubeconfig}
+
+    def ct(*words: str | Path) -> subprocess.CompletedProcess[str]:
+        command = [find_or_build("ct"), *words, "--config", "ct.yaml"]
+        return subprocess.run(command, cwd=folder, env=environment, text=True, stdout=-1, stderr=subprocess.STDOUT)
+
+    return ct
+
+
+def test_ct_lint_passes_and_wants_a_new_version_for_every_change(ct: Ct, folder: Path) -> None:
+    settings = source_folder("ct") / "etc"
+    lint = ["lint", "--chart-yaml-schema", settings / "chart_schema.yaml", "--lint-conf", settings / "lintconf.yaml"]
+    chart = folder / "charts" / "hcm-db-migrations"
+    values = chart / "values.yaml"
+    values.write_text(values.read_text() + "# A change.\n")
+    commit(folder)
+    refused = ct(*lint)
+    assert refused.returncode == 1
+    assert "chart version not ok. Needs a version bump!" in refused.stdout
+    metadata = chart / "Chart.yaml"
+    metadata.write_text(metadata.read_text().replace("\nversion: 0.", "\nversion: 1."))
+    commit(folder)
+    passed = ct(*lint)
+    assert passed.returncode == 0, passed.stdout
+    assert "All charts linted successfully" in passed.stdout
+    for file in sorted(path.name for path in (chart / "ci").iterdir()):
+        assert f'Linting chart with values file "{chart.relative_to(folder)}/ci/{file}"' in passed.stdout
+    assert "Validation success!" in passed.stdout  # yamale, of Chart.yaml
+
+
+def test_ct_install_installs_and_tests_every_file_in_ci(
+    ct: Ct, api: Api, cluster: Cluster, database: Database, folder: Path, shared: dict
+) -> None:
+    values = {"namespace": api.namespace}
+    images = cluster.image_values()
+    for name, image in {"git.image": images.get("git", {}).get("image", {}), "image": images.get("image", {})}.items():
+        values |= {f"{name}.{key}": value for key, value in image.items()}
+    if shared["own image"]:
+        values |= {f"image.{key}": value for key, value in OWN_IMAGE.items()} | {"requirements": ""}
+    sets = " ".join(f"--set={key}={value}" for key, value in values.items())
+    chart = "charts/hcm-db-migrations"
+    installed = ct("install", "--charts", chart, "--namespace", api.namespace, "--helm-extra-set-args", sets)
+    assert installed.returncode == 0, installed.stdout
+    files = sorted(path.name for path in (folder / chart / "ci").iterdir())
+    for file in files:
+        assert f'Installing chart with values file "{chart}/ci/{file}"' in installed.stdout
+    assert installed.stdout.count("Phase:          Succeeded") == len(files)
+    assert (database.at, database.relations) == (["001"], TABLE)

@@ -1,0 +1,180 @@
+"""Where the code comes from: every way to name and to reach a repository, and what a person reads when that fails."""
+
+from __future__ import annotations
+
+import base64
+import secrets
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.install.helpers import Api, Release, Repository, contacted
+from tests.migrations.conftest import Database
+from tools.cluster import Cluster
+
+JOB = "hcm-db-migration-1"
+GIT = '(README.md of the chart, "Git access")'
+# A failed run is tried again after 10 s, with the same end.
+ONE_TRY = {"job": {"backoffLimit": 0}}
+
+
+@pytest.mark.parametrize("kind", ["branch", "tag", "commit", "folder"])
+def test_a_run_takes_exactly_the_ref_and_the_folder_that_are_named(
+    release: Release, repository: Repository, database: Database, kind: str
+) -> None:
+    repository.revision("002", "CREATE TABLE chosen ()")
+    git = {"branch": "feature/chosen"}
+    if kind == "folder":
+        git["path"] = "services/reports/schema"
+        folder = repository.folder / git["path"]
+        folder.mkdir(parents=True)
+        for name in ("alembic.ini", "migrations", "requirements.txt"):
+            shutil.move(repository.folder / name, folder)
+    if kind == "tag":
+        git["branch"] = "v1.0"
+    commit = repository.push("refs/tags/v1.0" if kind == "tag" else "refs/heads/feature/chosen")
+    if kind == "commit":
+        git["branch"] = commit
+        repository.push("refs/heads/feature/chosen")
+    command = release.upgrading({"git": git})
+    result = command.wait()
+    assert result.returncode == 0, result.text
+    assert f"ref {git['branch']}, commit {commit}, path {git.get('path', '.')}" in command.output
+    assert database.at == ["002"]
+    assert "chosen" in database.relations
+
+
+def _other_host_key() -> str:
+    parts = (b"ssh-ed25519", secrets.token_bytes(32))
+    return base64.b64encode(b"".join(len(part).to_bytes(4, "big") + part for part in parts)).decode()
+
+
+@pytest.fixture
+def over_ssh(api: Api, repository: Repository) -> dict[str, Any]:
+    return {"git": {"repo": f"git@server.hcm-fixtures:{repository.name}"}, **ONE_TRY}
+
+
+def test_an_ssh_key_and_the_servers_known_key_let_a_run_in(
+    release: Release, api: Api, cluster: Cluster, database: Database, over_ssh: dict
+) -> None:
+    api.secret("git-creds", ssh=cluster.server_file("ssh"), known_hosts=cluster.server_file("known_hosts"))
+    result = release.upgrade(over_ssh)
+    assert (result.returncode, database.at) == (0, ["001"]), result.text
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [("host key", "Host key verification failed."), ("user's key", "Permission denied (publickey).")],
+)
+def test_over_ssh_a_wrong_key_ends_the_run_before_the_database_is_contacted(
+    release: Release, api: Api, cluster: Cluster, database: Database, over_ssh: dict, wrong: str, reason: str
+) -> None:
+    key, known_hosts = cluster.server_file("ssh"), cluster.server_file("known_hosts")
+    if wrong == "host key":
+        known_hosts = f"server.hcm-fixtures ssh-ed25519 {_other_host_key()}\n"
+    else:
+        make = "cd $(mktemp -d) && ssh-keygen -q -t ed25519 -N '' -f key && cat key"
+        key = cluster.kubectl("exec", "-n", "hcm-fixtures", "deploy/server", "--", "sh", "-c", make)
+    api.secret("git-creds", ssh=key, known_hosts=known_hosts)
+    result = release.upgrade(over_ssh)
+    assert result.returncode == 1
+    result.line(f'FAILED: no checkout of "main" from "{over_ssh["git"]["repo"]}": ', reason, GIT)
+    assert not contacted(cluster, database)
+
+
+def test_ssh_without_its_secret_names_the_secret_and_its_keys(release: Release, api: Api, over_ssh: dict) -> None:
+    result = release.upgrade(over_ssh)
+    assert result.returncode == 1
+    result.line(
+        f'FAILED: no checkout of "main" from "{over_ssh["git"]["repo"]}": no value for key "ssh" of Secret "git-creds"'
+        f' in namespace "{api.namespace}"; no value for key "known_hosts" of Secret "git-creds" in namespace'
+        f' "{api.namespace}" {GIT}'
+    )
+
+
+@pytest.fixture
+def over_https(api: Api, cluster: Cluster, repository: Repository) -> dict[str, Any]:
+    """Values for HTTPS with a token, under a private CA."""
+    api.secret("git-https", username="git", password=cluster.passwords["TOKEN"])
+    api.config_map("git-ca", **{"ca.crt": cluster.server_file("ca.crt")})
+    address = f"https://server.hcm-fixtures/git/{repository.name}.git"
+    return {"git": {"repo": address, "httpsSecretName": "git-https", "ca": {"configMapName": "git-ca"}}, **ONE_TRY}
+
+
+def test_a_token_and_a_private_ca_let_a_run_in(release: Release, database: Database, over_https: dict) -> None:
+    result = release.upgrade(over_https)
+    assert (result.returncode, database.at) == (0, ["001"]), result.text
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ("token", "Authentication failed for 'https://server.hcm-fixtures/git/"),
+        ("CA", "server certificate verification failed"),
+    ],
+)
+def test_over_https_a_wrong_token_or_ca_ends_the_run_before_the_database_is_contacted(
+    release: Release, api: Api, cluster: Cluster, database: Database, over_https: dict, wrong: str, reason: str
+) -> None:
+    if wrong == "token":
+        api.secret("wrong", username="git", password=cluster.passwords["TOKEN"][:-1])
+        over_https["git"]["httpsSecretName"] = "wrong"
+    else:
+        over_https["git"]["ca"]["configMapName"] = "kube-root-ca.crt"  # every namespace has it
+    result = release.upgrade(over_https)
+    assert result.returncode == 1
+    result.line(f'FAILED: no checkout of "main" from "{over_https["git"]["repo"]}": ', reason, GIT)
+    assert not contacted(cluster, database)
+
+
+def _unknown_ref(repository: Repository, api: Api) -> tuple[dict, list[str]]:
+    words = [
+        f'FAILED: no checkout of "missing" from "{repository.url}": fatal: couldn\'t find remote ref missing {GIT}',
+    ]
+    return {"git": {"branch": "missing"}}, words
+
+
+def _server_down(repository: Repository, api: Api) -> tuple[dict, list[str]]:
+    service = {"metadata": {"name": "git"}, "spec": {"ports": [{"port": 80}]}}  # with no pod behind it
+    api.core.create_namespaced_service(api.namespace, service)
+    address = f"http://git.{api.namespace}/schema.git"
+    return {"git": {"repo": address}}, [f'FAILED: no checkout of "main" from "{address}": fatal: unable to access', GIT]
+
+
+def _no_such_folder(repository: Repository, api: Api) -> tuple[dict, list[str]]:
+    reason = f'FAILED: no folder "nowhere" in commit <commit>: set "git.path" to the one with alembic.ini {GIT}'
+    return {"git": {"path": "nowhere"}}, [reason]
+
+
+def _no_alembic_ini(repository: Repository, api: Api) -> tuple[dict, list[str]]:
+    cure = 'set "git.path" to the folder that has it'
+    return {"git": {"path": "migrations"}}, [f'FAILED: no alembic.ini in "migrations" of commit <commit>: {cure} {GIT}']
+
+
+def _no_revisions(repository: Repository, api: Api) -> tuple[dict, list[str]]:
+    versions = repository.folder / "migrations" / "versions"
+    for file in versions.iterdir():
+        file.unlink()
+    (versions / ".gitkeep").touch()
+    repository.push()
+    place = "/workspace/git/.worktrees/<commit>/migrations/versions"
+    cure = "check the branch and the path of the checkout (in the chart: 'git.branch' and 'git.path')"
+    return {}, [f"FAILED: no revisions found in {place}; nothing was done: {cure}"]
+
+
+@pytest.mark.parametrize("prepare", [_unknown_ref, _server_down, _no_such_folder, _no_alembic_ini, _no_revisions])
+def test_what_is_wrong_with_the_code_stands_in_helms_output_and_the_database_is_not_contacted(
+    release: Release,
+    api: Api,
+    cluster: Cluster,
+    repository: Repository,
+    database: Database,
+    prepare: Callable[[Repository, Api], tuple[dict, list[str]]],
+) -> None:
+    values, words = prepare(repository, api)
+    result = release.upgrade({**values, **ONE_TRY})
+    assert result.returncode == 1
+    result.line(*words)
+    assert (list(api.conditions(JOB)), contacted(cluster, database)) == (["FailureTarget", "Failed"], False)

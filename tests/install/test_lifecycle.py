@@ -1,0 +1,175 @@
+"""What happens to the schema over a release's life: install, upgrade, failure, helm test, rollback, uninstall."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.install.helpers import Api, Release, Repository, contacted
+from tests.migrations.conftest import Database
+from tools.cluster import Cluster
+
+JOB = "hcm-db-migration"
+TABLE = [
+    "hcm_report_metadata",
+    "hcm_report_metadata_id_seq",
+    "hcm_report_metadata_pkey",
+    "idx_hcm_report_campaign",
+    "idx_hcm_report_campaign_report_freq",
+    "idx_hcm_report_frequency",
+    "idx_hcm_report_name",
+    "idx_hcm_report_trigger_date",
+]
+NOTHING_TO_DO = "HH:MM:SS INFO at 001 (head): nothing to do"
+
+
+def test_install_migrates_an_empty_database_says_how_and_leaves_no_job(
+    release: Release, api: Api, cluster: Cluster, repository: Repository, database: Database, with_pip: dict
+) -> None:
+    commit = repository.git("rev-parse", "HEAD")
+    command = release.upgrading(with_pip)
+    result = command.wait()
+    assert result.returncode == 0, result.text
+    assert f"commit {commit}" in command.output
+    assert contacted(cluster, database)  # other tests rely on that this can be seen
+    server = database.scalar("SHOW server_version")
+    log = [
+        f"code: repository {repository.url}, ref main, commit <commit>, path .",
+        f"HH:MM:SS INFO database {database.name} at postgres.hcm-fixtures:5432 as {database.role}, schema public,"
+        f" PostgreSQL {server}",
+        "HH:MM:SS INFO at base (the head is 001); to do: 1 (001 create_hcm_report_metadata)",
+        "HH:MM:SS INFO running upgrade  -> 001, create_hcm_report_metadata",
+        "HH:MM:SS INFO done in N.NN s",
+        "HH:MM:SS INFO now at 001 (head)",
+    ]
+    assert "\n".join(log) in result.text, result.text
+    assert (database.relations, database.at) == (TABLE, ["001"])
+    assert (api.jobs(), api.pods()) == ([], [])
+
+
+@pytest.mark.parametrize("version", [3, 4])
+def test_an_upgrade_does_nothing_until_a_revision_is_pushed(
+    releases: Callable[..., Release], api: Api, repository: Repository, database: Database, version: int
+) -> None:
+    release = releases(api, version)
+    assert release.upgrade().returncode == 0
+    before = database.dump()
+    again = release.upgrade()
+    assert again.returncode == 0
+    assert database.dump() == before
+    repository.revision("002", "ALTER TABLE hcm_report_metadata ADD COLUMN status VARCHAR(50)")
+    repository.push()
+    upgrade = release.upgrade()
+    assert (upgrade.returncode, database.at) == (0, ["002"])
+    columns = "SELECT attname FROM pg_attribute WHERE attrelid = 'hcm_report_metadata'::regclass AND attname = 'status'"
+    assert database.execute(columns) == [("status",)]
+    assert (api.jobs(), release.status()) == ([], "deployed")
+    if version == 4:  # Helm 3.17 does not print a hook's log
+        again.line(NOTHING_TO_DO)
+        upgrade.line("HH:MM:SS INFO running upgrade 001 -> 002, test")
+
+
+def test_uninstall_leaves_the_schema_and_nothing_else_and_a_reinstall_finds_it(
+    release: Release, api: Api, database: Database
+) -> None:
+    assert release.upgrade().returncode == 0
+    uninstall = release.run("uninstall", release.name)
+    assert uninstall.returncode == 0, uninstall.text
+    configs = [found.metadata.name for found in api.core.list_namespaced_config_map(api.namespace).items]
+    assert (sorted(configs), api.jobs(), api.pods()) == (["egov-config", "kube-root-ca.crt"], [], [])
+    assert (database.relations, database.at) == (TABLE, ["001"])
+    reinstall = release.upgrade()
+    assert (reinstall.returncode, release.status()) == (0, "deployed")
+    reinstall.line(NOTHING_TO_DO)
+
+
+def test_a_rollback_leaves_the_schema_and_the_next_upgrade_to_that_code_says_so(
+    release: Release, api: Api, repository: Repository, database: Database
+) -> None:
+    old = {"git": {"branch": repository.push("refs/heads/v1")}}
+    repository.revision("002", "CREATE TABLE added ()")
+    new = {"git": {"branch": repository.push("refs/heads/v2")}}
+    assert release.upgrade(old).returncode == 0
+    assert release.upgrade(new).returncode == 0
+    rollback = release.run("rollback", release.name, "1")
+    assert rollback.returncode == 0, rollback.text
+    assert (database.at, api.jobs()) == (["002"], [])
+    upgrade = release.upgrade(old)
+    assert upgrade.returncode == 1
+    upgrade.line(
+        "FAILED: the database is at 002, which this code (head 001) does not know; deploy the code that knows it, or,"
+        " where the version table is another project's, set ALEMBIC_VERSION_TABLE or DB_SCHEMA; see 'Troubleshooting'"
+        " in README.md"
+    )
+    assert (database.at, api.conditions(f"{JOB}-4")["Failed"]) == (["002"], "PodFailurePolicy")
+
+
+def test_a_failed_run_shows_its_reason_leaves_job_pod_and_log_and_the_next_upgrade_just_works(
+    release: Release, api: Api, repository: Repository, database: Database
+) -> None:
+    repository.revision("002", "CREATE TABLE kept ()")
+    broken = repository.revision("003", "CREATE TABLE lost ()", "ALTER TABLE missing ADD COLUMN status text")
+    repository.push()
+    failed = release.upgrade()
+    assert failed.returncode == 1
+    reason = (
+        f'FAILED: revision 003 ({broken.name}) failed: relation "missing" does not exist, at {broken.name}, line 7;'
+        " rolled back at 002; mend it, then run again"
+    )
+    failed.line(reason)
+    failed.line("HH:MM:SS INFO running upgrade 001 -> 002, test")
+    assert api.jobs() == [f"{JOB}-1"]
+    assert api.conditions(f"{JOB}-1")["Failed"] == "PodFailurePolicy"
+    (log,) = api.logs(f"{JOB}-1")
+    assert reason in log.splitlines()[-2:]  # Alembic logs it, too
+    assert (database.at, [*TABLE, "kept"]) == (["002"], database.relations)
+    assert release.status() == "failed"
+
+    repository.revision("003", "CREATE TABLE third ()")
+    repository.push()
+    mended = release.upgrade()
+    assert (mended.returncode, database.at, release.status()) == (0, ["003"], "deployed")
+    mended.line("HH:MM:SS INFO at 002 (the head is 003); to do: 1 (003 test)")
+    assert api.jobs() == [f"{JOB}-1"]  # until its time to live ends
+
+
+def test_helm_test_is_green_after_an_install_and_red_when_the_schema_is_behind(
+    release: Release, api: Api, repository: Repository, database: Database
+) -> None:
+    assert release.upgrade().returncode == 0
+    green = release.run("test", release.name)
+    assert green.returncode == 0, green.text
+    green.line("Phase:", "Succeeded")
+    repository.revision("002", "CREATE TABLE added ()")
+    repository.push()
+    red = release.run("test", release.name)
+    assert red.returncode == 1
+    red.line(
+        'FAILED: alembic current did not say "(head)": the database is not at the head of "main" as it is now;'
+        ' run helm upgrade (README.md of the chart, "helm test")'
+    )
+    assert database.at == ["001"]
+
+
+@pytest.mark.parametrize(("version", "rollback"), [(3, "--atomic"), (4, "--rollback-on-failure")])
+def test_wait_succeeds_and_a_failed_upgrade_is_rolled_back_to_the_release_before(
+    releases: Callable[..., Release],
+    api: Api,
+    repository: Repository,
+    database: Database,
+    version: int,
+    rollback: str,
+) -> None:
+    release = releases(api, version)
+    options = ["--wait", "--timeout", "120s", rollback]
+    assert release.upgrade(None, *options).returncode == 0
+    repository.revision("002", "SELECT 1 / 0")
+    broken = repository.push()
+    failed = release.upgrade({"git": {"branch": broken}}, *options)
+    assert (failed.returncode, release.status(), database.at) == (1, "deployed", ["001"])
+    assert api.core.read_namespaced_config_map(JOB, api.namespace).data["ref"] == "main"
+    (log,) = api.logs(f"{JOB}-2")
+    assert "FAILED: revision 002 (20251202_143000_002_test.py) failed: division by zero" in log
+    if version == 4:
+        failed.line("FAILED: revision 002", "division by zero")

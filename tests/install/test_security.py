@@ -1,0 +1,93 @@
+"""The pod is admitted under the restricted Pod Security Standard, and no secret can be read anywhere."""
+
+from __future__ import annotations
+
+import secrets
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from kubernetes import client
+
+from tests.install.conftest import assert_no_secret
+from tests.install.helpers import Api, Release, Repository, in_node, node
+from tests.install.test_concurrency import JOB, audited, in_002, let_go  # noqa: F401
+from tests.migrations.conftest import CANARY, PASSWORD, Database, until
+from tools.cluster import Cluster
+
+
+def test_the_restricted_pod_security_standard_admits_the_pods_without_a_warning(
+    release: Release, api: Api, database: Database
+) -> None:
+    pod = {"metadata": {"name": "lax"}, "spec": {"containers": [{"name": "lax", "image": "none"}]}}
+    with pytest.raises(client.ApiException, match="violates PodSecurity"):  # the namespace does enforce it
+        api.core.create_namespaced_pod(api.namespace, pod)
+    results = [release.upgrade(), release.run("test", release.name)]
+    assert [result.returncode for result in results] == [0, 0]
+    assert database.at == ["001"]
+    for result in results:
+        assert "warn" not in result.text.lower()
+        assert "PodSecurity" not in result.text
+
+
+@contextmanager
+def watched(cluster: Cluster) -> Iterator[set[str]]:
+    """Collect the command lines of all processes of the node, about 20 times a second."""
+    stop = f"/tmp/{secrets.token_hex(8)}"  # noqa: S108, of the node
+    collect = "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' '; echo"
+    script = f"until [ -e {stop} ]; do sleep 0.05; {collect}; done; rm {stop}"
+    words, environment = in_node(cluster, "sh", "-c", script)
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True, errors="replace")
+    seen: set[str] = set()
+    reader = threading.Thread(target=lambda: seen.update(process.stdout))
+    reader.start()
+    try:
+        yield seen
+    finally:
+        node(cluster, "touch", stop)
+        process.wait(timeout=20)
+        reader.join(timeout=20)
+
+
+def test_password_and_token_are_in_no_log_event_description_manifest_or_process_list(
+    release: Release,
+    api: Api,
+    cluster: Cluster,
+    database: Database,
+    audited: Repository,  # noqa: F811
+) -> None:
+    api.secret("git-https", username="git", password=cluster.passwords["TOKEN"])
+    api.config_map("git-ca", **{"ca.crt": cluster.server_file("ca.crt")})
+    address = f"https://server.hcm-fixtures/git/{audited.name}.git"
+    git = {"repo": address, "httpsSecretName": "git-https", "ca": {"configMapName": "git-ca"}}
+    with watched(cluster) as processes:
+        upgrade = release.upgrading({"git": git}, "--debug")
+        until(lambda: in_002(database), 60)
+        (pod,) = api.pods(JOB)
+        described = [cluster.kubectl("describe", kind, "-n", api.namespace) for kind in ("pods", "jobs", "events")]
+        logs = [api.log(pod, container) for container in ("git-sync", "migrate")]
+        events = cluster.kubectl("get", "events", "-n", api.namespace, "-o", "yaml")
+        pods = cluster.kubectl("get", "pods,jobs", "-n", api.namespace, "-o", "yaml")
+        let_go(database)
+        result = upgrade.wait()
+    assert result.returncode == 0, result.text
+    stored = [release.run("get", what, release.name).text for what in ("manifest", "hooks", "values", "notes")]
+    # Each was found, and is about this run.
+    lines = "\n".join(processes)
+    for text, word in [
+        (described[0], "git-https"),
+        (described[1], JOB),
+        (logs[0], audited.name),
+        (logs[1], database.name),
+        (events, JOB),
+        (pods, JOB),
+        (stored[1], "DB_PASSWORD"),
+        (lines, "alembic upgrade head"),
+        (lines, "--password-file=/etc/git-sync/password"),
+    ]:
+        assert word in text
+    for text in [*described, *logs, events, pods, *stored, lines, upgrade.output]:
+        assert_no_secret(cluster, text)
+    assert CANARY in PASSWORD

@@ -1,0 +1,140 @@
+"""Other ways to run the chart: an image of one's own, no hook, other commands, an umbrella, a foreign folder."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.install.helpers import CHART, Api, Release, Repository
+from tests.install.test_lifecycle import NOTHING_TO_DO, TABLE
+from tests.migrations.conftest import PASSWORD, Database, until
+
+JOB = "hcm-db-migration-1"
+
+
+def test_an_image_with_its_own_dependencies_needs_no_pip_and_nothing_but_git_and_the_database(
+    release: Release, api: Api, repository: Repository, database: Database, shared: dict
+) -> None:
+    """Any pip would fail: there is no requirements.txt, and no index. A network plugin that enforces policies helps."""
+    if not shared["own image"]:
+        pytest.skip("an image cannot be loaded into a cluster that you named: leave out --kubeconfig")
+    peers = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "hcm-fixtures"}}}
+    names = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}}}
+    policy = {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": {"name": "migrations", "namespace": api.namespace},
+        "spec": {
+            "podSelector": {"matchLabels": {"app.kubernetes.io/name": "hcm-db-migrations"}},
+            "policyTypes": ["Egress"],
+            "egress": [{"to": [peers, names]}],
+        },
+    }
+    release.cluster.apply(policy)
+    (repository.folder / "requirements.txt").unlink()
+    repository.push()
+    result = release.upgrade({"extraEnv": [{"name": "PIP_INDEX_URL", "value": "http://127.0.0.1:9/"}]})
+    assert (result.returncode, database.at) == (0, ["001"]), result.text
+    assert "pip" not in result.text
+
+
+def test_without_a_hook_it_is_an_ordinary_job_that_runs_again_when_a_value_changes(
+    release: Release, api: Api, database: Database
+) -> None:
+    options = ("--wait", "--wait-for-jobs", "--timeout", "120s")
+    assert release.upgrade({"hook": ""}, *options).returncode == 0
+    (first,) = api.jobs()
+    assert first.startswith("hcm-db-migration-")
+    assert (api.conditions(first)["Complete"], database.at) == ("CompletionsReached", ["001"])
+    assert release.upgrade({"hook": ""}, *options).returncode == 0
+    assert api.jobs() == [first]
+    changed = release.upgrade({"hook": "", "podLabels": {"changed": "yes"}}, *options)
+    assert changed.returncode == 0
+    (second,) = api.jobs()
+    assert second != first
+    assert NOTHING_TO_DO in api.logs(second)[0]
+
+
+def test_a_plan_is_printed_and_changes_nothing_and_a_downgrade_goes_back_and_forth_again(
+    release: Release, repository: Repository, database: Database
+) -> None:
+    repository.revision("002", "CREATE TABLE added ()", downgrade="DROP TABLE added")
+    repository.push()
+    plan = release.upgrade({"args": ["upgrade", "head", "--sql"]})
+    assert (plan.returncode, database.relations) == (0, []), plan.text
+    for line in ("CREATE TABLE hcm_report_metadata (", "CREATE TABLE added ();", "COMMIT;"):
+        assert line in plan.lines
+    assert release.upgrade().returncode == 0
+    assert database.relations == ["added", *TABLE]
+    back = release.upgrade({"args": ["downgrade", "001"]})
+    assert (back.returncode, database.at, database.relations) == (0, ["001"], TABLE), back.text
+    back.line("HH:MM:SS INFO running downgrade 002 -> 001, test")
+    assert (release.upgrade().returncode, database.at) == (0, ["002"])
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_an_umbrella_chart_runs_it_from_its_package(
+    releases: Callable[..., Release], api: Api, database: Database, tmp_path: Path, enabled: bool
+) -> None:
+    chart = tmp_path / "umbrella"
+    (chart / "templates").mkdir(parents=True)
+    (chart / "templates" / "app.yaml").write_text("apiVersion: v1\nkind: ConfigMap\nmetadata: {name: app}\n")
+    version = yaml.safe_load((CHART / "Chart.yaml").read_text())["version"]
+    dependency = {"name": "hcm-db-migrations", "version": version, "condition": "hcm-db-migrations.enabled"}
+    metadata = {"apiVersion": "v2", "name": "umbrella", "version": "1.0.0", "dependencies": [dependency]}
+    (chart / "Chart.yaml").write_text(yaml.safe_dump(metadata))
+    release = releases(api, name="digit", chart=chart)
+    package = release.start("package", CHART, "--destination", chart / "charts").wait()
+    assert package.returncode == 0, package.text
+    values = {**release.values, "enabled": enabled}
+    release.values = {"global": {"domain": "example.org"}, "egov-user": {"replicas": 1}, "hcm-db-migrations": values}
+    upgrade = release.upgrading()
+    if enabled:
+        until(lambda: api.jobs() == ["digit-hcm-db-migration-1"])
+    result = upgrade.wait()
+    assert (result.returncode, api.core.read_namespaced_config_map("app", api.namespace).data) == (0, None), result.text
+    assert database.relations == (TABLE if enabled else [])
+
+
+FOREIGN = """
+import os
+config.set_main_option("sqlalchemy.url", os.environ["DATABASE_URL"].replace("%", "%%"))
+"""
+
+
+def test_a_folder_made_by_alembic_init_runs_with_its_own_env_py(
+    release: Release, api: Api, repository: Repository, database: Database
+) -> None:
+    for path in ("alembic.ini", "migrations"):
+        path = repository.folder / path
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    alembic = Path(sys.executable).with_name("alembic")
+    subprocess.run([alembic, "init", "migrations"], cwd=repository.folder, check=True, capture_output=True)
+    env = repository.folder / "migrations" / "env.py"
+    anchor = "config = context.config\n"
+    assert anchor in env.read_text()
+    env.write_text(env.read_text().replace(anchor, anchor + FOREIGN))
+    repository.revision("001", "CREATE TABLE theirs ()")
+    first = repository.folder / "migrations/versions/20251202_143000_001_test.py"
+    first.write_text(first.read_text().replace("down_revision = '000'", "down_revision = None"))
+    repository.push()
+    url = database.url.set(host="postgres.hcm-fixtures", port=5432, drivername="postgresql+psycopg2")
+    assert url.password == PASSWORD
+    api.secret("migrations", url=url.render_as_string(hide_password=False))
+    reference = {"secretKeyRef": {"name": "migrations", "key": "url"}}
+    values = {"extraEnv": [*release.values["extraEnv"], {"name": "DATABASE_URL", "valueFrom": reference}]}
+    result = release.upgrade(values)
+    assert (result.returncode, database.relations) == (0, ["theirs"]), result.text
+    result.line(f"code: repository {repository.url}, ref main, commit <commit>, path .")
+    result.line("INFO  [alembic.runtime.migration] Running upgrade  -> 001, test")
+    repository.revision("002", "SELECT 1 / 0")
+    repository.push()
+    failed = release.upgrade({**values, "job": {"backoffLimit": 0}})
+    assert (failed.returncode, database.at) == (1, ["001"])
+    failed.line("sqlalchemy.exc.DataError: (psycopg2.errors.DivisionByZero) division by zero")

@@ -1,0 +1,148 @@
+"""Every command that README.md names, from the repository's root, as Alembic documents it."""
+
+import re
+
+import pytest
+
+from tests.migrations.conftest import Database, Project
+
+ADD_STATUS = (
+    'op.execute("ALTER TABLE hcm_report_metadata ADD COLUMN status VARCHAR(50)")',
+    'op.execute("ALTER TABLE hcm_report_metadata DROP COLUMN status")',
+)
+CONCURRENTLY = (
+    'with op.get_context().autocommit_block():\n    op.execute("CREATE INDEX CONCURRENTLY idx_tenant'
+    ' ON hcm_report_metadata (tenant_id)")'
+)
+
+
+def test_upgrade_and_downgrade_by_one(project: Project, database: Database) -> None:
+    project.add("002", *ADD_STATUS)
+    for arguments, at in [
+        (("upgrade", "+1"), ["001"]),
+        (("upgrade", "+1"), ["002"]),
+        (("downgrade", "-1"), ["001"]),
+        (("upgrade", "head"), ["002"]),
+        (("downgrade", "base"), []),
+    ]:
+        result = project.alembic(*arguments)
+        assert (result.returncode, result.stdout, database.at) == (0, "", at), result.stderr
+
+
+def test_upgrade_beyond_the_head_changes_nothing(project: Project, database: Database) -> None:
+    assert project.alembic("upgrade", "head").returncode == 0
+    result = project.alembic("upgrade", "+1")
+    assert (result.returncode, database.at) == (255, ["001"])
+    assert result.failure == "Relative revision +1 didn't produce 1 migrations"
+
+
+def test_current_prints_the_revision_and_nothing_else(project: Project) -> None:
+    assert project.alembic("current").stdout == ""
+    assert project.alembic("upgrade", "head").returncode == 0
+    result = project.alembic("current")
+    assert (result.returncode, result.stdout) == (0, "001 (head)\n")
+
+
+@pytest.mark.parametrize("arguments", [("current",), ("history", "-i"), ("show", "current")])
+def test_commands_that_only_read_change_nothing(project: Project, database: Database, arguments: tuple) -> None:
+    assert project.alembic(*arguments).returncode == 0
+    assert database.scalar("SELECT to_regclass('alembic_version')") is None
+
+
+def test_stamp_records_the_head_and_runs_nothing(project: Project, database: Database) -> None:
+    result = project.alembic("stamp", "head")
+    assert (result.returncode, database.at, database.relations) == (0, ["001"], [])
+
+
+def test_stamp_purge_forgets_an_unknown_revision(project: Project, database: Database) -> None:
+    assert project.alembic("upgrade", "head").returncode == 0
+    database.execute("UPDATE alembic_version SET version_num = 'gone'")
+    assert project.alembic("stamp", "--purge", "001").returncode == 0
+    assert database.at == ["001"]
+
+
+HISTORY = "001 -> 002 (head), add\n<base> -> 001, create_hcm_report_metadata\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdout"),
+    [
+        (("history",), HISTORY),
+        (("history", "-r", "001:"), HISTORY),
+        (("heads",), "002 (head)\n"),
+        (("branches",), ""),
+    ],
+    ids=" ".join,
+)
+def test_commands_on_files_need_no_database(files: Project, arguments: tuple, stdout: str) -> None:
+    files.add("002", *ADD_STATUS)
+    result = files.alembic(*arguments)
+    assert (result.returncode, result.stdout, result.stderr) == (0, stdout, "")
+
+
+@pytest.mark.parametrize("arguments", [("history", "--verbose"), ("heads", "--verbose"), ("show", "002")], ids=" ".join)
+def test_verbose_commands_need_no_database(files: Project, arguments: tuple) -> None:
+    path = files.add("002", *ADD_STATUS)
+    result = files.alembic(*arguments)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith(f"Rev: 002 (head)\nParent: 001\nPath: {path}\n")
+
+
+def test_merge_needs_no_database_and_makes_one_head(files: Project) -> None:
+    files.add("002", name="left")
+    files.add("003", name="right", down="001")
+    result = files.alembic("merge", "-m", "both", "002", "003")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert re.fullmatch(r"\w+ \(head\)\n", files.alembic("heads").stdout)
+
+
+def test_history_marks_where_the_database_stands(project: Project) -> None:
+    project.add("002", *ADD_STATUS)
+    assert project.alembic("upgrade", "001").returncode == 0
+    result = project.alembic("history", "-i")
+    assert result.stdout == "001 -> 002 (head), add\n<base> -> 001 (current), create_hcm_report_metadata\n"
+    assert project.alembic("history", "-r", "current:").stdout == result.stdout.replace(" (current)", "")
+    assert "Rev: 001\n" in project.alembic("show", "current").stdout
+
+
+@pytest.mark.parametrize("schema", [None, "re ports"])
+@pytest.mark.parametrize("upgrade", [ADD_STATUS[0], CONCURRENTLY], ids=["transaction", "autocommit_block"])
+def test_the_sql_of_an_upgrade_does_what_the_upgrade_does(
+    project: Project, database: Database, upgrade: str, schema: str | None
+) -> None:
+    project.add("002", upgrade)
+    plan = project.alembic(
+        "upgrade", "head", "--sql", DATABASE_URL="postgresql://nobody@127.0.0.1:1/x", DB_SCHEMA=schema
+    )
+    assert plan.returncode == 0, plan
+    assert plan.stdout.splitlines()[0] == "SET lock_timeout = '3s';"
+    if schema:
+        database.execute(f'CREATE SCHEMA "{schema}" AUTHORIZATION {database.role}')
+    empty = database.dump()
+    database.psql(plan.stdout)
+    planned = database.dump()
+    namespace = f'"{schema}".' if schema else ""
+    database.execute(f"DROP TABLE {namespace}hcm_report_metadata, {namespace}alembic_version")
+    assert database.dump() == empty
+    result = project.alembic("upgrade", "head", DB_SCHEMA=schema)
+    assert result.returncode == 0, result
+    assert database.dump() == planned
+
+
+def test_the_sql_of_a_downgrade_undoes_the_upgrade(project: Project, database: Database) -> None:
+    assert project.alembic("upgrade", "head").returncode == 0
+    plan = project.alembic("downgrade", "001:base", "--sql")
+    database.psql(plan.stdout)
+    assert (database.relations, database.at) == ([], [])
+
+
+def test_the_version_table_has_a_name_and_a_schema_of_choice(project: Project, database: Database) -> None:
+    database.execute(f'CREATE SCHEMA "re ports" AUTHORIZATION {database.role}')
+    for _ in range(2):
+        result = project.alembic("upgrade", "head", DB_SCHEMA="re ports", ALEMBIC_VERSION_TABLE="Hcm-Version")
+        assert result.returncode == 0, result
+    assert result.lines[-1] == "HH:MM:SS INFO at 001 (head): nothing to do"
+    query = "SELECT tablename FROM pg_tables WHERE schemaname = 're ports' ORDER BY 1"
+    assert database.execute(query) == [("Hcm-Version",), ("hcm_report_metadata",)]
+    assert database.scalar('SELECT version_num FROM "re ports"."Hcm-Version"') == "001"
+    assert database.relations == []

@@ -1,0 +1,149 @@
+"""Revisions that reach for what is the run's: none may pass for done that is not, or spoil the next one's session."""
+
+import pytest
+
+from tests.migrations.conftest import Database, Project
+from tests.migrations.test_safety import FILE
+
+TABLE = 'op.execute("CREATE TABLE a (x int)")\n'
+
+
+@pytest.mark.parametrize(
+    ("body", "statements", "stays"),
+    [
+        (TABLE + 'op.execute("ROLLBACK")', "CREATE TABLE a (x int); ROLLBACK", []),
+        (TABLE + "op.get_bind().rollback()", "CREATE TABLE a (x int)", []),
+        (
+            'op.execute("BEGIN; CREATE TABLE a (x int); COMMIT")\nop.execute("SELECT 1 / 0")',
+            "BEGIN; CREATE TABLE a (x int); COMMIT",
+            ["a"],
+        ),
+        (TABLE + 'op.execute("COMMIT")', "CREATE TABLE a (x int); COMMIT", ["a"]),
+        (TABLE + "op.get_bind().connection.dbapi_connection.commit()", "CREATE TABLE a (x int)", ["a"]),
+    ],
+    ids=["ROLLBACK", "rollback()", "BEGIN and COMMIT", "COMMIT", "commit() of the driver"],
+)
+def test_a_revision_that_ends_its_transaction_is_not_done(
+    project: Project, database: Database, body: str, statements: str, stays: list[str]
+) -> None:
+    assert project.alembic("upgrade", "head").returncode == 0
+    before = set(database.relations)
+    project.add("002", body)
+    result = project.alembic("upgrade", "head")
+    assert (result.returncode, database.at, sorted(set(database.relations) - before)) == (255, ["001"], stays)
+    assert result.failure == (
+        f"revision 002 ({FILE.format('002')}) ended its transaction by itself (COMMIT or ROLLBACK, commit() or"
+        f" rollback()); look what stays of: {statements}; rolled back at 001; leave that to the run, or use"
+        " op.get_context().autocommit_block()"
+    )
+
+
+def test_savepoints_and_autocommit_blocks_are_a_revisions_own(project: Project, database: Database) -> None:
+    project.add("002", "with op.get_bind().begin_nested():\n    op.execute('CREATE TABLE a (x int)')")
+    block = "with op.get_context().autocommit_block():\n    op.execute('CREATE INDEX CONCURRENTLY b ON a (x)')\n"
+    project.add("003", f"op.execute('INSERT INTO a VALUES (1)')\n{block}op.execute('INSERT INTO a VALUES (2)')")  # noqa: S608
+    result = project.alembic("upgrade", "head")
+    assert (result.returncode, database.at, database.execute("SELECT x FROM a")) == (0, ["003"], [(1,), (2,)]), result
+
+
+@pytest.mark.parametrize("error", ["SystemExit(0)", "SystemExit", "KeyboardInterrupt"])
+def test_a_revision_that_exits_is_a_failure(project: Project, database: Database, error: str) -> None:
+    project.add("002", f"{TABLE}raise {error}")
+    result = project.alembic("upgrade", "head")
+    assert (result.returncode, database.at) == (255, ["001"])
+    name = FILE.format("002")
+    said = error.replace("(0)", ": 0")
+    assert result.failure == (
+        f"revision 002 ({name}) failed: {said}, at {name}, line 8; rolled back at 001; mend it, then run again"
+    )
+
+
+def test_a_revision_that_moves_the_search_path_moves_nothing_else(project: Project, database: Database) -> None:
+    database.execute(f"CREATE SCHEMA other AUTHORIZATION {database.role}")
+    database.execute("CREATE TABLE other.alembic_version (version_num varchar(32) PRIMARY KEY)")
+    database.execute("INSERT INTO other.alembic_version VALUES ('001')")
+    database.execute(f"GRANT ALL ON other.alembic_version TO {database.role}")
+    project.add("002", 'op.execute("SET search_path = other")')
+    project.add("003", TABLE)
+    assert project.alembic("upgrade", "head").returncode == 0
+    assert database.at == ["003"]
+    assert database.execute("SELECT version_num FROM other.alembic_version") == [("001",)]
+    assert database.execute("SELECT schemaname::text FROM pg_tables WHERE tablename = 'a'") == [("public",)]
+
+
+def test_a_revisions_settings_end_with_it(project: Project, database: Database) -> None:
+    asked = ("lock_timeout", "statement_timeout", "search_path", "role")
+    settings = " || ' ' || ".join(f"current_setting('{name}')" for name in asked)
+    ask = f"""
+import logging
+logging.getLogger("migrations.test").info("settings %s", op.get_bind().exec_driver_sql("SELECT {settings}").scalar())
+"""
+    project.add("002", ask)
+    sets = f"SET lock_timeout = 0; SET statement_timeout = '60s'; SET search_path = ''; SET ROLE {database.role}"
+    project.add("003", f'op.execute("{sets}")')
+    project.add("004", ask)
+    result = project.alembic("upgrade", "head")
+    lines = [line.split("settings ")[1] for line in result.lines if "INFO settings" in line]
+    assert lines == ['3s 0 "$user", public none'] * 2, result
+
+
+def test_a_revision_that_lets_go_of_the_lock_does_not_let_another_run_in(project: Project, database: Database) -> None:
+    project.add("002", 'op.execute("SELECT pg_advisory_unlock_all()")')
+    held = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()"
+    project.add("003", f'assert op.get_bind().exec_driver_sql("{held}").scalar() == 1')
+    result = project.alembic("upgrade", "head")
+    assert (result.returncode, database.at) == (0, ["003"]), result
+
+
+def test_a_blocker_of_one_revision_is_not_named_for_the_next_ones_error(project: Project, database: Database) -> None:
+    assert project.alembic("upgrade", "head").returncode == 0
+    project.add("002", 'op.execute("ALTER TABLE hcm_report_metadata ADD COLUMN a int")')
+    project.add("003", 'op.execute("SELECT 1 / 0")')
+    with database.session() as reader:
+        reader.execute("SELECT count(*) FROM hcm_report_metadata")
+        running = project.popen("upgrade", "head")
+        running.says("; blocked by pid ")
+    result = running.wait()
+    assert (result.returncode, database.at) == (255, ["002"])
+    assert "blocked" not in result.failure
+
+
+def test_the_row_of_a_violated_constraint_is_not_printed(project: Project) -> None:
+    project.add("002", "op.execute(\"INSERT INTO hcm_report_metadata (dag_name) VALUES ('Jane Doe')\")")
+    result = project.alembic("upgrade", "head")
+    assert "violates not-null constraint" in result.failure
+    assert "Jane" not in result.stdout + result.stderr
+
+
+def test_the_sql_has_a_percent_sign_as_it_is(project: Project, database: Database) -> None:
+    project.add("002", "op.execute(\"CREATE TABLE a AS SELECT format('100%% of %s', 1) AS x\")")
+    assert "format('100%% of %s', 1)" in project.alembic("upgrade", "head", "--sql").stdout
+    assert project.alembic("upgrade", "head").returncode == 0
+    assert database.scalar("SELECT x FROM a") == "100% of 1"
+
+
+def test_a_destination_that_does_not_exist_is_named_before_connecting(files: Project) -> None:
+    result = files.alembic("upgrade", "999")
+    assert (result.returncode, result.failure) == (255, "there is no revision 999; 'alembic history' lists them")
+
+
+def test_a_revision_that_the_version_table_cannot_hold_is_named_before_connecting(files: Project) -> None:
+    files.add("2" * 33, down="001")
+    assert files.alembic("upgrade", "head").failure == (
+        f"revision {'2' * 33} has more than 32 characters; shorten it, see 'Adding a migration' in README.md"
+    )
+
+
+def test_current_calls_neither_of_two_heads_the_head(project: Project) -> None:
+    assert project.alembic("upgrade", "head").returncode == 0
+    project.add("002")
+    project.add("003", down="001")
+    result = project.alembic("current")
+    assert (result.returncode, "(head)" in result.stdout) == (255, False)
+    assert result.failure.startswith("there are 2 heads: 002 ")
+
+
+def test_current_of_an_empty_database_says_so(project: Project) -> None:
+    result = project.alembic("current")
+    assert (result.returncode, result.stdout) == (0, "")
+    assert result.lines[-1] == "HH:MM:SS INFO at base (the head is 001)"

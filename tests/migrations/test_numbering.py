@@ -1,0 +1,266 @@
+"""`alembic revision`: its number, its file, and what is said of files that do not fit together."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.migrations.conftest import Project
+
+FIRST = "20251201_120000_001_create_hcm_report_metadata.py"
+RULES = "see 'Adding a migration' in README.md"
+
+
+def made(project: Project, *arguments: str) -> Path:
+    """Run `alembic revision` and return the one file that it added."""
+    before = set(project.files())
+    result = project.alembic("revision", *arguments)
+    assert (result.returncode, result.stderr) == (0, "")
+    (name,) = set(project.files()) - before
+    return project.versions / name
+
+
+def fields(path: Path) -> dict[str, object]:
+    """What a revision file assigns, and its docstring's first line."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    values = {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+    return values | {"doc": (ast.get_docstring(tree, clean=False) or "").split("\n\nRevision ID:")[0]}
+
+
+def test_the_second_revision_is_002_and_follows_001(files: Project) -> None:
+    path = made(files, "-m", "add_status_column")
+    assert re.fullmatch(r"\d{8}_\d{6}_002_add_status_column\.py", path.name)
+    assert fields(path) == {"revision": "002", "down_revision": "001", "doc": "add_status_column"}
+    text = path.read_text()
+    assert "# A safe revision (delete these lines when they hold):" in text
+    assert text.endswith("def upgrade() -> None:\n    pass\n\n\ndef downgrade() -> None:\n    pass\n")
+
+
+@pytest.mark.parametrize(("last", "following"), [("099", "100"), ("999", "1000"), ("1000", "1001"), ("009", "010")])
+def test_numbers_go_on_after(files: Project, last: str, following: str) -> None:
+    files.add(last, down="001")
+    path = made(files, "-m", "more")
+    assert (fields(path)["revision"], fields(path)["down_revision"]) == (following, last)
+    assert f"_{following}_more.py" in path.name
+
+
+def test_the_first_revision_of_an_empty_folder_is_001(files: Project) -> None:
+    (files.versions / FIRST).unlink()
+    assert fields(made(files, "-m", "start")) == {"revision": "001", "down_revision": None, "doc": "start"}
+
+
+def test_a_name_given_by_rev_id_wins_and_does_not_count(files: Project) -> None:
+    assert fields(made(files, "-m", "named", "--rev-id", "hotfix"))["revision"] == "hotfix"
+    path = made(files, "-m", "next")
+    assert (fields(path)["revision"], fields(path)["down_revision"]) == ("002", "hotfix")
+
+
+def test_a_name_that_exists_is_refused(files: Project) -> None:
+    result = files.alembic("revision", "-m", "again", "--rev-id", "001")
+    assert (result.returncode, result.failure) == (255, f"revision 001 exists: {FIRST}; choose another --rev-id")
+    assert files.files() == [FIRST]
+
+
+def test_a_name_that_leaves_the_folder_is_refused(files: Project) -> None:
+    result = files.alembic("revision", "-m", "away", "--rev-id", "x/../../../away")
+    assert (result.returncode, result.failure) == (
+        255,
+        "--rev-id is 'x/../../../away'; use letters, digits, _ and . only",
+    )
+    assert files.files() == [FIRST]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        'it\'s "quoted"',
+        'ends with a quote"',
+        '"""',
+        '""""""',
+        "\\",
+        "back\\slash \\n \\N{x} \\x",
+        'both \\" of them\\',
+        "../../etc/passwd",
+        "/absolute/path",
+        "$(touch owned) `touch owned` ${revision} %(here)s %%",
+        "<% x %> ${1/0} # comment ## mako\n% if x:",
+        "größe 表 🎉",
+        "x" * 300,
+        "",
+        "   ",
+        "two\nlines",
+    ],
+    ids=lambda message: repr(message)[:20],
+)
+def test_any_message_makes_a_file_that_compiles_and_stays_where_it_belongs(files: Project, message: str) -> None:
+    def everything() -> set[Path]:
+        outside = [path for path in files.folder.parent.iterdir() if not path.name.startswith("run-")]
+        inside = {path for folder in outside for path in folder.rglob("*")}
+        return {path for path in inside if "__pycache__" not in path.parts}
+
+    before = everything()
+    path = made(files, "-m", message)
+    assert everything() - before == {path}
+    assert path.parent == files.versions
+    assert re.fullmatch(r"\d{8}_\d{6}_002_\w{0,41}\.py", path.name)
+    assert fields(path) == {"revision": "002", "down_revision": "001", "doc": message}
+    assert files.alembic("heads").stdout == "002 (head)\n"
+
+
+@pytest.mark.fault(
+    "Code and settings",
+    fault="Two files claim one revision number",
+    sees="`revision 002 is claimed by ... and ...; give the later one the next free number ...`, exit 255",
+    state="The database is not contacted",
+    do="What the line says",
+)
+@pytest.mark.parametrize(
+    "arguments",
+    [("upgrade", "head"), ("revision", "-m", "x"), ("upgrade", "head", "--sql"), ("history",)],
+    ids=" ".join,
+)
+def test_two_files_with_one_number_are_refused_by_name(files: Project, arguments: tuple) -> None:
+    one, two = files.add("002", name="a"), files.add("002", name="b")
+    before = files.files()
+    result = files.alembic(*arguments)
+    assert (result.returncode, files.files()) == (255, before)
+    assert result.failure == (
+        f"revision 002 is claimed by {one.name} and {two.name}; give the later one the next free number and the earlier"
+        f" one as its 'down_revision', {RULES}"
+    )
+
+
+@pytest.mark.fault(
+    "Code and settings",
+    fault="Two heads",
+    sees="`there are 2 heads: ... and ...; make one revise the other by its 'down_revision', ...`, exit 255",
+    state="The database is not contacted",
+    do="What the line says",
+)
+def test_two_heads_are_refused_by_name(files: Project) -> None:
+    one, two = files.add("002", name="a"), files.add("003", name="b", down="001")
+    result = files.alembic("upgrade", "head")
+    assert (result.returncode, result.failure) == (
+        255,
+        f"there are 2 heads: 002 ({one.name}) and 003 ({two.name}); make one revise the other by its 'down_revision',"
+        f" {RULES}",
+    )
+
+
+def test_a_revision_after_two_heads_is_refused(files: Project) -> None:
+    one, two = files.add("002", name="a"), files.add("003", name="b", down="001")
+    before = files.files()
+    result = files.alembic("revision", "-m", "x")
+    assert (result.returncode, files.files()) == (255, before)
+    assert result.failure == (
+        f"there are 2 heads: 002 ({one.name}) and 003 ({two.name}); make one revise the other by its 'down_revision',"
+        f" {RULES}"
+    )
+
+
+@pytest.mark.fault(
+    "Code and settings",
+    fault="A revision's parent is missing",
+    sees="`... has the 'down_revision' ..., which no file has; ...`, exit 255",
+    state="The database is not contacted",
+    do="What the line says",
+)
+def test_a_missing_parent_is_named_with_the_file_that_wants_it(files: Project) -> None:
+    path = files.add("003")
+    result = files.alembic("upgrade", "head")
+    assert (result.returncode, result.failure) == (
+        255,
+        f"{path.name} has the 'down_revision' 002, which no file has; add the missing file, or name the one that it"
+        f" follows, {RULES}",
+    )
+
+
+def test_a_circle_is_refused(files: Project) -> None:
+    files.add("002", down="003")
+    files.add("003")
+    result = files.alembic("upgrade", "head")
+    assert result.returncode == 255
+    assert result.failure == (
+        f"Cycle is detected in revisions (002, 003); mend the 'down_revision' of one of them, {RULES}"
+    )
+
+
+@pytest.mark.fault(
+    "Code and settings",
+    fault="A revision file has a syntax error or a failing import",
+    sees="`<file>, line N: <error>; mend the file, ...`, exit 255",
+    state="The database is not contacted",
+    do="Mend the file, push, deploy again",
+)
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("revision = '002'\ndef upgrade(:\n", "line 2: SyntaxError: "),
+        (
+            "import no_such\nrevision = '002'\n",
+            "line 1: ModuleNotFoundError: No module named 'no_such'; ",
+        ),
+        ("revision = '002'\ndown_revision = 1 / 0\n", "line 2: ZeroDivisionError: division by zero; "),
+        ("revision = '002'\nraise SystemExit('gone')\n", "line 2: SystemExit: gone; "),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "line 1: SyntaxError: "),
+    ],
+    ids=["syntax", "import", "error", "exit", "git-lfs pointer"],
+)
+@pytest.mark.parametrize("arguments", [("upgrade", "head"), ("revision", "-m", "x")], ids=" ".join)
+def test_a_file_that_does_not_load_is_named_with_its_line(
+    files: Project, content: str, said: str, arguments: tuple
+) -> None:
+    path = files.versions / "20251202_143000_002_broken.py"
+    path.write_text(content)
+    result = files.alembic(*arguments)
+    assert result.returncode == 255
+    assert result.failure.startswith(f"{path.name}, {said}")
+    assert result.failure.endswith(f"; mend the file, {RULES}")
+
+
+@pytest.mark.fault(
+    "Code and settings",
+    fault="A revision file of 0 bytes",
+    sees="`... has no 'revision'; mend or delete the file, ...`, exit 255",
+    state="The database is not contacted",
+    do="What the line says",
+)
+@pytest.mark.parametrize("content", ["", "x = 1\n"], ids=["0 bytes", "no revision"])
+def test_a_file_without_a_revision_is_named(files: Project, content: str) -> None:
+    path = files.versions / "20251202_143000_002_empty.py"
+    path.write_text(content)
+    result = files.alembic("upgrade", "head")
+    assert (result.returncode, result.failure) == (
+        255,
+        f"{path.name} has no 'revision'; mend or delete the file, {RULES}",
+    )
+
+
+@pytest.mark.fault(
+    "Code and settings",
+    fault="No revisions (wrong branch or path)",
+    sees="`no revisions found in ...; nothing was done: check the branch and the path of the checkout ...`, exit 255",
+    state="The database is not contacted",
+    do="Set `git.branch` or `git.path`, deploy again",
+)
+@pytest.mark.parametrize("arguments", [("upgrade", "head"), ("current",), ("upgrade", "head", "--sql")], ids=" ".join)
+def test_an_empty_folder_is_an_error_before_connecting(files: Project, arguments: tuple) -> None:
+    (files.versions / FIRST).unlink()
+    result = files.alembic(*arguments)
+    assert (result.returncode, result.failure) == (
+        255,
+        f"no revisions found in {files.versions}; nothing was done: check the branch and the path of the checkout (in"
+        " the chart: 'git.branch' and 'git.path')",
+    )
+
+
+def test_files_with_other_line_ends_and_a_byte_order_mark_load(files: Project) -> None:
+    path = files.add("002")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert files.alembic("heads").stdout == "002 (head)\n"
+    assert fields(made(files, "-m", "x"))["revision"] == "003"

@@ -1,0 +1,112 @@
+"""What the revisions make of an empty database, read from PostgreSQL's own catalog."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from alembic.config import Config
+from alembic.script import ScriptDirectory
+from pytest_alembic.config import Config as RunnerConfig
+from pytest_alembic.tests import test_single_head_revision, test_up_down_consistency, test_upgrade
+from sqlalchemy import Engine, create_engine
+from sqlalchemy.pool import NullPool
+
+from tests.migrations.conftest import ROOT, Database, Project
+from tools.postgres import dsn
+
+# pytest-alembic's own; its fourth compares with models, which this project has not.
+__all__ = ["test_single_head_revision", "test_up_down_consistency", "test_upgrade"]
+
+SCRIPTS = ScriptDirectory.from_config(Config(ROOT / "alembic.ini"))
+REVISIONS = [pytest.param(script.module, id=script.revision) for script in SCRIPTS.walk_revisions()]
+
+COLUMNS = """
+    SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, pg_get_expr(d.adbin, d.adrelid),
+           col_description(a.attrelid, a.attnum)
+    FROM pg_attribute a LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
+    WHERE a.attrelid = 'hcm_report_metadata'::regclass AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum
+"""
+INDEXES = "SELECT indexname, indexdef FROM pg_indexes WHERE tablename = 'hcm_report_metadata' ORDER BY 1"
+
+
+@pytest.fixture
+def alembic_config(database: Database, monkeypatch: pytest.MonkeyPatch) -> RunnerConfig:
+    """pytest-alembic's: the project's own Config; our env.py takes the database from the environment."""
+    monkeypatch.setenv("DATABASE_URL", dsn(database.url))
+    return RunnerConfig(alembic_config=Config(ROOT / "alembic.ini"))
+
+
+@pytest.fixture
+def alembic_engine(database: Database) -> Engine:
+    """pytest-alembic's."""
+    return create_engine(database.url.set(drivername="postgresql+psycopg2"), poolclass=NullPool)
+
+
+def test_001_makes_the_table_and_its_indexes(project: Project, database: Database) -> None:
+    assert project.alembic("upgrade", "001").returncode == 0
+    assert database.execute(COLUMNS) == [
+        ("id", "integer", True, "nextval('hcm_report_metadata_id_seq'::regclass)", "Primary key"),
+        ("dag_run_id", "character varying(255)", True, None, "Airflow DAG run ID"),
+        ("dag_name", "character varying(100)", True, None, "DAG name"),
+        ("campaign_number", "character varying(100)", True, None, "Campaign identifier"),
+        ("report_name", "character varying(100)", True, None, "Report type"),
+        ("trigger_frequency", "character varying(50)", True, None, "Daily, Weekly or Monthly"),
+        ("trigger_date", "timestamp without time zone", True, None, "When the report was triggered"),
+        ("filestore_id", "character varying(255)", True, None, "UUID from filestore"),
+        ("tenant_id", "character varying(50)", False, None, "Tenant identifier"),
+        ("created_at", "timestamp without time zone", True, "now()", "Record creation time"),
+    ]
+    table = "public.hcm_report_metadata USING btree"
+    assert database.execute(INDEXES) == [
+        ("hcm_report_metadata_pkey", f"CREATE UNIQUE INDEX hcm_report_metadata_pkey ON {table} (id)"),
+        ("idx_hcm_report_campaign", f"CREATE INDEX idx_hcm_report_campaign ON {table} (campaign_number)"),
+        (
+            "idx_hcm_report_campaign_report_freq",
+            "CREATE INDEX idx_hcm_report_campaign_report_freq ON "
+            f"{table} (campaign_number, report_name, trigger_frequency)",
+        ),
+        ("idx_hcm_report_frequency", f"CREATE INDEX idx_hcm_report_frequency ON {table} (trigger_frequency)"),
+        ("idx_hcm_report_name", f"CREATE INDEX idx_hcm_report_name ON {table} (report_name)"),
+        ("idx_hcm_report_trigger_date", f"CREATE INDEX idx_hcm_report_trigger_date ON {table} (trigger_date)"),
+    ]
+    constraints = "SELECT conname, contype::text FROM pg_constraint WHERE conrelid = %s::regclass AND contype <> 'n'"
+    assert database.execute(constraints, "hcm_report_metadata") == [("hcm_report_metadata_pkey", "p")]
+    owned = "SELECT pg_get_serial_sequence('hcm_report_metadata', 'id')"
+    assert database.scalar(owned) == "public.hcm_report_metadata_id_seq"
+
+
+def test_up_down_and_up_again_makes_the_same_schema_and_down_leaves_nothing(
+    project: Project, database: Database
+) -> None:
+    assert project.alembic("upgrade", "head").returncode == 0
+    once = database.dump()
+    assert "CREATE TABLE public.hcm_report_metadata" in once
+    assert project.alembic("downgrade", "base").returncode == 0
+    assert database.relations == []
+    assert database.at == []
+    tables = "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace ORDER BY 1"
+    assert database.execute(tables) == [("alembic_version",), ("alembic_version_pkc",)]
+    assert project.alembic("upgrade", "head").returncode == 0
+    assert database.dump() == once
+
+
+def test_there_is_exactly_one_head() -> None:
+    assert len(SCRIPTS.get_heads()) == 1
+
+
+@pytest.mark.parametrize("module", REVISIONS)
+def test_a_revision_has_an_upgrade_and_a_downgrade_that_do_something(module) -> None:
+    tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+    bodies = {node.name: node.body for node in tree.body if isinstance(node, ast.FunctionDef)}
+    for name in ("upgrade", "downgrade"):
+        assert name in bodies
+        assert not all(isinstance(statement, ast.Pass) for statement in bodies[name]), name
+
+
+@pytest.mark.parametrize("module", REVISIONS)
+def test_a_revision_imports_nothing_of_ours(module) -> None:
+    tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in imported}.isdisjoint({"migrations", "tools", "tests"})
+    assert not any(node.level for node in ast.walk(tree) if isinstance(node, ast.ImportFrom))

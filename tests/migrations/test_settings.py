@@ -1,0 +1,395 @@
+"""DATABASE_URL, DB_*, .env, PG*: what wins, what is refused, and what must never be printed."""
+
+import os
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import URL
+
+from tests.migrations.conftest import CANARY, PASSWORD, Database, Project
+from tools.postgres import dsn
+
+WRITE = (
+    "write postgresql://user:password@host:5432/database and percent-encode the user and the password, see .env.example"
+)
+CLOSED = {"MIGRATION_WAIT_SECONDS": "0", "DATABASE_URL": None}
+
+
+def parts(database: Database) -> dict[str, str | None]:
+    """The test's database, as DB_*."""
+    url = database.url
+    return {
+        "DATABASE_URL": None,
+        "DB_HOST": url.host,
+        "DB_PORT": str(url.port or 5432),
+        "DB_NAME": url.database,
+        "DB_USER": url.username,
+        "DB_PASSWORD": PASSWORD,
+    }
+
+
+def place(database: Database) -> str:
+    """As the report names the test's database."""
+    url = database.url
+    return f"database {url.database} at {url.host}:{url.port or 5432} as {url.username}, schema public, PostgreSQL "
+
+
+# ---- what wins
+
+
+@pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg2"])
+def test_database_url_goes_before_the_parts(project: Project, database: Database, scheme: str) -> None:
+    url = dsn(database.url.set(drivername=scheme))
+    result = project.alembic("upgrade", "head", DATABASE_URL=url, DB_HOST="nowhere.invalid", DB_PORT="x", DB_NAME="")
+    assert (result.returncode, database.at) == (0, ["001"]), result
+    assert result.lines[0].startswith(f"HH:MM:SS INFO {place(database)}")
+
+
+def test_the_parts_name_the_database(project: Project, database: Database) -> None:
+    result = project.alembic("upgrade", "head", **parts(database))
+    assert (result.returncode, database.at) == (0, ["001"]), result
+    assert result.lines[0].startswith(f"HH:MM:SS INFO {place(database)}")
+
+
+def test_the_parts_have_defaults(files: Project) -> None:
+    # Port 1 keeps the test from reaching a PostgreSQL of the developer's.
+    result = files.alembic("current", **CLOSED, DB_PORT="1")
+    assert result.returncode == 1
+    assert result.failure.startswith("no connection to database unifieddevdb at localhost:1 as postgres in 0 s: ")
+
+
+@pytest.mark.parametrize(
+    "password", [PASSWORD, CANARY + "%%(x)s %41", CANARY + "'; DROP", f" {CANARY} ", CANARY + "\\'\""], ids=ascii
+)
+@pytest.mark.parametrize("form", ["DATABASE_URL", "DB_PASSWORD"])
+def test_any_password_arrives(project: Project, database: Database, password: str, form: str) -> None:
+    quoted = password.replace("'", "''")
+    database.execute(f"ALTER ROLE {database.role} PASSWORD '{quoted}'")
+    variables = parts(database) | {"DB_PASSWORD": password}
+    if form == "DATABASE_URL":
+        variables = {"DATABASE_URL": dsn(database.url.set(password=password))}
+    result = project.alembic("current", **variables)
+    assert result.returncode == 0, result
+
+
+# ---- .env
+
+
+def env_file(database: Database) -> str:
+    quoted = PASSWORD.replace("\\", "\\\\").replace("'", "\\'")
+    url = database.url
+    return (
+        f"DB_HOST={url.host}\nDB_PORT={url.port or 5432}\nDB_NAME={url.database}\nDB_USER={url.username}\n"
+        f"DB_PASSWORD='{quoted}'\n"
+    )
+
+
+def test_env_file_is_read_and_the_run_says_so(project: Project, database: Database) -> None:
+    (project.folder / ".env").write_text(env_file(database))
+    result = project.alembic("upgrade", "head", DATABASE_URL=None)
+    assert (result.returncode, database.at) == (0, ["001"]), result
+    assert result.lines[0] == "HH:MM:SS INFO settings read from .env"
+
+
+@pytest.mark.parametrize("name", ["DB_HOST", "DB_SCHEMA", "DATABASE_URL"])
+def test_env_file_is_not_read_where_the_environment_has_a_setting(files: Project, name: str) -> None:
+    (files.folder / ".env").write_text("DB_HOST=from-the-file\n")
+    value = {"DATABASE_URL": "postgresql://me@127.0.0.1:1/x"}.get(name, "127.0.0.1")
+    result = files.alembic("upgrade", "head", "--sql", **{"DATABASE_URL": None, name: value})
+    assert result.returncode == 0
+    assert result.stderr == f"HH:MM:SS INFO .env is not read: the environment has {name}\n"
+
+
+@pytest.mark.parametrize("where", ["..", "migrations"])
+def test_env_file_is_read_at_the_root_only(files: Project, where: str) -> None:
+    (files.folder / where / ".env").write_text("DB_HOST=from-the-file\n")
+    arguments = ("-c", str(files.folder / "alembic.ini"), "upgrade", "head", "--sql")
+    result = files.popen(*arguments, cwd=files.folder / where, DATABASE_URL=None).wait()
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_password_in_the_env_file_may_look_like_a_variable(files: Project) -> None:
+    (files.folder / ".env").write_text("DB_HOST=127.0.0.1\nDB_PORT=1\nDB_NAME=${HOME}\nMIGRATION_WAIT_SECONDS=0\n")
+    result = files.alembic("current", DATABASE_URL=None)
+    assert result.failure.startswith("no connection to database ${HOME} at 127.0.0.1:1 as postgres in 0 s: ")
+
+
+# ---- what is refused, before connecting
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("mysql://u:{}@h/db", f"DATABASE_URL does not begin with postgresql://; {WRITE}"),
+        ("postgresql+psycopg://u:{}@h/db", f"DATABASE_URL does not begin with postgresql://; {WRITE}"),
+        ("postgresql+asyncpg://u:{}@h/db", f"DATABASE_URL does not begin with postgresql://; {WRITE}"),
+        ("postgresql://u:{}@h", f"DATABASE_URL has no database; {WRITE}"),
+        ("postgresql://u:{}@h/", f"DATABASE_URL has no database; {WRITE}"),
+        ("postgresql://u:{}@/db", f"DATABASE_URL has no host; {WRITE}"),
+        ("postgresql:///db", f"DATABASE_URL has no host; {WRITE}"),
+        ("postgresql://u:{}@h:0/db", f"DATABASE_URL has no port from 1 to 65535; {WRITE}"),
+        ("postgresql://u:{}@h:65536/db", f"DATABASE_URL has no port from 1 to 65535; {WRITE}"),
+        ("postgresql://u:{}@h:five/db", f"DATABASE_URL cannot be read; {WRITE}"),
+        ("postgresql://u:{}@x@h/db", f"DATABASE_URL has an @ too many; {WRITE} (@ is %40)"),
+        ("postgresql://u:a@b/{}@h/db", f"DATABASE_URL has an @ too many; {WRITE} (@ is %40)"),
+        ("{}", f"DATABASE_URL cannot be read; {WRITE}"),
+        ("host=h password={}", f"DATABASE_URL cannot be read; {WRITE}"),
+        ("jdbc:postgresql://u:{}@h/db", f"DATABASE_URL cannot be read; {WRITE}"),
+    ],
+)
+def test_a_wrong_database_url_is_one_clear_line(files: Project, url: str, message: str) -> None:
+    result = files.alembic("upgrade", "head", DATABASE_URL=url.format(CANARY))
+    assert (result.returncode, result.failure) == (255, message)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"DB_PORT": "five"}, "DB_PORT is 'five'; set a number from 1 to 65535, see .env.example"),
+        ({"DB_PORT": "0"}, "DB_PORT is '0'; set a number from 1 to 65535, see .env.example"),
+        ({"DB_PORT": "65536"}, "DB_PORT is '65536'; set a number from 1 to 65535, see .env.example"),
+        ({"DB_PORT": "9" * 5000}, f"DB_PORT is '{'9' * 5000}'; set a number from 1 to 65535, see .env.example"),
+        ({"DB_PORT": ""}, "DB_PORT is ''; set a number from 1 to 65535, see .env.example"),
+        (
+            {"DB_PORT": "tcp://10.0.0.1:5432"},
+            "DB_PORT is 'tcp://10.0.0.1:5432'; set a number from 1 to 65535, see .env.example",
+        ),
+        ({"DB_HOST": ""}, "DB_HOST is ''; set it, or unset it for the default 'localhost', see .env.example"),
+        (
+            {"DB_HOST": "db\n"},
+            "DB_HOST is 'db\\n', with white space around it; take that away, see .env.example",
+        ),
+        (
+            {"DB_USER": " me"},
+            "DB_USER is ' me', with white space around it; take that away, see .env.example",
+        ),
+        ({"DB_NAME": ""}, "DB_NAME is ''; set it, or unset it for the default 'unifieddevdb', see .env.example"),
+        (
+            {"DB_HOST": "db:5432"},
+            "DB_HOST is 'db:5432', a host with a port; set DB_HOST to the host alone and DB_PORT to the port, see"
+            " .env.example",
+        ),
+        (
+            {"DB_HOST": "postgresql://u@db/x"},
+            "DB_HOST is 'postgresql://u@db/x', a host with a port; set DB_HOST to the host alone and DB_PORT to the"
+            " port, see .env.example",
+        ),
+        ({"DB_SCHEMA": ""}, "DB_SCHEMA is ''; set a name of 1 to 63 bytes, or unset it, see .env.example"),
+        (
+            {"ALEMBIC_VERSION_TABLE": "ä" * 32},
+            f"ALEMBIC_VERSION_TABLE is '{'ä' * 32}'; set a name of 1 to 63 bytes, or unset it, see .env.example",
+        ),
+        (
+            {"MIGRATION_WAIT_SECONDS": "2m"},
+            "MIGRATION_WAIT_SECONDS is '2m'; set a whole number of seconds from 0 to 86400, see .env.example",
+        ),
+        (
+            {"MIGRATION_WAIT_SECONDS": "86401"},
+            "MIGRATION_WAIT_SECONDS is '86401'; set a whole number of seconds from 0 to 86400, see .env.example",
+        ),
+    ],
+    ids=lambda value: " ".join(value)[:30] if isinstance(value, dict) else "",
+)
+def test_a_wrong_setting_is_one_clear_line(files: Project, variables: dict, message: str) -> None:
+    result = files.alembic("upgrade", "head", **{"DATABASE_URL": None, "DB_PASSWORD": CANARY} | variables)
+    assert (result.returncode, result.failure) == (255, message)
+
+
+def test_a_password_that_is_no_text_is_one_clear_line(files: Project) -> None:
+    password = os.fsdecode(b"\xff" + CANARY.encode())
+    result = files.alembic("upgrade", "head", DATABASE_URL=None, DB_PASSWORD=password)
+    assert (result.returncode, result.failure) == (255, "DB_PASSWORD is not UTF-8; set it as UTF-8, see .env.example")
+
+
+# ---- schemas
+
+
+@pytest.mark.fault(
+    "Code and settings",
+    fault="`DB_SCHEMA` does not exist",
+    sees="`DB_SCHEMA is 'reports', a schema that does not exist; create it, or set another`, exit 255",
+    state="Nothing was changed",
+    do="What the line says",
+)
+def test_a_schema_that_does_not_exist_is_refused(project: Project) -> None:
+    result = project.alembic("upgrade", "head", DB_SCHEMA="reports")
+    assert (result.returncode, result.failure) == (
+        255,
+        "DB_SCHEMA is 'reports', a schema that does not exist; create it, or set another",
+    )
+
+
+def test_a_schema_that_the_role_may_not_use_is_refused(project: Project, database: Database) -> None:
+    database.execute("CREATE SCHEMA reports")
+    result = project.alembic("upgrade", "head", DB_SCHEMA="reports")
+    assert (result.returncode, result.failure) == (
+        255,
+        f"the role {database.role} may use no schema of its search_path (reports); grant USAGE on one, set DB_SCHEMA,"
+        " or mend the role's search_path",
+    )
+
+
+@pytest.mark.fault(
+    "Database",
+    fault="The role's search_path names no schema that it may use",
+    sees="`the role ... may use no schema of its search_path (nothing); grant USAGE on one, set DB_SCHEMA, or mend"
+    " the role's search_path`, exit 255",
+    state="Nothing was changed",
+    do="What the line says",
+)
+def test_a_role_without_a_schema_is_told(project: Project, database: Database) -> None:
+    database.execute(f"ALTER ROLE {database.role} SET search_path = nothing")
+    result = project.alembic("upgrade", "head")
+    assert (result.returncode, result.failure) == (
+        255,
+        f"the role {database.role} may use no schema of its search_path (nothing); grant USAGE on one, set DB_SCHEMA,"
+        " or mend the role's search_path",
+    )
+
+
+@pytest.mark.fault(
+    "Database",
+    fault="The role's search_path is not public",
+    sees="`schema reports` in the first line",
+    state="All done in that schema, nothing in public",
+    do="Nothing",
+)
+def test_a_search_path_that_is_not_public_is_followed(project: Project, database: Database) -> None:
+    database.execute(f"CREATE SCHEMA reports AUTHORIZATION {database.role}")
+    database.execute(f"ALTER ROLE {database.role} SET search_path = reports")
+    assert project.alembic("upgrade", "head").returncode == 0
+    assert database.scalar("SELECT version_num FROM reports.alembic_version") == "001"
+    assert database.relations == []
+
+
+# ---- TLS: the embedded server has none, so this stands before it, as a cloud provider's proxy does
+
+
+class Tls:
+    """A TLS end before a PostgreSQL: speaks its SSLRequest, then passes bytes on. Its certificate is for localhost."""
+
+    def __init__(self, folder: Path, server: URL) -> None:
+        self.server = server
+        for name in ("right", "wrong"):
+            command = (
+                "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
+                f" -addext subjectAltName=DNS:localhost -keyout {name}.key -out {name}.crt"
+            )
+            subprocess.run(command.split(), cwd=folder, check=True, capture_output=True)
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.load_cert_chain(folder / "right.crt", folder / "right.key")
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.encrypted = 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self.listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        try:
+            client.recv(8)  # SSLRequest
+            client.sendall(b"S")
+            client = self.context.wrap_socket(client, server_side=True)
+        except OSError:
+            return
+        self.encrypted += 1
+        upstream = socket.create_connection((self.server.host, self.server.port or 5432))
+        back = threading.Thread(target=self._pass, args=(upstream, client), daemon=True)
+        back.start()
+        self._pass(client, upstream)
+
+    def _pass(self, source: socket.socket, target: socket.socket) -> None:
+        try:
+            while data := source.recv(65536):
+                target.sendall(data)
+        except OSError:
+            pass
+        finally:
+            target.close()
+
+
+@pytest.fixture
+def tls(tmp_path: Path, server: URL) -> Iterator[Tls]:
+    if not shutil.which("openssl"):
+        pytest.skip("openssl is missing: install it (Debian: apt-get install openssl)")
+    end = Tls(tmp_path, server)
+    yield end
+    end.listener.close()
+
+
+@pytest.mark.parametrize("form", ["query", "PG variables"])
+def test_a_server_with_the_right_certificate_is_trusted(
+    project: Project, database: Database, tls: Tls, tmp_path: Path, form: str
+) -> None:
+    url = database.url.set(host="localhost", port=tls.port)
+    query = {"sslmode": "verify-full", "sslrootcert": str(tmp_path / "right.crt")}
+    if form == "query":
+        variables = {"DATABASE_URL": dsn(url.update_query_dict(query))}
+    else:
+        variables = parts(database) | {"DB_HOST": "localhost", "DB_PORT": str(tls.port)}
+        variables |= {f"PG{name.upper()}": value for name, value in query.items()}
+    result = project.alembic("upgrade", "head", **variables)
+    assert (result.returncode, database.at, tls.encrypted) == (0, ["001"], 1), result
+
+
+@pytest.mark.fault(
+    "Network",
+    fault="The server's certificate is not trusted, or for another name",
+    sees="`cannot connect to database ...: ... certificate ...; set PGSSLROOTCERT to the CA's file, and the host "
+    "to a name in the certificate`, at once, exit 255",
+    state="Nothing was changed",
+    do="What the line says",
+)
+@pytest.mark.parametrize(
+    ("host", "ca", "said"),
+    [
+        ("localhost", "wrong.crt", "SSL error: certificate verify failed"),
+        ("127.0.0.1", "right.crt", 'does not match host name "127.0.0.1"'),
+        ("localhost", "none.crt", 'none.crt" does not exist'),
+    ],
+    ids=["wrong CA", "wrong host", "no CA file"],
+)
+def test_a_server_with_a_wrong_certificate_is_refused_at_once(
+    project: Project, database: Database, tls: Tls, tmp_path: Path, host: str, ca: str, said: str
+) -> None:
+    url = database.url.set(host=host, port=tls.port)
+    query = {"sslmode": "verify-full", "sslrootcert": str(tmp_path / ca)}
+    result = project.alembic("upgrade", "head", DATABASE_URL=dsn(url.update_query_dict(query)))
+    assert (result.returncode, database.relations) == (255, [])
+    where = f"cannot connect to database {database.name} at {host}:{tls.port} as {database.role}: "
+    assert result.failure.startswith(where)
+    assert said in result.failure
+    assert result.failure.endswith("; set PGSSLROOTCERT to the CA's file, and the host to a name in the certificate")
+
+
+def test_a_server_without_tls_is_refused_at_once_where_tls_is_asked_for(
+    project: Project, request: pytest.FixtureRequest
+) -> None:
+    if request.config.getoption("--postgres-url"):
+        pytest.skip("the external server may have TLS: run without --postgres-url")
+    result = project.alembic("upgrade", "head", PGSSLMODE="require")
+    assert result.returncode == 255
+    assert result.failure.endswith(
+        "server does not support SSL, but SSL was required; set another PGSSLMODE, or turn TLS on in the server"
+    )
+
+
+def test_a_misspelt_option_of_the_url_is_refused_at_once(project: Project, database: Database) -> None:
+    url = database.url.update_query_dict({"sslmod": "require"})
+    result = project.alembic("upgrade", "head", DATABASE_URL=dsn(url))
+    assert result.returncode == 255
+    assert result.failure.endswith(
+        'invalid dsn: invalid connection option "sslmod"; check DATABASE_URL\'s query and the PG* variables'
+    )

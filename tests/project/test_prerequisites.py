@@ -1,0 +1,62 @@
+"""What a newcomer's machine may lack is named on one line, with the cure."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def _make_venv(folder: Path, path: Path, python: str) -> str:
+    for name in ("Makefile", "requirements-dev.txt"):
+        shutil.copy(ROOT / name, folder)
+    done = subprocess.run(
+        [shutil.which("make") or "make", "--silent", "venv", f"PYTHON={python}"],
+        cwd=folder,
+        env={"PATH": str(path), "HOME": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert not (folder / ".venv").exists()
+    return done.stderr.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("git", "python", "line"),
+    [
+        ("", "python3", "git is missing: install it (Debian: apt-get install git)"),
+        (
+            "exit 0",
+            "exit 127",
+            "python3 is missing or older than 3.10: install Python 3.10 or newer, or name one: make PYTHON=python3.12",
+        ),
+        (
+            "exit 0",
+            'case "$2" in *venv*) exit 1;; esac',
+            "python3 has no venv module: install it (Debian: apt-get install python3-venv)",
+        ),
+    ],
+    ids=["git", "python", "venv"],
+)
+def test_a_missing_prerequisite_is_named_with_its_cure(tmp_path: Path, git: str, python: str, line: str) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "sh").symlink_to("/bin/sh")
+    for name, body in (("git", git), ("python3", python)):
+        if body:
+            (tools / name).write_text(f"#!/bin/sh\n{body}\n")
+            (tools / name).chmod(0o755)
+    project = tmp_path / "project"
+    project.mkdir()
+    assert _make_venv(project, tools, "python3") == line
+
+
+def test_the_prerequisites_are_found_here() -> None:
+    assert shutil.which("git")
+    assert shutil.which("make")
+    assert os.name == "posix"

@@ -1,0 +1,53 @@
+"""requirements.txt is what the Job installs: hash-locked, wheels only, the same for every Python from 3.10 to 3.13."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+
+
+def _names(file: str) -> set[str]:
+    return set(re.findall(r"^([a-z0-9-]+)==", (ROOT / file).read_text(), re.MULTILINE))
+
+
+def test_the_locks_are_compiled_from_what_is_asked_for(tmp_path: Path) -> None:
+    locks = ("requirements", "requirements-dev", "tools/checkov/requirements")
+    files = [f"{name}.{ending}" for name in locks for ending in ("in", "txt")]
+    for file in (*files, "Makefile"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / file, tmp_path / file)
+    (tmp_path / ".venv").symlink_to(BIN.parent)
+    subprocess.run(["make", "lock"], cwd=tmp_path, check=True, capture_output=True)
+    changed = [file for file in files if (tmp_path / file).read_text() != (ROOT / file).read_text()]
+    assert not changed, "run `make lock` and commit"
+
+
+def test_the_job_installs_only_what_it_needs() -> None:
+    asked = re.findall(r"^([a-z0-9-]+)", (ROOT / "requirements.in").read_text(), re.MULTILINE)
+    assert asked == ["alembic", "psycopg2-binary", "python-dotenv", "sqlalchemy"]
+    brought_along = {"greenlet", "mako", "markupsafe", "tomli", "typing-extensions"}
+    assert _names("requirements.txt") == {*asked, *brought_along}
+
+
+def test_pip_installs_the_lock_from_wheels_with_every_hash_checked(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    pip = [BIN / "pip", "--python", python, "--disable-pip-version-check", "install", "--quiet", "--no-compile"]
+    subprocess.run([*pip, "--require-hashes", "--only-binary", ":all:", "-r", ROOT / "requirements.txt"], check=True)
+    imports = "import alembic, dotenv, mako, psycopg2, sqlalchemy; print(sqlalchemy.__version__)"
+    version = subprocess.run([python, "-c", imports], check=True, capture_output=True, text=True).stdout.strip()
+    assert f"sqlalchemy=={version} " in (ROOT / "requirements.txt").read_text()
+
+
+@pytest.mark.parametrize("platform", ["x86_64-manylinux_2_28", "aarch64-manylinux_2_28"])
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+def test_every_python_and_processor_has_wheels(python: str, platform: str, tmp_path: Path) -> None:
+    target = ["--target", tmp_path, "--python-version", python, "--python-platform", platform]
+    wheels = ["--require-hashes", "--only-binary", ":all:", "-r", ROOT / "requirements.txt"]
+    subprocess.run([BIN / "uv", "pip", "install", "--quiet", "--dry-run", *target, *wheels], check=True)
