@@ -1,0 +1,62 @@
+# Everything a developer runs. Prerequisites: Linux, Python 3.10+ with venv, git, make.
+SHELL := /bin/sh
+PYTHON ?= python3
+ROUNDS ?= 1000
+BIN := .venv/bin
+UV_COMPILE = $(BIN)/uv pip compile -q --universal --python-version 3.10 --generate-hashes --no-emit-index-url --no-header
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+.PHONY: help venv demo migrate test test-fast test-install soak cluster install cluster-down lint lock docs clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+venv: .venv/ready ## set up .venv with everything that developing and testing needs
+
+.venv/ready: requirements-dev.txt
+	@command -v git >/dev/null || { echo "git is missing: install it (Debian: apt-get install git)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { echo "$(PYTHON) is missing or older than 3.10: install Python 3.10 or newer, or name one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no venv module: install it (Debian: apt-get install python3-venv)" >&2; exit 1; }
+	@echo "setting up .venv (about 30 s, once)"
+	@rm -rf .venv && $(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --require-hashes --only-binary :all: -r requirements-dev.txt
+	@touch $@
+
+demo: venv ## see a migration from an empty database and back, in under a minute
+	@$(BIN)/python -m tools.demo
+
+migrate: venv ## migrate the database that DATABASE_URL, DB_* or .env names
+	@$(BIN)/alembic upgrade head
+
+test: test-fast test-install ## run every test, with a real PostgreSQL and a real Kubernetes
+
+test-fast: venv ## run the tests that need no cluster
+	@$(BIN)/pytest -n auto tests/chart tests/migrations tests/faults tests/project
+
+test-install: venv ## install the chart on a real cluster
+	@$(BIN)/pytest -n 4 tests/install
+
+soak: venv ## run ten runs at once with random kills 1,000 times (about 40 minutes; ROUNDS=n for another number)
+	@$(BIN)/pytest -s tests/faults/test_concurrency.py --rounds $(ROUNDS)
+
+cluster: venv ## make a Kubernetes cluster to play with: database, git server and package index included
+	@$(BIN)/python -m tools.cluster up
+
+install: venv ## install the chart on that cluster, see the log and the table
+	@$(BIN)/python -m tools.cluster install
+
+cluster-down: venv ## delete that cluster and all that it started
+	@$(BIN)/python -m tools.cluster down
+
+lint: venv ## run the linters alone (they are tests, too)
+	@$(BIN)/pytest tests/project -k lint
+
+lock: venv ## compile every requirements*.in into its .txt (add UPGRADE=--upgrade to move the pins)
+	@for name in requirements requirements-dev tools/checkov/requirements; do $(UV_COMPILE) $(UPGRADE) $$name.in -o $$name.txt || exit; done
+
+docs: venv ## write what is generated: the chart's README, docs/failures.md
+	@$(BIN)/python -m tools.docs
+
+clean: ## delete .venv and what tests left in the tree
+	@rm -rf .venv .pytest_cache .ruff_cache .hypothesis
