@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from kubernetes_validate.utils import schema_contents
 from referencing import Registry, Resource
@@ -27,6 +28,9 @@ SUPPORTED = [f"1.{minor}" for minor in range(28, 38)]
 
 # What every render needs, and nothing else.
 MINIMAL: dict[str, Any] = {"git": {"repo": "https://git.example.org/schema", "branch": "main"}}
+
+# What YAML can hold, and a person might write.
+TEXT = st.text(st.characters(codec="utf-8", max_codepoint=0xFFFD, exclude_categories=("Cc",)), max_size=40)
 
 Objects = list[dict[str, Any]]
 
@@ -71,7 +75,7 @@ class Helm:
         namespace: str = "health",
         chart: Path = CHART,
     ) -> subprocess.CompletedProcess[str]:
-        return _template(self, json.dumps(values), options, release, namespace, chart)
+        return _template(self, json.dumps(values, ensure_ascii=False), options, release, namespace, chart)
 
 
 @functools.cache

@@ -7,8 +7,11 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from tests.chart.conftest import CHART, MINIMAL, Helm, nested
+from tests.chart.conftest import CHART, MINIMAL, TEXT, Helm, nested
+from tools import docs
 
 REPO = "https://git.example.org/schema"
 ADD = """ not set: add to a file that you give with -f
@@ -248,6 +251,17 @@ def test_a_secret_that_is_set_twice_is_not_shown(helm: Helm) -> None:
         (nested("podLabels", {"a": "b c"}), "podLabels"),
         (nested("extraEnv", [{"value": "x"}]), "extraEnv"),
         (nested("extraEnv", [{"name": "A", "value": 1}]), "extraEnv"),
+        (nested("extraEnv", [{"name": "A", "value": "1", "valueFrom": {"fieldRef": {}}}]), "extraEnv"),
+        (nested("db.secret.passwordKey", "..data"), "passwordKey"),
+        (nested("resources", {"limits": {"gpu": 1}}), "gpu"),
+        (nested("resources", {"limits": {"cpu": None}}), "cpu"),
+        (nested("nodeSelector", {"a": "b c"}), "nodeSelector"),
+        (nested("tolerations", [{"operator": "Equal", "value": "x"}]), "tolerations"),
+        (nested("affinity", {"podAfinity": {}}), "podAfinity"),
+        (nested("podSecurityContext", {"runAsNonroot": True}), "runAsNonroot"),
+        (nested("securityContext", {"privileged": True}), "privileged"),
+        (nested("securityContext", {"seccompProfile": {"type": "Localhost"}}), "seccompProfile"),
+        (nested("extraVolumeMounts", [{"name": "a", "mountPath": "/a", "readonly": True}]), "readonly"),
         (nested("extraVolumes", [{"name": "workspace"}]), "extraVolumes"),
         (nested("extraVolumeMounts", [{"name": "a", "mountPath": "/workspace"}]), "extraVolumeMounts"),
     ],
@@ -256,6 +270,38 @@ def test_the_schema_names_the_key_of_what_it_refuses(helm: Helm, values: dict, k
     refused = helm.refuse(values)
     assert "values don't meet the specifications of the schema" in refused
     assert key in refused
+
+
+WRONG = {
+    str: st.one_of(st.integers(), st.booleans(), st.lists(TEXT)),
+    int: st.one_of(TEXT, st.floats(1, 2).filter(lambda number: number % 1), st.lists(st.integers())),
+    bool: st.one_of(TEXT, st.integers()),
+    list: st.one_of(TEXT, st.integers(), st.lists(st.integers(), min_size=1)),
+    dict: st.one_of(TEXT, st.integers(), st.lists(TEXT)),
+}
+
+
+@pytest.mark.fault(
+    "Code and settings",
+    fault="A value of the chart has a wrong type, or a key is misspelt",
+    sees="Helm's words, with the key",
+    state="Nothing was changed",
+    do="Mend the value: README.md of the chart, 'Values'",
+)
+def test_any_value_of_a_wrong_type_and_any_unknown_key_is_refused_by_name(helm: Helm) -> None:
+    @settings(max_examples=40, deadline=None)
+    @given(st.data())
+    def check(data: st.DataObject) -> None:
+        path, default, _ = data.draw(st.sampled_from(docs.documented()))
+        parent, _, key = path.rpartition(".")
+        if data.draw(st.booleans(), "misspelt"):
+            key = data.draw(st.from_regex("[a-z]{1,9}_", fullmatch=True))
+        wrong = nested(f"{parent}.{key}".lstrip("."), data.draw(WRONG[type(default)]))
+        refused = helm.refuse({"hcm-db-migrations": wrong} if data.draw(st.booleans(), "below") else wrong)
+        assert "values don't meet the specifications of the schema" in refused
+        assert key in refused
+
+    check()
 
 
 @pytest.mark.parametrize(

@@ -295,20 +295,20 @@ def test_every_value_is_documented_with_its_default() -> None:
 def test_the_schema_knows_exactly_the_values(helm4: Helm) -> None:
     definitions = json.loads((CHART / "values.schema.json").read_text())["definitions"]
     values = yaml.safe_load((CHART / "values.yaml").read_text())
+    parts_of_a_pod = {"resources", "affinity", "podSecurityContext", "securityContext"}
 
     def known(schema: dict, default: dict, path: str) -> Iterator[str]:
         schema = definitions[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
         for key, of_key in schema.get("properties", {}).items():
             of_key = definitions[of_key["$ref"].rpartition("/")[2]] if "$ref" in of_key else of_key
-            if of_key.get("additionalProperties") is False and key not in ("resources",):
+            if of_key.get("additionalProperties") is False and key not in parts_of_a_pod:
                 yield from known(of_key, default.get(key, {}), f"{path}{key}.")
             else:
                 yield f"{path}{key}"
 
     def there(default: dict, path: str) -> Iterator[str]:
-        free = {"resources", "podSecurityContext", "securityContext"}
         for key, value in default.items():
-            if isinstance(value, dict) and value and key not in free:
+            if isinstance(value, dict) and value and key not in parts_of_a_pod:
                 yield from there(value, f"{path}{key}.")
             else:
                 yield f"{path}{key}"

@@ -1,0 +1,146 @@
+"""What values.schema.json accepts, an API server accepts: hypothesis makes the values, a server-side dry run judges."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jsonschema import Draft7Validator
+
+from tests.chart.conftest import TEXT
+from tests.install.helpers import CHART, Release, merged
+from tools.cluster import Cluster
+
+SCHEMA = json.loads((CHART / "values.schema.json").read_text())
+DEFINITIONS = SCHEMA["definitions"]
+TOP = DEFINITIONS["values"]["properties"]
+
+# What the schema leaves to others: the templates' own checks, and parts of a pod that are handed through as they are.
+OTHERS: dict[str, st.SearchStrategy[Any]] = {
+    "enabled": st.just(True),
+    "git.repo": st.sampled_from(["https://git.example.org/a", "git@git.example.org:a", "ssh://git@[::1]:22/a/b.git"]),
+    "git.path": st.sampled_from([".", "a", "a/b", "größe/表"]),
+    "hook": st.sampled_from(["", "pre-install", "pre-install,pre-upgrade", "post-install,post-upgrade"]),
+    "args": st.lists(TEXT, min_size=1, max_size=4),
+    "affinity.nodeAffinity": st.just(
+        {
+            "requiredDuringSchedulingIgnoredDuringExecution": {
+                "nodeSelectorTerms": [{"matchExpressions": [{"key": "a/b", "operator": "In", "values": ["c"]}]}]
+            }
+        }
+    ),
+    "affinity.podAffinity": st.just({}),
+    "affinity.podAntiAffinity": st.just({}),
+    "extraEnv": st.lists(
+        st.one_of(
+            st.fixed_dictionaries(
+                {"name": st.from_regex(r"[A-Za-z_]\w{0,9}", fullmatch=True, alphabet=st.characters(codec="ascii"))},
+                optional={"value": TEXT},
+            ),
+            st.just({"name": "X", "valueFrom": {"secretKeyRef": {"name": "a", "key": "b"}}}),
+            st.just({"name": "Y", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}),
+        ),
+        max_size=3,
+        unique_by=lambda entry: entry["name"],
+    ),
+    "extraVolumes": st.sampled_from([[], [{"name": "a", "configMap": {"name": "b"}}, {"name": "c", "emptyDir": {}}]]),
+    "extraVolumeMounts": st.just([]),
+    "serviceAccountName": st.sampled_from(["", "default"]),  # a pod is refused where it is missing
+    "resources.requests": st.none(),  # they may not be above the limits
+    "git.resources.requests": st.none(),
+}
+
+
+def drawn(schema: dict[str, Any], path: str) -> st.SearchStrategy[Any]:
+    """Values that `schema` accepts: of JSON Schema, the words that ours uses."""
+    if path in OTHERS:
+        return OTHERS[path]
+    if "$ref" in schema:
+        return drawn(DEFINITIONS[schema["$ref"].rpartition("/")[2]], path)
+    if "anyOf" in schema:
+        return st.one_of([drawn(part, path) for part in schema["anyOf"]])
+    if "const" in schema or "enum" in schema:
+        return st.sampled_from(schema.get("enum") or [schema["const"]])
+    kinds = schema.get("type", "string")
+    found = st.one_of([_of_type(kind, schema, path) for kind in ([kinds] if isinstance(kinds, str) else kinds)])
+    valid = Draft7Validator({**schema, "definitions": DEFINITIONS})
+    return found.filter(valid.is_valid) if {"not", "if", "allOf", "maxLength"} & set(schema) else found
+
+
+def _of_type(kind: str, schema: dict[str, Any], path: str) -> st.SearchStrategy[Any]:
+    if kind == "null":
+        return st.none()
+    if kind == "boolean":
+        return st.booleans()
+    if kind in ("integer", "number"):
+        return st.integers(schema.get("minimum", -(2**31)), schema.get("maximum", 2**31 - 1))
+    if kind == "array":
+        size = schema.get("minItems", 0)
+        return st.lists(drawn(schema["items"], f"{path}[]"), min_size=size, max_size=size + 2)
+    if kind == "object":
+        known = {name: drawn(part, f"{path}.{name}") for name, part in schema.get("properties", {}).items()}
+        required = {name: known.pop(name) for name in schema.get("required", [])}
+        if schema.get("additionalProperties"):
+            names = drawn(schema["propertyNames"], f"{path}{{}}") if "propertyNames" in schema else st.just("a")
+            return st.dictionaries(names, drawn(schema["additionalProperties"], f"{path}.*"), max_size=2)
+        return st.fixed_dictionaries(required, optional=known)
+    if "pattern" in schema:
+        return st.from_regex(schema["pattern"], fullmatch=True, alphabet=st.characters(codec="ascii"))
+    return TEXT
+
+
+def test_the_words_of_the_schema_are_those_that_are_drawn() -> None:
+    """Else a new one would be passed over, above."""
+    words = {
+        *("$ref", "additionalProperties", "allOf", "anyOf", "const", "else", "enum", "if", "items", "maxLength"),
+        *("maxProperties", "maximum", "minItems", "minProperties", "minimum", "not", "pattern", "properties"),
+        *("propertyNames", "required", "then", "type"),
+    }
+
+    def of(schema: Any) -> set[str]:
+        if not isinstance(schema, dict):
+            return set()
+        found = set(schema)
+        for word, part in schema.items():
+            if word in ("properties", "definitions"):
+                found |= {inner for child in part.values() for inner in of(child)}
+            elif word in ("allOf", "anyOf"):
+                found |= {inner for child in part for inner in of(child)}
+            else:
+                found |= of(part)
+        return found
+
+    assert {word for definition in DEFINITIONS.values() for word in of(definition)} <= words
+
+
+@pytest.mark.fault(
+    "Code and settings",
+    fault="Any values that the chart's schema accepts",
+    sees="The chart renders, or says in its own words what cannot work; the API server takes what it rendered",
+    state="Nothing was changed",
+    do="What the words say",
+)
+@pytest.mark.timeout(600)
+def test_what_the_schema_accepts_the_api_server_accepts(release: Release, cluster: Cluster) -> None:
+    outcomes: Counter[str] = Counter()
+
+    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.fixed_dictionaries({}, optional={name: drawn(part, name) for name, part in TOP.items()}))
+    def check(values: dict[str, Any]) -> None:
+        values = merged({"git": {"repo": "https://git.example.org/a", "branch": "main"}}, values)
+        file = release.home / "values.yaml"
+        file.write_text(json.dumps(values | {"namespace": "default"}, ensure_ascii=False))  # YAML, too
+        rendered = release.start("template", release.name, CHART, "-f", file)
+        outcome = "rendered" if rendered.wait().returncode == 0 else "refused"
+        outcomes[outcome] += 1
+        if outcome == "refused":
+            assert 'The values of hcm-db-migrations cannot work:\n\n- "' in rendered.output, rendered.output
+        else:
+            cluster.kubectl("create", "--dry-run=server", "--validate=strict", "-f", "-", input=rendered.output)
+
+    check()
+    assert outcomes["rendered"] > outcomes["refused"]
