@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import traceback
 import warnings
@@ -21,8 +22,12 @@ RULES = "see 'Adding a migration' in README.md"
 def check(script: ScriptDirectory) -> None:
     """Load all revision files, once for the whole command, or raise CommandError naming the file and the cure.
 
-    Alembic itself only warns of two files with one revision id, and drops one of them.
+    Alembic itself only warns of two files with one revision id, and drops one of them; a link it follows, and where
+    that leads to no .py file, it passes over the revision.
     """
+    for path in Path(script.versions).glob("*.py"):
+        if path.is_symlink():
+            raise CommandError(f"{path.name} is a symlink; commit the file itself, {RULES}")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Revision .* is present more than once")
@@ -38,10 +43,7 @@ def check(script: ScriptDirectory) -> None:
             f"{name[1]} has no 'revision'; mend or delete the file, {RULES}" if name else str(error)
         ) from None
     except (Exception, SystemExit) as error:
-        versions = Path(script.versions)
-        raise CommandError(
-            f"{place(error, versions) or versions}: {describe(error)}; mend the file, {RULES}"
-        ) from error
+        raise broken(script, error) from error
 
 
 def check_runnable(script: ScriptDirectory, destination: str | None) -> None:
@@ -51,9 +53,14 @@ def check_runnable(script: ScriptDirectory, destination: str | None) -> None:
             f"no revisions found in {script.versions}; nothing was done: check the branch and the path of the checkout"
             " (in the chart: 'git.branch' and 'git.path')"
         )
-    too_long = [revision.revision for revision in script.walk_revisions() if len(revision.revision) > 32]
-    if too_long:
-        raise CommandError(f"revision {too_long[0]} has more than 32 characters; shorten it, {RULES}")
+    for revision in script.walk_revisions():
+        if len(revision.revision) > 32:
+            raise CommandError(f"revision {revision.revision} has more than 32 characters; shorten it, {RULES}")
+        for name in ("upgrade", "downgrade"):
+            try:
+                inspect.signature(getattr(revision.module, name, None)).bind()
+            except TypeError:
+                raise CommandError(f"{Path(revision.path).name} has no {name}(); mend the file, {RULES}") from None
     check_one_head(script, destination)
     if destination and destination.isalnum() and destination not in ("head", "heads", "base"):
         try:
@@ -97,6 +104,12 @@ def asks_current(options: Namespace) -> bool:
     return bool(words.get("indicate_current")) or "current" in f"{words.get('rev_range')} {words.get('rev')}"
 
 
+def broken(script: ScriptDirectory, error: BaseException) -> CommandError:
+    """What to raise for an error in a revision file."""
+    where = place(error, Path(script.versions)) or _unreadable(script)
+    return CommandError(f"{where}: {describe(error)}; mend the file, {RULES}")
+
+
 def describe(error: BaseException) -> str:
     """One line: `SyntaxError: invalid syntax (x.py, line 3)`."""
     return " ".join("".join(traceback.format_exception_only(type(error), error)[-1:]).split())
@@ -110,6 +123,16 @@ def place(error: BaseException, versions: Path) -> str | None:
         if Path(frame.filename).resolve().parent == versions.resolve():
             return f"{Path(frame.filename).name}, line {frame.lineno}"
     return None
+
+
+def _unreadable(script: ScriptDirectory) -> str:
+    """The file that is no Python at all, such as one in UTF-16, which no error names; reads them again."""
+    for path in sorted(Path(script.versions).glob("*.py")):
+        try:
+            compile(path.read_bytes(), path, "exec")
+        except (SyntaxError, ValueError):  # ValueError, too: Python 3.11 and older
+            return path.name
+    return script.versions
 
 
 def _mismatch(script: ScriptDirectory, warning: str) -> str:

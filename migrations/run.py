@@ -80,7 +80,12 @@ def offline(context: EnvironmentContext, settings: Settings) -> None:
         context.execute(
             f"SET search_path = {context.get_context().impl.dialect.identifier_preparer.quote(settings.schema)}"
         )
-    context.run_migrations()
+    try:
+        context.run_migrations()
+    except CommandError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise revisions.broken(context.script, error) from error
 
 
 class Run:

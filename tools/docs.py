@@ -24,7 +24,16 @@ ROOT = Path(__file__).resolve().parent.parent
 CHART = ROOT / "charts" / "hcm-db-migrations"
 FAILURES = ROOT / "docs" / "failures.md"
 # The groups of faults, in the order of the document.
-GROUPS = ["Database", "Network", "Process and pod", "Concurrency", "Partial work", "Code and settings"]
+GROUPS = [
+    "Database",
+    "Network",
+    "Process and pod",
+    "Concurrency",
+    "Partial work",
+    "Going back",
+    "Supply chain",
+    "Code and settings",
+]
 TABLE = re.compile(
     r"(?<=<!-- values: begin \(written by `make docs` from values.yaml\) -->\n).*(?=<!-- values: end -->)", re.S
 )

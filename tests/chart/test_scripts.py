@@ -256,26 +256,32 @@ def test_requirements_that_are_not_there_are_named(volume: Volume, container: Ca
     )
 
 
+def make_wheel(folder: Path, name: str, files: dict[str, str]) -> Path:
+    """Make version 0.0.1 of a package; `files` are its texts by name, `.dist-info` files among them."""
+    info = f"{name}-0.0.1.dist-info"
+    files = files | {
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.0.1\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    hashes = {
+        file: base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
+        for file, text in files.items()
+    }
+    record = "".join(f"{file},sha256={digest},\n" for file, digest in hashes.items())
+    path = folder / f"{name}-0.0.1-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        for file, text in {**files, f"{info}/RECORD": f"{record}{info}/RECORD,,\n"}.items():
+            wheel.writestr(file, text)
+    return path
+
+
 def _wheel(folder: Path) -> str:
     """Make a package "alembic" that prints its arguments; return its hash."""
-    path = folder / "alembic-0.0.1-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w") as wheel:
-        files = {
-            "tool.py": "import sys\ndef main():\n    print('alembic of the venv:', sys.argv[1:], sys.prefix)\n",
-            "alembic-0.0.1.dist-info/METADATA": "Metadata-Version: 2.1\nName: alembic\nVersion: 0.0.1\n",
-            "alembic-0.0.1.dist-info/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: "
-            "py3-none-any\n",
-            "alembic-0.0.1.dist-info/entry_points.txt": "[console_scripts]\nalembic = tool:main\n",
-        }
-        for name, text in files.items():
-            wheel.writestr(name, text)
-        hashes = {
-            name: base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
-            for name, text in files.items()
-        }
-        record = "".join(f"{name},sha256={digest},\n" for name, digest in hashes.items())
-        wheel.writestr("alembic-0.0.1.dist-info/RECORD", record + "alembic-0.0.1.dist-info/RECORD,,\n")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    files = {
+        "tool.py": "import sys\ndef main():\n    print('alembic of the venv:', sys.argv[1:], sys.prefix)\n",
+        "alembic-0.0.1.dist-info/entry_points.txt": "[console_scripts]\nalembic = tool:main\n",
+    }
+    return hashlib.sha256(make_wheel(folder, "alembic", files).read_bytes()).hexdigest()
 
 
 def test_requirements_are_installed_into_the_volume_by_their_hashes(
@@ -290,7 +296,7 @@ def test_requirements_are_installed_into_the_volume_by_their_hashes(
 
 
 @pytest.mark.fault(
-    "Code and settings",
+    "Supply chain",
     fault="A requirement does not match its hash",
     sees="pip's words and our own line",
     state="Nothing installed; the database is not contacted",

@@ -161,6 +161,18 @@ def repository(cluster: Cluster, api: Api, tmp_path: Path) -> Repository:
 
 
 @pytest.fixture
+def audited(repository: Repository, database: Database) -> Repository:
+    """Revision 002 notes that it ran, and waits while the table `brake` has a row."""
+    database.execute("CREATE TABLE brake AS SELECT 1")
+    database.execute("CREATE TABLE audit (revision text)")
+    database.execute(f"GRANT ALL ON brake, audit TO {database.role}")
+    wait = "DO $$ BEGIN WHILE EXISTS (SELECT FROM brake) LOOP PERFORM pg_sleep(0.1); END LOOP; END $$"
+    repository.revision("002", "INSERT INTO audit VALUES ('002')", wait)
+    repository.push()
+    return repository
+
+
+@pytest.fixture
 def with_pip(cluster: Cluster) -> dict[str, Any]:
     """Values for a run that installs the requirements."""
     index = [
@@ -203,3 +215,31 @@ def releases(
 def release(releases: Callable[..., Release], api: Api) -> Release:
     """The release hcm-db-migrations in the test's namespace."""
     return releases(api)
+
+
+@pytest.fixture
+def silent(api: Api, release: Release) -> client.V1Pod:
+    """A pod that takes connections on port 8080 and never answers."""
+    script = "import socket, time; server = socket.create_server(('', 8080)); time.sleep(3600)"
+    image = release.values.get("image", {"repository": "python", "tag": "3.10-slim"})
+    security = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    container = {
+        "name": "silent",
+        "image": f"{image['repository']}:{image['tag']}",
+        "command": ["python3", "-c", script],
+        "securityContext": security,
+        "readinessProbe": {"tcpSocket": {"port": 8080}, "periodSeconds": 1},
+    }
+    spec = {
+        "containers": [container],
+        "securityContext": {"runAsNonRoot": True, "runAsUser": 65533, "seccompProfile": {"type": "RuntimeDefault"}},
+        "terminationGracePeriodSeconds": 0,
+    }
+    api.core.create_namespaced_pod(api.namespace, {"metadata": {"name": "silent"}, "spec": spec})
+
+    def ready() -> client.V1Pod | None:
+        pod = api.core.read_namespaced_pod("silent", api.namespace)
+        conditions = {condition.type: condition.status for condition in pod.status.conditions or []}
+        return pod if conditions.get("Ready") == "True" else None
+
+    return until(ready)

@@ -236,10 +236,25 @@ class Repository:
         return path
 
 
+def sessions(cluster: Cluster, database: Database) -> int:
+    """How many sessions the test's database ever had, the test's own among them."""
+    query = "SELECT sessions FROM pg_stat_database WHERE datname = %s"
+    return execute(make_url(cluster.postgres_url()), query, database.name)[0][0]
+
+
 def contacted(cluster: Cluster, database: Database) -> bool:
     """Whether anybody ever had a session in the test's database. Ask before the test has one itself."""
-    query = "SELECT sessions FROM pg_stat_database WHERE datname = %s"
-    return execute(make_url(cluster.postgres_url()), query, database.name)[0][0] > 0
+    return sessions(cluster, database) > 0
+
+
+def in_002(database: Database) -> bool:
+    """Whether a run is in revision 002 of the fixture `audited`."""
+    return any("FROM brake" in statement for statement in database.activity())
+
+
+def let_go(database: Database) -> None:
+    """Let revision 002 of the fixture `audited` go on."""
+    database.execute("DELETE FROM brake")
 
 
 def in_node(cluster: Cluster, *command: str) -> tuple[list[str], dict[str, str]]:
@@ -254,3 +269,28 @@ def node(cluster: Cluster, *command: str) -> str:
     """Run a command on the machine that kind made; return its output."""
     words, environment = in_node(cluster, *command)
     return run(words, env=environment)
+
+
+def kill_container(cluster: Cluster, pod: client.V1Pod, name: str) -> None:
+    """Kill a container's first process, and so the container, at once."""
+    statuses = [*(pod.status.init_container_statuses or []), *(pod.status.container_statuses or [])]
+    (found,) = [status.container_id.removeprefix("containerd://") for status in statuses if status.name == name]
+    pid = node(cluster, "crictl", "inspect", "--output=go-template", "--template={{.info.pid}}", found).strip()
+    node(cluster, "kill", "-9", pid)
+
+
+class Gate:
+    """A Service of a test's own that leads where the test says: nowhere, at first."""
+
+    def __init__(self, api: Api, port: int = 80) -> None:
+        self.api = api
+        self.host = f"gate.{api.namespace}"
+        service = {"metadata": {"name": "gate"}, "spec": {"ports": [{"port": port}]}}
+        api.core.create_namespaced_service(api.namespace, service)
+        api.core.create_namespaced_endpoints(api.namespace, {"metadata": {"name": "gate"}})
+
+    def lead_to(self, pod: client.V1Pod, port: int) -> None:
+        to = {"addresses": [{"ip": pod.status.pod_ip}], "ports": [{"port": port}]}
+        self.api.core.replace_namespaced_endpoints(
+            "gate", self.api.namespace, {"metadata": {"name": "gate"}, "subsets": [to]}
+        )

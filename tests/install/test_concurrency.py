@@ -7,37 +7,25 @@ from collections.abc import Callable
 import pytest
 from kubernetes import client
 
-from tests.install.helpers import Api, Release, Repository, node
+from tests.install.helpers import Api, Gate, Release, Repository, contacted, in_002, kill_container, let_go, node
+from tests.install.test_lifecycle import TABLE
 from tests.migrations.conftest import Database, until
 from tools.cluster import Cluster
 
 JOB = "hcm-db-migration-1"
 
 
-@pytest.fixture
-def audited(repository: Repository, database: Database) -> Repository:
-    """Revision 002 notes that it ran, and waits while the table `brake` has a row."""
-    database.execute("CREATE TABLE brake AS SELECT 1")
-    database.execute("CREATE TABLE audit (revision text)")
-    database.execute(f"GRANT ALL ON brake, audit TO {database.role}")
-    wait = "DO $$ BEGIN WHILE EXISTS (SELECT FROM brake) LOOP PERFORM pg_sleep(0.1); END LOOP; END $$"
-    repository.revision("002", "INSERT INTO audit VALUES ('002')", wait)
-    repository.push()
-    return repository
-
-
-def in_002(database: Database) -> bool:
-    return any("FROM brake" in statement for statement in database.activity())
-
-
-def let_go(database: Database) -> None:
-    database.execute("DELETE FROM brake")
-
-
 def assert_applied_once(database: Database) -> None:
     assert (database.at, database.execute("SELECT revision FROM audit")) == (["002"], [("002",)])
 
 
+@pytest.mark.fault(
+    "Concurrency",
+    fault="Two releases on one database are upgraded at once, in one namespace or in two",
+    sees="One works, the other says `waiting, ...: another run is at work (pid ...)`, then `nothing to do`; exit 0",
+    state="Each revision applied once",
+    do="Nothing",
+)
 @pytest.mark.parametrize("where", ["one namespace", "two namespaces"])
 def test_of_two_releases_at_once_one_works_and_the_other_waits_for_it(
     releases: Callable[..., Release],
@@ -70,6 +58,14 @@ def _drain(api: Api, pod: client.V1Pod) -> None:
     api.core.create_namespaced_pod_eviction(name, api.namespace, {"metadata": {"name": name}})
 
 
+@pytest.mark.fault(
+    "Process and pod",
+    fault="The pod is killed in a revision, or its node is drained",
+    sees="The next pod: `at 001 (the head is 002); to do: 1 (...)`, and it goes on by itself; a drained pod says"
+    " `interrupted by SIGTERM in revision 002 (...)`",
+    state="All done, each revision once",
+    do="Nothing",
+)
 @pytest.mark.parametrize("cut_off", [_kill, _drain])
 def test_a_pod_that_is_cut_off_in_a_revision_is_followed_by_one_that_finishes_it(
     release: Release, api: Api, audited: Repository, database: Database, cut_off: Callable[[Api, client.V1Pod], None]
@@ -86,6 +82,109 @@ def test_a_pod_that_is_cut_off_in_a_revision_is_followed_by_one_that_finishes_it
     assert_applied_once(database)
 
 
+@pytest.mark.fault(
+    "Concurrency",
+    fault="The same pod runs twice at once, as Kubernetes may do it",
+    sees="One works, the other says `waiting, ...: another run is at work (pid ...)`, then `nothing to do`; exit 0",
+    state="Each revision applied once",
+    do="Nothing",
+)
+def test_of_the_same_pod_twice_at_once_one_works_and_the_other_waits_for_it(
+    release: Release, api: Api, audited: Repository, database: Database
+) -> None:
+    upgrade = release.upgrading()
+    until(lambda: in_002(database), 60)
+    (pod,) = api.pods(JOB)
+    pod.metadata = client.V1ObjectMeta(name="twin", annotations=pod.metadata.annotations)
+    api.core.create_namespaced_pod(api.namespace, pod)
+    until(lambda: "another run is at work" in api.log(pod), 60)
+    let_go(database)
+    result = upgrade.wait()
+    assert result.returncode == 0, result.text
+    until(lambda: api.core.read_namespaced_pod("twin", api.namespace).status.phase == "Succeeded", 60)
+    assert api.log(pod).splitlines()[-1].endswith("INFO at 002 (head): nothing to do")
+    assert_applied_once(database)
+
+
+@pytest.mark.fault(
+    "Process and pod",
+    fault="SIGKILL (out of memory, a lost node) in the clone or while pip installs",
+    sees="Nothing of that pod, exit 137; the next one begins anew and goes on by itself",
+    state="All done, each revision once; the killed pod did not contact the database",
+    do="Nothing",
+)
+@pytest.mark.parametrize("stage", ["clone", "pip"])
+def test_a_pod_that_is_killed_before_the_database_is_contacted_is_followed_by_one_that_does_it_all(
+    releases: Callable[..., Release],
+    api: Api,
+    cluster: Cluster,
+    repository: Repository,
+    database: Database,
+    silent: client.V1Pod,
+    with_pip: dict,
+    stage: str,
+) -> None:
+    """The server that this stage asks takes connections and does not answer, until the first pod is killed."""
+    release = releases(api)
+    gate = Gate(api)
+    gate.lead_to(silent, 8080)
+    repository.revision("002", "CREATE TABLE once AS SELECT 1")
+    repository.push()
+    if stage == "clone":
+        values, container, words = {"git": {"repo": f"http://{gate.host}/git/{repository.name}.git"}}, "git-sync", "{"
+    else:
+        index = [
+            {"name": "PIP_INDEX_URL", "value": f"http://{gate.host}/simple/"},
+            {"name": "PIP_TRUSTED_HOST", "value": gate.host},
+        ]
+        values, container, words = {**with_pip, "extraEnv": index}, "migrate", "code: repository"
+    upgrade = release.upgrading(values)
+    until(lambda: any(words in api.log(pod, container) for pod in api.pods(JOB)), 60)
+    (pod,) = api.pods(JOB)
+    (server,) = api.core.list_namespaced_pod("hcm-fixtures", label_selector="app=server").items
+    gate.lead_to(server, 80)
+    kill_container(cluster, pod, container)
+    until(lambda: api.pods(JOB)[0].status.phase == "Failed")
+    assert not contacted(cluster, database)
+    result = upgrade.wait()
+    assert (result.returncode, database.at) == (0, ["002"]), result.text
+    assert database.execute("SELECT count(*) FROM once") == [(1,)]
+
+
+@pytest.mark.fault(
+    "Process and pod",
+    fault="A revision needs more memory than the limit",
+    sees='`FAILED: alembic was killed, most likely out of memory: raise "resources.limits.memory"`, exit 137; where the'
+    " node kills the whole container (cgroup v2), nothing, and `kubectl describe pod` says `OOMKilled`",
+    state="Finished revisions stay, this one is rolled back",
+    do="Raise `resources.limits.memory`, deploy again",
+)
+def test_a_revision_that_needs_more_memory_than_the_limit_is_rolled_back_and_passes_with_more(
+    release: Release, api: Api, cluster: Cluster, repository: Repository, database: Database
+) -> None:
+    path = repository.revision("002", "CREATE TABLE filled ()")
+    path.write_text(path.read_text().replace("def downgrade", "    b'x' * (300 << 20)\ndef downgrade"))
+    repository.push()
+    values = {"resources": {"limits": {"memory": "160Mi"}}, "job": {"backoffLimit": 0}}
+    failed = release.upgrade(values)
+    assert (failed.returncode, database.at, database.relations) == (1, ["001"], TABLE)
+    (pod,) = api.pods(JOB)
+    ended = pod.status.container_statuses[0].state.terminated
+    assert (ended.exit_code, ended.reason) == (137, "OOMKilled")
+    if "cgroup2fs" not in node(cluster, "stat", "-fc", "%T", "/sys/fs/cgroup"):
+        failed.line('FAILED: alembic was killed, most likely out of memory: raise "resources.limits.memory"')
+    values["resources"]["limits"]["memory"] = "512Mi"
+    mended = release.upgrade(values)
+    assert (mended.returncode, database.at) == (0, ["002"]), mended.text
+
+
+@pytest.mark.fault(
+    "Process and pod",
+    fault="kubelet is restarted in a run",
+    sees="Nothing of it",
+    state="All done, each revision once",
+    do="Nothing",
+)
 @pytest.mark.disruptive
 def test_a_run_survives_a_restart_of_kubelet(
     release: Release, api: Api, cluster: Cluster, audited: Repository, database: Database

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from sqlalchemy import make_url
 
-from tests.install.helpers import Api, Release, contacted
+from tests.install.helpers import Api, Gate, Release, contacted
 from tests.migrations.conftest import Database, until
 from tools.cluster import Cluster
 from tools.postgres import execute
@@ -75,38 +75,34 @@ def test_a_wrong_password_ends_the_job_at_once_and_is_not_shown(release: Release
 
 
 @pytest.fixture
-def service(api: Api) -> str:
-    """A Service with no server behind it yet: where the ConfigMap says that the database is."""
-    api.core.create_namespaced_service(
-        api.namespace, {"metadata": {"name": "late"}, "spec": {"ports": [{"port": 5432}]}}
-    )
-    host = f"late.{api.namespace}"
-    api.core.patch_namespaced_config_map("egov-config", api.namespace, {"data": {"db-host": host}})
-    return host
+def gate(api: Api) -> Gate:
+    """Where the ConfigMap says that the database is; nothing is behind it yet."""
+    gate = Gate(api, 5432)
+    api.core.patch_namespaced_config_map("egov-config", api.namespace, {"data": {"db-host": gate.host}})
+    return gate
 
 
 def test_a_database_that_is_not_there_yet_is_waited_for(
-    release: Release, api: Api, database: Database, service: str
+    release: Release, api: Api, database: Database, gate: Gate
 ) -> None:
     upgrade = release.upgrading()
-    waiting = f'INFO waiting, up to 90 s more: connection to server at "{service}"'
+    waiting = f'INFO waiting, up to 90 s more: connection to server at "{gate.host}"'
     until(lambda: any(waiting in log for log in api.logs(JOB)))
     (pod,) = api.core.list_namespaced_pod("hcm-fixtures", label_selector="app=postgres").items
-    server = {"addresses": [{"ip": pod.status.pod_ip}], "ports": [{"port": 5432}]}
-    api.core.create_namespaced_endpoints(api.namespace, {"metadata": {"name": "late"}, "subsets": [server]})
+    gate.lead_to(pod, 5432)
     result = upgrade.wait()
     assert (result.returncode, database.at) == (0, ["001"]), result.text
     result.line(waiting, "Connection refused")
 
 
-def test_a_database_that_never_comes_is_given_up_in_bounded_time(release: Release, api: Api, service: str) -> None:
+def test_a_database_that_never_comes_is_given_up_in_bounded_time(release: Release, api: Api, gate: Gate) -> None:
     wait = {"name": "MIGRATION_WAIT_SECONDS", "value": "2"}
     values = {"extraEnv": [*release.values["extraEnv"], wait], "job": {"backoffLimit": 0}}
     result = release.upgrade(values)
     assert (result.returncode, result.seconds < 30) == (1, True), result.seconds
     result.line(
         "FAILED: no connection to database ",
-        f" at {service}:5432 ",
+        f" at {gate.host}:5432 ",
         " in 2 s: ",
         "Connection refused",
         "; check that the server runs and DB_HOST, DB_PORT and the network, or raise MIGRATION_WAIT_SECONDS",

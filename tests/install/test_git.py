@@ -46,6 +46,32 @@ def test_a_run_takes_exactly_the_ref_and_the_folder_that_are_named(
     assert "chosen" in database.relations
 
 
+@pytest.mark.fault(
+    "Supply chain",
+    fault="A git tag is moved",
+    sees="`code: repository ..., ref v1.0, commit <the new one>, ...` in the first line",
+    state="What the tag's new commit says",
+    do="Set `git.branch` to a full commit where nothing may move",
+)
+def test_a_moved_tag_is_told_by_the_commit_that_ran(
+    release: Release, repository: Repository, database: Database
+) -> None:
+    values = {"git": {"branch": "v1.0"}}
+    runs = []
+    for number in ("001", "002"):
+        if number == "002":
+            repository.revision("002", "CREATE TABLE moved ()")
+        commit = repository.push("refs/tags/v1.0")
+        command = release.upgrading(values)
+        assert command.wait().returncode == 0, command.output
+        assert f"ref v1.0, commit {commit}, path ." in command.output
+        assert database.at == [number]
+        runs.append(commit)
+    # The first commit is still had by its name.
+    back = release.upgrade({"git": {"branch": runs[0]}, "args": ["upgrade", "head", "--sql"]})
+    assert (back.returncode, "CREATE TABLE moved" in back.text) == (0, False)
+
+
 def _other_host_key() -> str:
     parts = (b"ssh-ed25519", secrets.token_bytes(32))
     return base64.b64encode(b"".join(len(part).to_bytes(4, "big") + part for part in parts)).decode()

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.install.helpers import Api, Release, Repository, contacted
-from tests.migrations.conftest import Database
+from tests.install.helpers import Api, Release, Repository, contacted, in_002, let_go
+from tests.migrations.conftest import Database, until
 from tools.cluster import Cluster
 
 JOB = "hcm-db-migration"
@@ -84,6 +84,14 @@ def test_uninstall_leaves_the_schema_and_nothing_else_and_a_reinstall_finds_it(
     reinstall.line(NOTHING_TO_DO)
 
 
+@pytest.mark.fault(
+    "Going back",
+    fault="`helm rollback` to older code",
+    sees="Nothing; the next upgrade with that code: `the database is at 002, which this code (head 001) does not know;"
+    " deploy the code that knows it, ...`, exit 255",
+    state="The schema stays as it is",
+    do="Deploy the newer code, or downgrade with it by `args`",
+)
 def test_a_rollback_leaves_the_schema_and_the_next_upgrade_to_that_code_says_so(
     release: Release, api: Api, repository: Repository, database: Database
 ) -> None:
@@ -173,3 +181,60 @@ def test_wait_succeeds_and_a_failed_upgrade_is_rolled_back_to_the_release_before
     assert "FAILED: revision 002 (20251202_143000_002_test.py) failed: division by zero" in log
     if version == 4:
         failed.line("FAILED: revision 002", "division by zero")
+
+
+def _killed(release: Release, database: Database) -> None:
+    """Kill Helm while the Job runs revision 002, then wait for the Job's end, as the README says."""
+    upgrade = release.upgrading()
+    until(lambda: in_002(database), 60)
+    upgrade.process.kill()
+    upgrade.process.communicate()
+    let_go(database)
+    until(lambda: database.at == ["002"])
+
+
+@pytest.mark.fault(
+    "Going back",
+    fault="Helm is killed in an upgrade: the release is stuck in pending-upgrade",
+    sees="The next upgrade: `another operation (install/upgrade/rollback) is in progress`",
+    state="The Job finishes by itself and stays with its log",
+    do="Wait for the Job, then `helm rollback` to the last deployed revision, and deploy again",
+)
+def test_a_release_stuck_in_pending_upgrade_is_freed_by_a_rollback(
+    release: Release, api: Api, audited: Repository, database: Database
+) -> None:
+    first = audited.git("rev-parse", "HEAD~1")
+    assert release.upgrade({"git": {"branch": first}}).returncode == 0
+    assert database.at == ["001"]
+    _killed(release, database)
+    assert release.status() == "pending-upgrade"
+    refused = release.upgrade()
+    assert refused.returncode == 1
+    refused.line("another operation (install/upgrade/rollback) is in progress")
+    until(lambda: "Complete" in api.conditions(f"{JOB}-2"))
+    assert release.run("rollback", release.name, "1").returncode == 0
+    assert (release.status(), database.at) == ("deployed", ["002"])
+    mended = release.upgrade()
+    assert (mended.returncode, release.status()) == (0, "deployed"), mended.text
+    mended.line("INFO at 002 (head): nothing to do")
+
+
+@pytest.mark.fault(
+    "Going back",
+    fault="Helm is killed in the first install: the release is stuck in pending-install",
+    sees="The next upgrade: `another operation (install/upgrade/rollback) is in progress`",
+    state="The Job finishes by itself and stays with its log",
+    do="Wait for the Job, then `helm uninstall`, which leaves the schema, and deploy again",
+)
+def test_a_release_stuck_in_pending_install_is_freed_by_an_uninstall(
+    release: Release, api: Api, audited: Repository, database: Database
+) -> None:
+    _killed(release, database)
+    assert release.status() == "pending-install"
+    refused = release.upgrade()
+    assert refused.returncode == 1
+    refused.line("another operation (install/upgrade/rollback) is in progress")
+    assert release.run("uninstall", release.name).returncode == 0
+    mended = release.upgrade()
+    assert (mended.returncode, release.status()) == (0, "deployed"), mended.text
+    mended.line("INFO at 002 (head): nothing to do")

@@ -12,8 +12,8 @@ import pytest
 from kubernetes import client
 
 from tests.install.conftest import assert_no_secret
-from tests.install.helpers import Api, Release, Repository, in_node, node
-from tests.install.test_concurrency import JOB, audited, in_002, let_go  # noqa: F401
+from tests.install.helpers import Api, Release, Repository, in_002, in_node, let_go, node
+from tests.install.test_concurrency import JOB
 from tests.migrations.conftest import CANARY, PASSWORD, Database, until
 from tools.cluster import Cluster
 
@@ -56,7 +56,7 @@ def test_password_and_token_are_in_no_log_event_description_manifest_or_process_
     api: Api,
     cluster: Cluster,
     database: Database,
-    audited: Repository,  # noqa: F811
+    audited: Repository,
 ) -> None:
     api.secret("git-https", username="git", password=cluster.passwords["TOKEN"])
     api.config_map("git-ca", **{"ca.crt": cluster.server_file("ca.crt")})

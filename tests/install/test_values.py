@@ -18,6 +18,7 @@ from tools.cluster import Cluster
 SCHEMA = json.loads((CHART / "values.schema.json").read_text())
 DEFINITIONS = SCHEMA["definitions"]
 TOP = DEFINITIONS["values"]["properties"]
+ASCII = st.characters(codec="ascii", exclude_categories=("Cc",))
 
 # What the schema leaves to others: the templates' own checks, and parts of a pod that are handed through as they are.
 OTHERS: dict[str, st.SearchStrategy[Any]] = {
@@ -38,7 +39,7 @@ OTHERS: dict[str, st.SearchStrategy[Any]] = {
     "extraEnv": st.lists(
         st.one_of(
             st.fixed_dictionaries(
-                {"name": st.from_regex(r"[A-Za-z_]\w{0,9}", fullmatch=True, alphabet=st.characters(codec="ascii"))},
+                {"name": st.from_regex(r"[A-Za-z_]\w{0,9}", fullmatch=True, alphabet=ASCII)},
                 optional={"value": TEXT},
             ),
             st.just({"name": "X", "valueFrom": {"secretKeyRef": {"name": "a", "key": "b"}}}),
@@ -89,7 +90,7 @@ def _of_type(kind: str, schema: dict[str, Any], path: str) -> st.SearchStrategy[
             return st.dictionaries(names, drawn(schema["additionalProperties"], f"{path}.*"), max_size=2)
         return st.fixed_dictionaries(required, optional=known)
     if "pattern" in schema:
-        return st.from_regex(schema["pattern"], fullmatch=True, alphabet=st.characters(codec="ascii"))
+        return st.from_regex(schema["pattern"], fullmatch=True, alphabet=ASCII)
     return TEXT
 
 

@@ -61,6 +61,13 @@ def test_without_a_hook_it_is_an_ordinary_job_that_runs_again_when_a_value_chang
     assert NOTHING_TO_DO in api.logs(second)[0]
 
 
+@pytest.mark.fault(
+    "Going back",
+    fault='A revision has to be undone: `args: [downgrade, "001"]`',
+    sees="`running downgrade 002 -> 001, ...`; without `args`, the next upgrade applies it again",
+    state="The schema of 001; what the revision's columns held is gone",
+    do="Mend the revision, push, deploy again",
+)
 def test_a_plan_is_printed_and_changes_nothing_and_a_downgrade_goes_back_and_forth_again(
     release: Release, repository: Repository, database: Database
 ) -> None:

@@ -241,6 +241,25 @@ def test_a_file_without_a_revision_is_named(files: Project, content: str) -> Non
     )
 
 
+@pytest.mark.parametrize("arguments", [("upgrade", "head"), ("upgrade", "head", "--sql")], ids=" ".join)
+@pytest.mark.parametrize("name", ["upgrade", "downgrade"])
+@pytest.mark.parametrize("instead", ["def other()", "def {}(op)"])
+def test_a_file_without_both_functions_is_named_before_connecting(
+    files: Project, arguments: tuple, name: str, instead: str
+) -> None:
+    path = files.add("002")
+    path.write_text(path.read_text().replace(f"def {name}()", instead.format(name)))
+    result = files.alembic(*arguments)
+    assert (result.returncode, result.failure) == (255, f"{path.name} has no {name}(); mend the file, {RULES}")
+
+
+def test_an_error_of_a_revision_in_sql_mode_is_one_line(files: Project) -> None:
+    path = files.add("002", "1 / 0")
+    result = files.alembic("upgrade", "head", "--sql")
+    assert result.returncode == 255
+    assert result.failure == f"{path.name}, line 7: ZeroDivisionError: division by zero; mend the file, {RULES}"
+
+
 @pytest.mark.fault(
     "Code and settings",
     fault="No revisions (wrong branch or path)",

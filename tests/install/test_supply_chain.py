@@ -1,0 +1,73 @@
+"""What a run is made of is what was reviewed: images by digest, packages by hash. (A moved git tag: test_git.py.)"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import urllib.request
+
+import pytest
+
+from tests.chart.test_scripts import make_wheel
+from tests.install.helpers import Api, Release, Repository, in_002, let_go, node, sessions
+from tests.migrations.conftest import Database, until
+from tools.cluster import Cluster
+
+JOB = "hcm-db-migration-1"
+
+
+@pytest.mark.fault(
+    "Supply chain",
+    fault="The tag of an image is moved",
+    sees="Nothing, where the image is named by its digest (`image.digest`, `git.image.digest`)",
+    state="The image that was reviewed has run",
+    do="Name images by their digests",
+)
+def test_an_image_that_is_named_by_its_digest_is_the_one_that_runs(
+    release: Release, api: Api, cluster: Cluster, audited: Repository, database: Database
+) -> None:
+    """The tag is one that does not exist. A node that pulls an image knows it by its digest; ours were loaded."""
+    ctr = ("ctr", "--namespace=k8s.io", "images")
+    listed = node(cluster, *ctr, "list")
+    name = f"docker.io/{':'.join(release.values['image'].values())}"
+    digest = re.search(rf"^{re.escape(name)} .*?(sha256:[0-9a-f]{{64}})", listed, re.M)[1]
+    node(cluster, *ctr, "tag", "--force", name, f"{name.rpartition(':')[0]}@{digest}")
+    upgrade = release.upgrading({"image": {"tag": "moved", "digest": digest}})
+    until(lambda: in_002(database), 60)
+    (pod,) = api.pods(JOB)
+    let_go(database)
+    assert upgrade.wait().returncode == 0
+    assert pod.spec.containers[0].image.endswith(f":moved@{digest}")
+    assert pod.status.container_statuses[0].image_id.endswith(digest)
+
+
+@pytest.mark.fault(
+    "Supply chain",
+    fault="A package is replaced in the index",
+    sees="`THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE`, and our own line, exit 1",
+    state="Nothing installed; the database is not contacted",
+    do="Find out who changed the package",
+)
+def test_a_package_that_is_replaced_in_the_index_is_refused(
+    release: Release, api: Api, cluster: Cluster, repository: Repository, database: Database, with_pip: dict
+) -> None:
+    name = f"probe_{api.namespace.replace('-', '_')}"
+
+    def publish(text: str) -> str:
+        """Put the one wheel of the package into the index, over the one that is there; return its hash."""
+        wheel = make_wheel(repository.folder.parent, name, {f"{name}.py": text})
+        request = urllib.request.Request(f"{cluster.wheels_url}/{wheel.name}", wheel.read_bytes(), method="PUT")  # noqa: S310
+        urllib.request.urlopen(request, timeout=30).close()  # noqa: S310
+        return hashlib.sha256(wheel.read_bytes()).hexdigest()
+
+    with (repository.folder / "requirements.txt").open("a") as requirements:
+        requirements.write(f"{name}==0.0.1 --hash=sha256:{publish('reviewed = True')}\n")
+    repository.push()
+    assert release.upgrade(with_pip).returncode == 0
+    before = sessions(cluster, database)
+    publish("reviewed = False")
+    refused = release.upgrade({**with_pip, "job": {"backoffLimit": 0}})
+    assert refused.returncode == 1
+    refused.line("THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE.")
+    refused.line("FAILED: pip could not install requirements.txt (exit status 1, reason above)")
+    assert sessions(cluster, database) == before
