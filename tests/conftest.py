@@ -1,7 +1,10 @@
-"""What every test shares: the options, and the rule that nothing is skipped in continuous integration."""
+"""What every test shares: the options, the search for secrets, and the rule that nothing is skipped in CI."""
 
 import os
-from collections.abc import Generator
+import threading
+from collections.abc import Generator, Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +18,41 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption("--rounds", type=int, default=20, help="how often ten runs at once are killed at random")
     parser.addoption("--seed", help="the random faults of an earlier run again (default: others each time)")
+
+
+# In every role's password: nothing that a run prints may contain it, and no process list. tests/install adds its token.
+CANARY = "c4n4ry"
+SECRETS = {CANARY}
+
+
+@pytest.fixture(scope="session")
+def secrets_in_process_lists() -> Iterator[set[str]]:
+    """The command lines that had a secret, of all processes of this machine, those in pods among them."""
+    found: set[str] = set()
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.25):
+            secrets = [secret.encode() for secret in SECRETS]
+            for path in Path("/proc").glob("[0-9]*/cmdline"):
+                with suppress(OSError):  # it has ended
+                    line = path.read_bytes()
+                    if any(secret in line for secret in secrets):
+                        found.add(line.replace(b"\0", b" ").decode(errors="replace"))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    yield found
+    stop.set()
+    thread.join()
+
+
+@pytest.fixture(autouse=True)
+def _no_secret_in_a_process_list(secrets_in_process_lists: set[str]) -> Iterator[None]:
+    yield
+    found = set(secrets_in_process_lists)
+    secrets_in_process_lists.clear()
+    assert found == set()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -20,8 +20,9 @@ import psycopg2
 import pytest
 from sqlalchemy import URL
 
+from tests.conftest import CANARY
 from tests.faults.runner import Runner
-from tests.migrations.conftest import CANARY, Database, Project, fresh_database, until
+from tests.migrations.conftest import Database, Project, fresh_database, until
 from tools.postgres import dsn, execute
 
 RUNNERS = 10

@@ -17,8 +17,9 @@ from sqlalchemy import text
 
 from migrations import session
 from migrations import settings as of_migrations
+from tests.conftest import CANARY
 from tests.faults.runner import Runner
-from tests.migrations.conftest import CANARY, Database, Project
+from tests.migrations.conftest import Database, Project
 from tests.migrations.test_numbering import FIRST, RULES
 from tests.migrations.test_settings import parts
 from tools.postgres import dsn

@@ -20,8 +20,9 @@ import pytest
 from kubernetes import client
 from sqlalchemy import make_url
 
+from tests.conftest import SECRETS
 from tests.install.helpers import Api, Release, Repository
-from tests.migrations.conftest import CANARY, PASSWORD, Database, fresh_database, until
+from tests.migrations.conftest import PASSWORD, Database, fresh_database, until
 from tools.binaries import find_or_build
 from tools.cluster import Cluster, current, down, ensure
 from tools.steps import ROOT, UnavailableError
@@ -107,7 +108,9 @@ def shared(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def cluster(shared: dict[str, Any]) -> Cluster:
-    return Cluster(**shared["cluster"])
+    found = Cluster(**shared["cluster"])
+    SECRETS.add(found.passwords["TOKEN"])
+    return found
 
 
 @pytest.fixture
@@ -138,14 +141,16 @@ def namespaces(cluster: Cluster, database: Database) -> Iterator[Callable[[], Ap
             for text in [
                 *(api.log(pod, name) for pod in api.pods() for name in ("git-sync", "migrate")),
                 *api.events(),
+                *map(str, api.pods()),
+                str(api.batch.list_namespaced_job(api.namespace)),
             ]:
-                assert_no_secret(cluster, text)
+                assert_no_secret(text)
         finally:
             api.core.delete_namespace(api.namespace)
 
 
-def assert_no_secret(cluster: Cluster, text: str) -> None:
-    for secret in (CANARY, cluster.passwords["TOKEN"]):
+def assert_no_secret(text: str) -> None:
+    for secret in SECRETS:
         assert secret not in text, text
 
 
@@ -204,11 +209,13 @@ def releases(
         return made[-1]
 
     yield make
-    for command in [command for release in made for command in release.commands]:
-        if command.process.poll() is None:
-            command.process.kill()
-            command.process.communicate()
-        assert_no_secret(cluster, command.output)
+    for release in made:
+        release.run("get", "all", release.name)  # what is stored of it: values, manifests, hooks, notes
+        for command in release.commands:
+            if command.process.poll() is None:
+                command.process.kill()
+                command.process.communicate()
+            assert_no_secret(command.output)
 
 
 @pytest.fixture

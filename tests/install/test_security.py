@@ -11,10 +11,11 @@ from contextlib import contextmanager
 import pytest
 from kubernetes import client
 
+from tests.conftest import CANARY
 from tests.install.conftest import assert_no_secret
 from tests.install.helpers import Api, Release, Repository, in_002, in_node, let_go, node
 from tests.install.test_concurrency import JOB
-from tests.migrations.conftest import CANARY, PASSWORD, Database, until
+from tests.migrations.conftest import PASSWORD, Database, until
 from tools.cluster import Cluster
 
 
@@ -89,5 +90,5 @@ def test_password_and_token_are_in_no_log_event_description_manifest_or_process_
     ]:
         assert word in text
     for text in [*described, *logs, events, pods, *stored, lines, upgrade.output]:
-        assert_no_secret(cluster, text)
+        assert_no_secret(text)
     assert CANARY in PASSWORD

@@ -19,13 +19,13 @@ import psycopg2
 import pytest
 from sqlalchemy import URL, make_url
 
+from tests.conftest import CANARY
 from tools.postgres import Postgres, dsn, execute, programs
 
 ROOT = Path(__file__).parents[2]
 ALEMBIC = Path(sys.executable).with_name("alembic")
 
-# In every role's password: no output of any run in these tests may contain it. With all that has to be escaped.
-CANARY = "c4n4ry"
+# With all that has to be escaped.
 PASSWORD = CANARY + "%@/: #'\"\\${X}%41ä€&?="
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import URL
 
-from tests.migrations.conftest import CANARY, PASSWORD, Database, Project
+from tests.conftest import CANARY
+from tests.migrations.conftest import PASSWORD, Database, Project
 from tools.postgres import dsn
 
 WRITE = (
