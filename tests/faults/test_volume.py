@@ -28,18 +28,10 @@ def run_in_little_room(container: dict[str, Any], laid: Path, room: Path, **refe
     values = {name: value for name, value in environment(container).items() if isinstance(value, str)}
     path = f"{laid}/bin:/usr/bin:/bin"
     with namespace("mount", script) as enter:
-        words = [
-            *enter,
-            "sh",
-            "-c",
-            f'cd {room} && exec "$@"',
-            "sh",
-            "sh",
-            *container["command"][1:],
-            *container["args"],
-        ]
-        environment = values | {"PATH": path, **references}
-        done = subprocess.run(words, env=environment, stdout=-1, stderr=subprocess.STDOUT, text=True)
+        inside = [*enter, "sh", "-c", f'cd {room} && exec "$@"', "sh"]
+        words = [*inside, "sh", *container["command"][1:], *container["args"]]
+        variables = values | {"PATH": path, **references}
+        done = subprocess.run(words, env=variables, stdout=-1, stderr=subprocess.STDOUT, text=True)
         left = subprocess.run([*enter, "cat", f"{room}/git-error"], capture_output=True).stdout
         (laid / "git-error").write_bytes(left)
     return done.returncode, done.stdout
