@@ -51,6 +51,13 @@ def test_what_is_missing_is_named_within_30_seconds(
     assert not contacted(cluster, database)
 
 
+@pytest.mark.fault(
+    "Code and settings",
+    fault="The Secret comes later than the Job",
+    sees='`FAILED: no value for DB_USER (key "username" of Secret "db"), ...`, then the next pod goes on by itself',
+    state="All done",
+    do="Nothing",
+)
 def test_a_secret_that_comes_late_is_found_by_the_second_try(release: Release, api: Api, database: Database) -> None:
     login = api.core.read_namespaced_secret("db", api.namespace)
     api.core.delete_namespaced_secret("db", api.namespace)
@@ -134,6 +141,14 @@ def tls_only(cluster: Cluster, database: Database) -> Iterator[None]:
     in_pod(f"sed -i '/ {database.role} /d' pg_hba.conf")
 
 
+@pytest.mark.fault(
+    "Code and settings",
+    fault="The server wants TLS, or its certificate is not from the CA that was named",
+    sees="`cannot connect to database ...: ... no encryption; set PGSSLMODE=require ...` or `... certificate verify"
+    " failed; set PGSSLROOTCERT to the CA's file ...`, at once, exit 255",
+    state="Nothing was changed",
+    do="'TLS to a managed database' in README.md",
+)
 def test_tls_is_used_where_the_server_wants_it_and_checked_against_the_ca(
     release: Release, api: Api, cluster: Cluster, database: Database, tls_only: None
 ) -> None:
