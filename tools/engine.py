@@ -246,6 +246,7 @@ def _bake_node(version: str, digest: str) -> None:
     finally:
         docker("rm", "--force", "--volumes", container)
     docker("image", "prune", "--force")
+    remove(binaries.COMPILED)  # 4 GB; a newer Kubernetes would compile nearly all anew
 
 
 def _programs() -> Path:

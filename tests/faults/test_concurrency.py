@@ -21,8 +21,8 @@ import pytest
 from sqlalchemy import URL
 
 from tests.conftest import CANARY
-from tests.faults.runner import Runner
 from tests.migrations.conftest import Database, Project, fresh_database, until
+from tests.migrations.runner import Runner
 from tools.postgres import dsn, execute
 
 RUNNERS = 10

@@ -18,8 +18,8 @@ from sqlalchemy import text
 from migrations import session
 from migrations import settings as of_migrations
 from tests.conftest import CANARY
-from tests.faults.runner import Runner
 from tests.migrations.conftest import Database, Project
+from tests.migrations.runner import Runner
 from tests.migrations.test_numbering import FIRST, RULES
 from tests.migrations.test_settings import parts
 from tools.postgres import dsn
@@ -188,7 +188,7 @@ def test_any_content_of_a_revision_file_runs_or_is_refused_by_name(files: Projec
         st.sampled_from(["utf-16", "utf-32", "latin-1", "utf-8-sig"]).map(lambda code: content.decode().encode(code)),
     )
 
-    @settings(often, max_examples=150)
+    @settings(often, max_examples=100)
     @given(changed)
     def check(content: bytes) -> None:
         path.write_bytes(content)

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import pytest
 from sqlalchemy import URL, make_url
 
 from tests.conftest import CANARY
+from tests.migrations.runner import Runner
 from tools.postgres import Postgres, dsn, execute, programs
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +56,13 @@ def normalize(text: str) -> str:
     text = re.sub(r"^\d\d:\d\d:\d\d ", "HH:MM:SS ", text, flags=re.M)
     text = re.sub(r"\d+\.\d\d s", "N.NN s", text)
     return re.sub(r"pid \d+", "pid N", text)
+
+
+def result(returncode: int, output: Path) -> Result:
+    """What is in the folder `output` of a command that ended."""
+    stdout, stderr = ((output / name).read_text() for name in ("stdout", "stderr"))
+    assert CANARY not in stdout + stderr, stdout + stderr
+    return Result(returncode, normalize(stdout), normalize(stderr))
 
 
 @dataclass
@@ -132,9 +140,7 @@ class Running:
 
     def wait(self) -> Result:
         self.process.wait(timeout=120)
-        stdout, stderr = ((self.output / name).read_text() for name in ("stdout", "stderr"))
-        assert CANARY not in stdout + stderr, stdout + stderr
-        return Result(self.process.returncode, normalize(stdout), normalize(stderr))
+        return result(self.process.returncode, self.output)
 
     def stop(self, number: signal.Signals) -> tuple[Result, float]:
         """Send a signal; return what came of it, and the seconds that it took."""
@@ -149,7 +155,8 @@ class Project:
 
     folder: Path
     environment: dict[str, str]
-    running: list[Running]
+    running: list[Running] = field(default_factory=list)
+    commands: int = 0
 
     @property
     def versions(self) -> Path:
@@ -178,18 +185,27 @@ class Project:
         path.write_text("\n".join(body) + "\n", encoding="utf-8")
         return path
 
+    def _output(self) -> Path:
+        """A new folder for a command's stdout and stderr."""
+        self.commands += 1
+        folder = self.folder.with_name(f"run-{self.commands}")
+        folder.mkdir()
+        return folder
+
+    def _variables(self, changed: dict[str, str | None]) -> dict[str, str]:
+        """The environment; a variable that is None is unset."""
+        return {name: value for name, value in (self.environment | changed).items() if value is not None}
+
     def popen(
         self, *arguments: str, program: Path = ALEMBIC, cwd: Path | None = None, **environment: str | None
     ) -> Running:
-        """Start `alembic` (or another program of the virtual environment); a variable that is None is unset."""
-        variables = {name: value for name, value in (self.environment | environment).items() if value is not None}
-        output = self.folder.with_name(f"run-{len(self.running)}")
-        output.mkdir()
+        """Start `alembic`, or another program of the virtual environment."""
+        output = self._output()
         with (output / "stdout").open("wb") as stdout, (output / "stderr").open("wb") as stderr:
             process = subprocess.Popen(
                 [program, *arguments],
                 cwd=cwd or self.folder,
-                env=variables,
+                env=self._variables(environment),
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,
@@ -199,7 +215,12 @@ class Project:
 
     def alembic(self, *arguments: str, **environment: str | None) -> Result:
         """Run `alembic` to its end."""
-        return self.popen(*arguments, **environment).wait()
+        output = self._output()
+        variables = self._variables(environment)
+        runner = Runner(self.folder, output / "stdout", variables, *arguments, errors=output / "stderr")
+        runner.wait(120)
+        assert runner.returncode is not None
+        return result(runner.returncode, output)
 
 
 def until(condition: Callable[[], Any], seconds: float = 30) -> Any:
@@ -257,7 +278,7 @@ def files(tmp_path: Path) -> Iterator[Project]:
     home = tmp_path / "home"
     home.mkdir()
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(home), "DATABASE_URL": "postgresql://nobody@127.0.0.1:1/none"}
-    project = Project(folder, environment, [])
+    project = Project(folder, environment)
     yield project
     for running in project.running:
         if running.process.poll() is None:

@@ -1,4 +1,4 @@
-"""`alembic` as a process that costs a fork instead of a second of imports: for tests that start thousands of them."""
+"""`alembic` as a process that costs a fork instead of a second of imports: the tests start thousands of them."""
 
 from __future__ import annotations
 
@@ -25,11 +25,17 @@ _asking = threading.Lock()
 
 
 class Runner:
-    """A run of `alembic` in `folder`; a real process with an environment, output and signals of its own."""
+    """A run of `alembic` in `folder`; a real process with an environment, output and signals of its own.
 
-    def __init__(self, folder: Path, output: Path, environment: dict[str, str], *arguments: str) -> None:
+    `errors` is where standard error goes, where that is not `output`, too.
+    """
+
+    def __init__(
+        self, folder: Path, output: Path, environment: dict[str, str], *arguments: str, errors: Path | None = None
+    ) -> None:
         self.output = output
-        self.process = _forks.Process(target=_main, args=(folder, output, environment, arguments), daemon=True)
+        files = (output, errors or output)
+        self.process = _forks.Process(target=_main, args=(folder, files, environment, arguments), daemon=True)
         with _asking:
             self.process.start()
 
@@ -60,11 +66,10 @@ class Runner:
         return self.output.read_text() if self.output.exists() else ""
 
 
-def _main(folder: Path, output: Path, environment: dict[str, str], arguments: tuple[str, ...]) -> None:
+def _main(folder: Path, files: tuple[Path, Path], environment: dict[str, str], arguments: tuple[str, ...]) -> None:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    os.dup2(file, sys.stdout.fileno())
-    os.dup2(file, sys.stderr.fileno())
+    for path, stream in zip(files, (sys.stdout, sys.stderr), strict=True):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), stream.fileno())
     sys.exit(alembic.config.main(argv=list(arguments), prog="alembic"))
