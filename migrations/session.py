@@ -274,6 +274,7 @@ def watch_blockers(settings: Settings, connection: Connection, names: set[str]) 
     Each name is such as `pid 71, psql as report from 10.0.0.7`. A run that ends within a second is not watched.
     """
     stop = threading.Event()
+    session = {"pid": connection.info["pid"]}  # gone from there when the connection breaks
     query = text(f"SELECT {WHO} FROM pg_stat_activity a WHERE pid = ANY (pg_blocking_pids(:pid))")  # noqa: S608
 
     def sample() -> None:
@@ -282,7 +283,7 @@ def watch_blockers(settings: Settings, connection: Connection, names: set[str]) 
         # Where no second connection is to be had, the names are missing, and nothing else.
         with suppress(DBAPIError), engine(settings).connect() as other:
             while True:
-                names.update(other.scalars(query, {"pid": connection.info["pid"]}))
+                names.update(other.scalars(query, session))
                 other.commit()
                 if stop.wait(1):
                     return
