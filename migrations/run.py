@@ -15,10 +15,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psycopg2
 from alembic.runtime.environment import EnvironmentContext
 from alembic.runtime.migration import MigrationContext, RevisionStep
 from alembic.util import CommandError
-from psycopg2.extensions import TRANSACTION_STATUS_IDLE
+from psycopg2.extensions import TRANSACTION_STATUS_IDLE, TRANSACTION_STATUS_INERROR
 from sqlalchemy import Connection, event, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, PendingRollbackError
 
@@ -27,11 +28,18 @@ from migrations.settings import Settings
 
 log = logging.getLogger(__name__)
 
-# SQLSTATEs that another try may mend: connection, deadlock and serialization, resources, a lock, a server that stops.
-PASSING = re.compile("08|40|53|55P03|57P0[1235]")
+# SQLSTATEs that another try may mend: connection, deadlock and serialization, resources (but no limit that is
+# configured, 534), a lock, a server that stops.
+PASSING = re.compile("08|40|53[0-3]|55P03|57P0[1235]")
+
+# Of these, the time before the error was the revision's own work.
+AFTER_WORK = re.compile("40|55P03")
 
 # `+1` and `-1` count from wherever the database stands.
-RELATIVE = re.compile(r"[+-]\d+$")
+RELATIVE = re.compile(r"(^|@)[+-]\d+$")
+
+# A statement that may end the transaction; `END` also ends a block of PL/pgSQL, so it is then asked.
+ENDS_TRANSACTION = re.compile(r"\b(COMMIT|ROLLBACK|END|ABORT|PREPARE)\b", re.I)
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 
@@ -51,8 +59,9 @@ INVALID_INDEXES = text(
     # in the progress view and holds this lock on the table. Only ordinary indexes: a partitioned one may be INVALID
     # by design, until its parts are attached.
     """
-    SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname) AS name, c.relname
+    SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname) AS name, c.relname, t.relname AS of_table
     FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+    JOIN pg_class t ON t.oid = i.indrelid
     WHERE NOT i.indisvalid AND c.relkind = 'i' AND n.nspname <> 'pg_toast' AND NOT EXISTS (
         SELECT FROM pg_locks l JOIN pg_stat_progress_create_index p USING (pid)
         WHERE l.relation = i.indrelid AND l.mode = 'ShareUpdateExclusiveLock' AND l.pid <> pg_backend_pid())
@@ -75,6 +84,7 @@ def offline(context: EnvironmentContext, settings: Settings) -> None:
         version_table=settings.version_table,
         version_table_schema=settings.schema,
     )
+    context.execute("-- Run it with psql --set=ON_ERROR_STOP=1: after an error, the rest must not be done")
     context.execute(f"SET lock_timeout = '{session.LOCK_TIMEOUT}'")
     if settings.schema:
         context.execute(
@@ -102,6 +112,7 @@ class Run:
         self.step: RevisionStep | None = None
         self.started = 0.0
         self.statements: list[str] = []  # of the step that runs
+        self.transaction: object = None  # when it began, while a statement runs that may end it
         self.finished = 0  # how many of them are done
         self.kept = 0  # how many of them are committed, whatever becomes of the step
         self.left_transaction = False  # the step committed before its end, or ran statements outside a transaction
@@ -134,6 +145,8 @@ class Run:
                     if isinstance(caught, SystemExit) and self.step is None:
                         raise  # ours; one that a revision raises would pass for success
                     error = _cause(caught)
+                    if self.step and AFTER_WORK.match(session.sqlstate(error) or ""):
+                        self.patience.allow(time.monotonic() - self.started)
                     reason, again = self._reason(error), self._may_try_again(error)
                     if not again:
                         raise CommandError(f"{reason}; mend it, then run again") from error
@@ -177,8 +190,8 @@ class Run:
             self.began = heads
         elif heads != self.began and RELATIVE.search(self.destination):
             raise CommandError(
-                f"the connection broke when the database went from {', '.join(self.began) or 'base'} to {self.at}, and"
-                f" '{self.destination}' would now count from there; run again if more is to be done"
+                f"the first try brought the database from {', '.join(self.began) or 'base'} to {self.at}, and"
+                f" '{self.destination}' would now count from there; name the revision to go to"
             )
         steps = list(self.function(heads, migration))
         if self.read_only:
@@ -235,18 +248,25 @@ class Run:
 
     def _on_statement(self, _c: Any, cursor: Any, statement: str, _p: Any, _context: Any, _many: bool) -> None:
         raw = cursor.connection
-        if self.step and not raw.autocommit:
+        self.transaction = None
+        if self.step and raw.autocommit:
+            # CREATE INDEX CONCURRENTLY and its like hold up no reader and no writer, and wait for all transactions.
+            if "CONCURRENTLY" in statement.upper():
+                _ask(raw, "SELECT set_config('lock_timeout', '0', false)")
+        elif self.step:
             ended = raw.info.transaction_status == TRANSACTION_STATUS_IDLE and not self.begun
             self.begun = False
             if ended or self.rolled_back:
                 self._refuse_own_transaction()
+            if ENDS_TRANSACTION.search(statement) and raw.info.transaction_status != TRANSACTION_STATUS_INERROR:
+                self.transaction = _ask(raw, "SELECT now()")
         self.statements.append(statement)
 
     def _refuse_own_transaction(self) -> None:
         """A revision that commits or rolls back by itself would be stamped as done, or leave a half behind, unseen."""
         assert self.step
         self.left_transaction = True  # no other try
-        done = "; ".join(" ".join(statement.split()) for statement in self.statements) or "nothing"
+        done = _shown(self.statements) or "nothing"
         self.kept = 0
         raise CommandError(
             f"{_title(self.step)} ended its transaction by itself (COMMIT or ROLLBACK, commit() or rollback()); look"
@@ -264,6 +284,8 @@ class Run:
         self.finished = len(self.statements)
         if cursor.connection.autocommit:
             self.kept = self.finished
+        elif self.transaction and self.transaction != _ask(cursor.connection, "SELECT now()"):
+            self._refuse_own_transaction()
 
     def _on_commit(self, _connection: Connection) -> None:
         # An autocommit_block begins with a commit. The step's last one may yet fail, and then nothing is kept.
@@ -277,29 +299,38 @@ class Run:
         """
         assert ctx.connection is not None
         self.stamped = True
-        if self.step and (left := self._left_invalid(ctx.connection.execute(INVALID_INDEXES))):
+        if not (self.step and self.left_transaction):  # an ordinary transaction leaves none behind
+            return
+        if left := self._left_invalid(ctx.connection.execute(INVALID_INDEXES)):
             raise CommandError(f"{_title(self.step)} is not done: {left}; then run again, the database is at {self.at}")
 
     def _left_invalid(self, rows: Iterable[Any]) -> str:
-        """What to do about the INVALID indexes that are new, or that a statement of this step names."""
+        """What to do about the INVALID indexes that a statement of this step names, or new ones of such a table."""
         ran = " ".join(self.statements)
+
+        def named(relation: str) -> bool:
+            return re.search(rf"(?<!\w){re.escape(relation)}(?!\w)", ran) is not None
+
         names = [
-            name
-            for name, relname in rows
-            if name not in self.invalid_before or re.search(rf"(?<!\w){re.escape(relname)}(?!\w)", ran)
+            row.name
+            for row in rows
+            if named(row.relname) or (row.name not in self.invalid_before and named(row.of_table))
         ]
         drops = "; ".join(f"DROP INDEX CONCURRENTLY {name}" for name in names)
         return f"INVALID, and of no use: {', '.join(names)}; remove with: {drops}" if names else ""
 
     def _may_try_again(self, error: Exception) -> bool:
-        if not isinstance(error, DBAPIError) or (self.step and self.left_transaction):
+        if not isinstance(error, DBAPIError | psycopg2.Error) or (self.step and self.left_transaction):
             return False
         state = session.sqlstate(error)
-        return bool(PASSING.match(state)) if state else isinstance(error, OperationalError | InterfaceError)
+        if state == "XX000":  # two sessions that GRANT or ANALYZE at once
+            return "tuple concurrently updated" in str(error)
+        broken = (OperationalError, InterfaceError, psycopg2.OperationalError, psycopg2.InterfaceError)
+        return bool(PASSING.match(state)) if state else isinstance(error, broken)
 
     def _reason(self, error: BaseException) -> str:
         """Say on one line what failed, why, what is left, and where the database stands now."""
-        if isinstance(error, DBAPIError):
+        if isinstance(error, DBAPIError | psycopg2.Error):  # psycopg2's own: the revision took its cursor
             what = session.sentence(error)
             what += "".join(f" ({cure})" for state, cure in CURES.items() if state == session.sqlstate(error))
         else:
@@ -318,8 +349,7 @@ class Run:
         parts = []
         left = self.step is not None and self.left_transaction
         if left and self.kept:
-            done = "; ".join(" ".join(statement.split()) for statement in self.statements[: self.kept])
-            parts.append(f"outside its transaction it had done, and this stays: {done}")
+            parts.append(self._kept())
         with suppress(DBAPIError), session.engine(self.settings).connect() as connection:
             if left and (invalid := self._left_invalid(connection.execute(INVALID_INDEXES))):
                 parts.append(invalid)
@@ -329,12 +359,30 @@ class Run:
             self.at = ", ".join(versions) or "base"
         return [*parts, f"rolled back at {self.at}" if self.step else f"the database is at {self.at}"]
 
+    def _kept(self) -> str:
+        return f"outside its transaction it had done, and this stays: {_shown(self.statements[: self.kept])}"
+
+    def cut_off(self, number: int) -> str:
+        """The one line where a signal did not end the run."""
+        left = ""
+        if self.step and self.left_transaction:
+            left = f"; {self._kept()}" if self.kept else "; look for what it did outside its transaction"
+        return (
+            f"FAILED: interrupted by {signal.Signals(number).name}; it did not end by itself, so the database"
+            f" rolls back at {self.at}{left}; {self._again()}"
+        )
+
+    def _again(self) -> str:
+        if RELATIVE.search(self.destination):
+            return f"'{self.destination}' would count from there, so name the revision to go to"
+        return "run again to go on"
+
     def stopped(self) -> str:
         """The one line for SIGTERM and SIGINT."""
         assert self.signal
         during = f" in {_title(self.step)} after {time.monotonic() - self.started:.0f} s" if self.step else ""
         return (
-            f"FAILED: interrupted by {self.signal.name}{during}; {'; '.join(self._rest())}; run again to go on, and"
+            f"FAILED: interrupted by {self.signal.name}{during}; {'; '.join(self._rest())}; {self._again()}, and"
             " where the Job's time was up raise 'job.activeDeadlineSeconds' and Helm's --timeout together"
         )
 
@@ -344,6 +392,23 @@ def _cause(error: Exception) -> Exception:
     while isinstance(error, PendingRollbackError) and isinstance(error.__context__, Exception):
         error = error.__context__
     return error
+
+
+def _ask(raw: Any, query: str) -> object:
+    """One value from the server, unseen by SQLAlchemy's events."""
+    with raw.cursor() as cursor:
+        cursor.execute(query)
+        return cursor.fetchone()[0]
+
+
+def _shown(statements: list[str]) -> str:
+    """Statements for a person: the first three and the last, without what is quoted, which may be data or a secret."""
+    short = [re.sub(r"'(?:[^']|'')*'|(\$\w*\$).*?\1", "'...'", statement, flags=re.S) for statement in statements]
+    short = [" ".join(statement.split()) for statement in short]
+    short = [statement if len(statement) <= 150 else f"{statement[:150]}..." for statement in short]
+    if len(short) > 4:
+        short[3:-1] = [f"{len(short) - 4} more"]
+    return "; ".join(short)
 
 
 def _name(step: RevisionStep) -> str:
@@ -418,12 +483,7 @@ def _stop(run: Run, reader: socket.socket, ended: threading.Event) -> None:
             return
         threading.Thread(target=_cancel, args=(run,), daemon=True).start()
         if not ended.wait(SECONDS_TO_STOP):
-            print(
-                f"FAILED: interrupted by {signal.Signals(number[0]).name}; it did not end by itself, so the database"
-                f" rolls back at {run.at}; run again to go on",
-                file=sys.stderr,
-                flush=True,
-            )
+            print(run.cut_off(number[0]), file=sys.stderr, flush=True)
             os._exit(128 + number[0])
 
 

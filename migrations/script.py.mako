@@ -27,6 +27,7 @@ depends_on = ${repr(depends_on)}
 #   in its revision and without IF NOT EXISTS;
 # - adds NOT NULL, a foreign key or a check as NOT VALID, and validates it in the next revision;
 # - changes many rows in batches, in a revision of its own;
+# - leaves transactions to the run: no COMMIT, no ROLLBACK, no connection of its own;
 # - is never edited after it was released: the next revision mends it.
 
 

@@ -54,7 +54,7 @@ SERVER_SETTINGS = {
 # At connect psycopg2 gives no SQLSTATE, so the text decides: none of these gets better by waiting. A server that
 # speaks another language is waited for, and its words are shown then.
 FINAL = {
-    "password authentication failed": "check DB_USER and DB_PASSWORD",
+    "authentication failed": "check DB_USER and DB_PASSWORD",  # of a password, SASL, PAM, LDAP ...
     "no password supplied": "set DB_PASSWORD",
     "is not permitted to log in": "grant LOGIN to the role, or set another DB_USER",
     "certificate": "set PGSSLROOTCERT to the CA's file, and the host to a name in the certificate",
@@ -81,6 +81,11 @@ class Patience:
         self.end: float | None = None  # the time runs from the first wait on: a revision's own work is no waiting
         self.pause = 0.25
         self.told = (0.0, "")
+
+    def allow(self, seconds: float) -> None:
+        """Take no account of `seconds`, in which a revision did its own work."""
+        if self.end is not None:
+            self.end += seconds
 
     def wait(self, reason: str, longest: float = 10) -> bool:
         """Sleep a little longer than the last time, saying why every 10 s, or return False: the time is up."""
@@ -160,7 +165,7 @@ def _first_connection(database: Engine, settings: Settings, patience: Patience) 
     while True:
         try:
             return database.connect()
-        except (DBAPIError, psycopg2.Error) as error:
+        except (DBAPIError, psycopg2.Error, UnicodeDecodeError) as error:
             reason = sentence(error)
             said = re.sub('"[^"]*"', "", reason)  # a host or a role may be called `invalid`
             for words, cure in FINAL.items():
@@ -299,15 +304,19 @@ def watch_blockers(settings: Settings, connection: Connection, names: set[str]) 
 
 def sentence(error: BaseException) -> str:
     """What the server said, on one line, without the statement; or what libpq said."""
+    if isinstance(error, UnicodeDecodeError):  # the words of a server that has another encoding
+        return " ".join(error.object.decode(errors="replace").split())
     said = getattr(error, "orig", None) or error
     diag = getattr(said, "diag", None)
     parts = [diag.message_primary, diag.message_detail, diag.message_hint] if diag else []
     if (sqlstate(error) or "").startswith("23"):  # the detail of a violated constraint is the row
         del parts[1:]
+    if (sqlstate(error) or "").startswith("22"):  # what cannot be read as a number or a date is quoted
+        parts = [re.sub('"[^"]*"', '"..."', part or "") for part in parts]
     first, *others = [" ".join(part.split()).rstrip(".") for part in list(filter(None, parts)) or [str(said)]]
     return first + "".join(f" ({other})" for other in others)
 
 
 def sqlstate(error: BaseException) -> str | None:
     """The five characters that the server gave, or None where the connection broke."""
-    return getattr(getattr(error, "orig", None), "pgcode", None)
+    return getattr(getattr(error, "orig", error), "pgcode", None)

@@ -52,7 +52,10 @@ def _read_env_file() -> None:
     if set_already:
         log.info(".env is not read: the environment has %s", set_already[0])
         return
-    load_dotenv(ENV_FILE, interpolate=False)  # a password may contain ${...}
+    try:
+        load_dotenv(ENV_FILE, interpolate=False)  # a password may contain ${...}
+    except UnicodeDecodeError:
+        raise CommandError(f".env is not UTF-8; write it as UTF-8, {READ}") from None
     log.info("settings read from .env")
 
 
@@ -69,8 +72,10 @@ def _url_from_database_url() -> URL:
         raise CommandError(f"DATABASE_URL cannot be read; {write}") from None
     if url.drivername not in ("postgres", "postgresql", "postgresql+psycopg2"):
         raise CommandError(f"DATABASE_URL does not begin with postgresql://; {write}")
-    if "@" in f"{url.host}{url.database}":
+    if os.environ["DATABASE_URL"].count("@") > 1:
         raise CommandError(f"DATABASE_URL has an @ too many; {write} (@ is %40)")
+    for name in sorted({"password", "sslpassword"} & set(url.query)):  # Alembic prints the query
+        raise CommandError(f"DATABASE_URL has {name} in its query, which logs would show; {write}")
     if not url.host and "host" not in url.query:
         raise CommandError(f"DATABASE_URL has no host; {write}")
     if not url.database:

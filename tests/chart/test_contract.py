@@ -89,7 +89,7 @@ def test_integers_stay_integers(helm: Helm) -> None:
     text = helm.template({**MINIMAL, **values}).stdout
     assert "ttlSecondsAfterFinished: 1209600\n" in text
     assert "activeDeadlineSeconds: 86420\n" in text
-    assert "--sync-timeout=60s\n" in text
+    assert "--sync-timeout=17280s\n" in text
     assert 'value: "6432"\n' in text
 
 
@@ -232,7 +232,7 @@ def test_an_ordinary_job_has_a_new_name_exactly_when_its_spec_is_new(helm: Helm)
 
     assert "annotations" not in job({})
     assert job({})["name"] == job({"fullnameOverride": ""})["name"]
-    assert job({})["name"] != job({"args": ["stamp", "head"]})["name"]
+    assert job({})["name"] != job({"args": ["upgrade", "001"]})["name"]
     assert job({})["name"] != job({"job": {"backoffLimit": 0}})["name"]
     base, digest = job({})["name"].rsplit("-", 1)
     assert (base, len(digest)) == ("hcm-db-migration", 8)

@@ -155,7 +155,7 @@ def _git_error(stderr: str, stdout: str = "") -> str:
     return json.dumps({"Msg": "too many failures, aborting", "Err": error, "Args": {"failCount": 2}})
 
 
-TIMEOUT = 'Run(git fetch): context deadline exceeded: { stdout: "", stderr: "" }'
+TIMEOUT = 'Run(git fetch): context deadline exceeded: { stdout: "", stderr: "%s" }'
 
 
 @pytest.mark.fault(
@@ -175,7 +175,10 @@ TIMEOUT = 'Run(git fetch): context deadline exceeded: { stdout: "", stderr: "" }
             "Host key verification failed. fatal: Could not read from remote repository.",
         ),
         (_git_error('fatal: "quoted" ünïcode }'), 'fatal: "quoted" ünïcode }'),
-        (json.dumps({"Msg": "too many failures, aborting", "Err": TIMEOUT, "Args": {}}), TIMEOUT),
+        *(
+            (json.dumps({"Msg": "too many failures, aborting", "Err": TIMEOUT % said, "Args": {}}), TIMEOUT % said)
+            for said in ("", r"POST git-upload-pack (305 bytes)\nPOST git-upload-pack (179 bytes)")
+        ),
         (
             _git_error("fatal: unable to access 'https://ci:t0ken@host/a/': no proxy http://u:p@ss@proxy:3128"),
             "fatal: unable to access 'https://host/a/': no proxy http://proxy:3128",
@@ -231,6 +234,18 @@ def test_without_requirements_neither_pip_nor_venv_runs(volume: Volume, containe
     volume.program("python3", "echo python3 ran; exit 9")
     volume.program("alembic", "echo alembic ran")
     assert volume.run(container(), shell, **CREDENTIALS) == (0, f"{CODE}alembic ran\n")
+
+
+def test_a_file_of_the_checkout_is_not_taken_for_a_part_of_python_or_for_pip(
+    volume: Volume, container: Callable, shell: str
+) -> None:
+    folder = volume.clone("alembic.ini")
+    for name in ("logging.py", "pip.py"):
+        (folder / name).write_text("raise SystemExit('not reached')\n")
+    (folder / "requirements.txt").write_text(f"alembic==0.0.1 --hash=sha256:{_wheel(volume.folder)}\n")
+    index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(volume.folder)}
+    found = volume.run(container(requirements="requirements.txt"), shell, **CREDENTIALS, **index)
+    assert found == (0, f"{CODE}alembic of the venv: ['upgrade', 'head'] {volume.folder / 'venv'}\n")
 
 
 def test_an_image_without_alembic_is_told_so(volume: Volume, container: Callable, shell: str) -> None:

@@ -122,7 +122,7 @@ EFFECTS: dict[str, tuple[Any, Read, Any]] = {
     "job.activeDeadlineSeconds": (
         600,
         lambda o: (_spec("activeDeadlineSeconds")(o), _job("activeDeadlineSeconds")(o), _flag("sync-timeout")(o)),
-        (600, 620, ["60s"]),
+        (600, 620, ["120s"]),
     ),
     "job.backoffLimit": (0, _job("backoffLimit"), 0),
     "job.ttlSecondsAfterFinished": (0, _job("ttlSecondsAfterFinished"), 0),
@@ -243,8 +243,30 @@ def test_the_charts_own_labels_and_annotations_win(helm: Helm) -> None:
     assert one(found, "Pod")["metadata"]["annotations"]["helm.sh/hook"] == "test"
 
 
-@pytest.mark.parametrize(("limit", "expected"), [(10, "10s"), (60, "12s"), (230, "46s"), (86400, "60s")])
-def test_a_try_to_clone_takes_a_fifth_of_the_limit_within_bounds(helm4: Helm, limit: int, expected: str) -> None:
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("resources", "podLabels", "podAnnotations", "nodeSelector", "tolerations", "affinity", "imagePullSecrets"),
+        *("serviceAccountName", "podSecurityContext", "securityContext", "extraEnv", "extraVolumes"),
+        *("extraVolumeMounts", "podSecurityContext.seccompProfile", "securityContext.capabilities", "git.resources"),
+    ],
+)
+@pytest.mark.parametrize("below", [False, True], ids=["at the top", "nested"])
+def test_an_optional_part_may_be_left_empty(helm: Helm, key: str, below: bool) -> None:
+    """As `podLabels:` with nothing behind it is."""
+    values = nested(key, None)
+    found = helm.objects({"hcm-db-migrations": values} if below else values)
+    assert '": null' not in json.dumps(found)
+
+
+def test_a_quantity_that_is_null_is_no_limit_of_0(helm: Helm) -> None:
+    found = migrate(helm.render({"resources": {"limits": {"cpu": None}, "requests": {"cpu": None}}}))
+    assert found["resources"]["limits"] == {"memory": "512Mi", "ephemeral-storage": "1Gi"}
+    assert "cpu" not in found["resources"]["requests"]
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(10, "10s"), (60, "12s"), (230, "46s"), (86400, "17280s")])
+def test_a_try_to_clone_takes_a_fifth_of_the_limit_and_10_s_at_least(helm4: Helm, limit: int, expected: str) -> None:
     assert _flag("sync-timeout")(helm4.render({"job": {"activeDeadlineSeconds": limit}})) == [expected]
 
 

@@ -199,6 +199,14 @@ def test_pgbouncer_in_session_mode_is_as_good_as_the_server(project: Project, da
     assert (database.at, audit(database)) == (["003"], ["003"])
 
 
+def test_a_wrong_password_at_pgbouncer_fails_at_once(project: Project, database: Database) -> None:
+    with pgbouncer(database, "session") as url:
+        result = project.alembic("upgrade", "head", DATABASE_URL=dsn(url.set(password="wrong")))  # noqa: S106
+    assert result.returncode == 255
+    assert result.failure.endswith("authentication failed; check DB_USER and DB_PASSWORD")
+    assert "waiting" not in result.stderr
+
+
 @pytest.mark.fault(
     "Database",
     fault="The server ends the session of a revision that ran longer than `MIGRATION_WAIT_SECONDS`",

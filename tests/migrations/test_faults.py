@@ -4,6 +4,7 @@ import re
 import threading
 import time
 
+import psycopg2
 import pytest
 
 from tests.migrations.conftest import PASSWORD, Database, Project, until
@@ -277,7 +278,7 @@ def test_what_an_autocommit_block_did_before_it_failed_is_listed(project: Projec
     assert (result.returncode, database.at, audit(database)) == (255, ["002"], ["003"])
     name = FILE.format("003")
     failed = f'revision 003 ({name}) failed: column "gone" does not exist, at {name}, line 10'
-    stays = "INSERT INTO audit VALUES ('003'); CREATE INDEX CONCURRENTLY one ON audit (revision)"
+    stays = "INSERT INTO audit VALUES ('...'); CREATE INDEX CONCURRENTLY one ON audit (revision)"
     assert result.failure == (
         f"{failed}; outside its transaction it had done, and this stays: {stays}; rolled back at 002; {MEND}"
     )
@@ -320,6 +321,63 @@ def test_a_locked_table_in_an_autocommit_block_is_not_tried_again(project: Proje
         result = project.alembic("upgrade", "head")
     assert (result.returncode, database.at) == (255, ["002"])
     assert "waiting" not in result.stderr
+
+
+@pytest.mark.fault(
+    "Partial work",
+    fault="Other transactions are open for longer than `lock_timeout` while an index is built concurrently",
+    sees="Nothing of it: it waits for them, and holds up nobody meanwhile",
+    state="All done",
+    do="Nothing",
+)
+def test_an_index_that_is_built_concurrently_waits_for_all_transactions(project: Project, database: Database) -> None:
+    project.add("002", AUDIT)
+    project.add("003", BLOCK + '    op.execute("CREATE INDEX CONCURRENTLY slow ON audit (revision)")')
+    assert project.alembic("upgrade", "002").returncode == 0
+    with database.session() as writer:
+        writer.execute("INSERT INTO audit VALUES ('writer')")
+        running = project.popen("upgrade", "head")
+        until(lambda: database.scalar("SELECT count(*) FROM pg_stat_progress_create_index WHERE phase LIKE 'waiting%'"))
+        time.sleep(4)  # lock_timeout is 3 s
+        writer.connection.commit()
+        result = running.wait()
+    assert (result.returncode, database.at) == (0, ["003"]), result
+    assert database.scalar("SELECT indisvalid FROM pg_index WHERE indexrelid = 'slow'::regclass") is True
+
+
+def test_two_grants_at_once_are_tried_again(project: Project, database: Database) -> None:
+    """The server says `tuple concurrently updated`, an internal error (XX000)."""
+    project.add("002", 'op.execute("GRANT SELECT ON hcm_report_metadata TO public")')
+    assert project.alembic("upgrade", "001").returncode == 0
+    with database.session() as other:
+        other.execute("GRANT INSERT ON hcm_report_metadata TO public")
+        running = project.popen("upgrade", "head")
+        until(lambda: any("GRANT SELECT" in statement for statement in database.activity()))
+        other.connection.commit()
+        result = running.wait()
+    assert (result.returncode, database.at) == (0, ["002"]), result
+
+
+def test_a_limit_that_is_configured_is_final(project: Project, database: Database) -> None:
+    database.execute(f"ALTER ROLE {database.role} SET work_mem = '64kB'")
+    database.execute(f"ALTER ROLE {database.role} SET temp_file_limit = '100kB'")
+    project.add("002", 'op.execute("CREATE TABLE a AS SELECT n FROM generate_series(1, 1000000) n ORDER BY n DESC")')
+    result = project.alembic("upgrade", "head")
+    assert (result.returncode, database.at) == (255, ["001"])
+    assert "temporary file size exceeds" in result.failure
+    assert "waiting" not in result.stderr
+
+
+def test_a_table_that_is_locked_for_the_drivers_own_cursor_is_tried_again(project: Project, database: Database) -> None:
+    project.add("002", "op.get_bind().connection.cursor().execute('LOCK TABLE hcm_report_metadata')")
+    assert project.alembic("upgrade", "001").returncode == 0
+    with database.session() as other:
+        other.execute("LOCK TABLE hcm_report_metadata")
+        running = project.popen("upgrade", "head")
+        running.says("failed: canceling statement due to lock timeout")
+        other.connection.commit()
+        result = running.wait()
+    assert (result.returncode, database.at) == (0, ["002"]), result
 
 
 # ---- INVALID indexes
@@ -428,6 +486,20 @@ def test_an_index_that_another_session_builds_meanwhile_is_not_blamed(project: P
         result = running.wait()
         assert (result.returncode, database.at, audit(database)) == (0, ["003"], ["003"]), result
     thread.join()
+
+
+def test_an_index_that_becomes_invalid_elsewhere_meanwhile_is_not_blamed(project: Project, database: Database) -> None:
+    database.execute("CREATE TABLE theirs AS SELECT 1 AS x FROM generate_series(1, 2)")
+    project.add("002", AUDIT)
+    ours = '    op.execute("CREATE INDEX CONCURRENTLY ours ON audit (revision)")\n    op.execute("SELECT pg_sleep(2)")'
+    project.add("003", BLOCK + ours)
+    running = project.popen("upgrade", "head")
+    until(lambda: sleeping(database))
+    with pytest.raises(psycopg2.errors.UniqueViolation):
+        database.execute("CREATE UNIQUE INDEX CONCURRENTLY theirs_x ON theirs (x)")
+    result = running.wait()
+    assert (result.returncode, database.at) == (0, ["003"]), result
+    assert database.execute("SELECT indexrelid::regclass::text FROM pg_index WHERE NOT indisvalid") == [("theirs_x",)]
 
 
 # ---- databases in the wrong state

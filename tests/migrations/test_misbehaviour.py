@@ -19,9 +19,23 @@ TABLE = 'op.execute("CREATE TABLE a (x int)")\n'
             ["a"],
         ),
         (TABLE + 'op.execute("COMMIT")', "CREATE TABLE a (x int); COMMIT", ["a"]),
+        (TABLE + 'op.execute("ROLLBACK; BEGIN")', "CREATE TABLE a (x int); ROLLBACK; BEGIN", []),
+        (
+            TABLE + 'op.execute("commit and chain")\nop.execute("SELECT 1 / 0")',
+            "CREATE TABLE a (x int); commit and chain",
+            ["a"],
+        ),
         (TABLE + "op.get_bind().connection.dbapi_connection.commit()", "CREATE TABLE a (x int)", ["a"]),
     ],
-    ids=["ROLLBACK", "rollback()", "BEGIN and COMMIT", "COMMIT", "commit() of the driver"],
+    ids=[
+        "ROLLBACK",
+        "rollback()",
+        "BEGIN and COMMIT",
+        "COMMIT",
+        "ROLLBACK; BEGIN",
+        "AND CHAIN",
+        "commit() of the driver",
+    ],
 )
 def test_a_revision_that_ends_its_transaction_is_not_done(
     project: Project, database: Database, body: str, statements: str, stays: list[str]
@@ -36,6 +50,27 @@ def test_a_revision_that_ends_its_transaction_is_not_done(
         f" rollback()); look what stays of: {statements}; rolled back at 001; leave that to the run, or use"
         " op.get_context().autocommit_block()"
     )
+
+
+def test_words_that_end_a_transaction_elsewhere_do_not_end_it(project: Project, database: Database) -> None:
+    function = "CREATE FUNCTION f() RETURNS int LANGUAGE plpgsql AS $$ BEGIN RETURN 1; END $$"
+    caught = (
+        "try:\n    with op.get_bind().begin_nested():\n        op.execute('SELECT 1 / 0')\nexcept Exception: pass\n"
+    )
+    project.add("002", TABLE + f'op.execute("{function}")\n' + caught + 'op.execute("INSERT INTO a VALUES (f())")')  # noqa: S608
+    result = project.alembic("upgrade", "head")
+    assert (result.returncode, database.at, database.execute("SELECT x FROM a")) == (0, ["002"], [(1,)]), result
+
+
+def test_what_statements_quote_is_not_printed_and_of_many_only_the_ends(project: Project, database: Database) -> None:
+    rows = "".join(f"    op.execute(\"INSERT INTO a VALUES ('{n}', 'jane@secret.org')\")\n" for n in range(50))  # noqa: S608
+    table = 'op.execute("CREATE TABLE a (x text, y text)")\n'
+    project.add("002", "with op.get_context().autocommit_block():\n    " + table + rows + "    1 / 0")
+    result = project.alembic("upgrade", "head")
+    assert result.returncode == 255
+    assert "secret" not in result.stderr
+    row = "INSERT INTO a VALUES ('...', '...')"
+    assert f"this stays: CREATE TABLE a (x text, y text); {row}; {row}; 47 more; {row}; rolled back" in result.failure
 
 
 def test_savepoints_and_autocommit_blocks_are_a_revisions_own(project: Project, database: Database) -> None:

@@ -192,6 +192,20 @@ def test_a_relative_upgrade_is_tried_again_and_goes_no_further(prepared: Project
     assert (result.returncode, database.at, audit(database)) == (0, ["003"], ["003"]), result
 
 
+def test_a_relative_downgrade_that_was_interrupted_is_not_run_again_as_it_is(
+    project: Project, database: Database
+) -> None:
+    """From 002, where it stopped, `-2` would go to base."""
+    project.add("002", AUDIT, SLEEP)
+    project.add("003")
+    assert project.alembic("upgrade", "head").returncode == 0
+    running = project.popen("downgrade", "-2")
+    until(lambda: sleeping(database))
+    result, _ = running.stop(signal.SIGTERM)
+    assert (result.returncode, database.at) == (143, ["002"])
+    assert "; rolled back at 002; '-2' would count from there, so name the revision to go to, and" in result.failure
+
+
 @pytest.mark.fault(
     "Database",
     fault="A deadlock with another session",

@@ -107,6 +107,12 @@ def test_env_file_is_not_read_where_the_environment_has_a_setting(files: Project
     assert result.stderr == f"HH:MM:SS INFO .env is not read: the environment has {name}\n"
 
 
+def test_an_env_file_that_is_no_text_is_one_clear_line(files: Project) -> None:
+    (files.folder / ".env").write_bytes("DB_PASSWORD=für\n".encode("latin-1"))
+    result = files.alembic("current", DATABASE_URL=None)
+    assert (result.returncode, result.failure) == (255, ".env is not UTF-8; write it as UTF-8, see .env.example")
+
+
 @pytest.mark.parametrize("where", ["..", "migrations"])
 def test_env_file_is_read_at_the_root_only(files: Project, where: str) -> None:
     (files.folder / where / ".env").write_text("DB_HOST=from-the-file\n")
@@ -137,6 +143,12 @@ def test_a_password_in_the_env_file_may_look_like_a_variable(files: Project) -> 
         ("postgresql://u:{}@h:0/db", f"DATABASE_URL has no port from 1 to 65535; {WRITE}"),
         ("postgresql://u:{}@h:65536/db", f"DATABASE_URL has no port from 1 to 65535; {WRITE}"),
         ("postgresql://u:{}@h:five/db", f"DATABASE_URL cannot be read; {WRITE}"),
+        ("postgresql://u@h/db?password={}", f"DATABASE_URL has password in its query, which logs would show; {WRITE}"),
+        (
+            "postgresql://u@h/db?sslpassword={}",
+            f"DATABASE_URL has sslpassword in its query, which logs would show; {WRITE}",
+        ),
+        ("postgresql://u:a@b/c?{}@h/db", f"DATABASE_URL has an @ too many; {WRITE} (@ is %40)"),
         ("postgresql://u:{}@x@h/db", f"DATABASE_URL has an @ too many; {WRITE} (@ is %40)"),
         ("postgresql://u:a@b/{}@h/db", f"DATABASE_URL has an @ too many; {WRITE} (@ is %40)"),
         ("{}", f"DATABASE_URL cannot be read; {WRITE}"),

@@ -45,14 +45,14 @@ git_error() {
   [ -s git-error ] || { echo "the clone was cut off" && return; }
   { python3 -c '
 import json
-text = open("git-error", errors="replace").read()
+text, said = open("git-error", errors="replace").read(), ""
 try:
     text = json.loads(text)["Err"] or text
-    text = json.loads(text.rpartition("stderr: ")[2].rpartition(" }")[0]) or text
+    said = json.loads(text.rpartition("stderr: ")[2].rpartition(" }")[0])
 except (ValueError, KeyError, TypeError):
     pass
-lines = [line for line in text.splitlines() if not line.startswith("POST git-")]
-print(" ".join(" ".join(lines).split()))' || cat git-error; } | sed 's#//[^/: ]*:[^/ ]*@#//#g'
+lines = [line for line in said.splitlines() if not line.startswith("POST git-")]
+print(" ".join(" ".join(lines or text.splitlines()).split()))' || cat git-error; } | sed 's#//[^/: ]*:[^/ ]*@#//#g'
 }
 
 [ -d git/code ] || fail 1 "no checkout of \"$GIT_REF\" from \"$GIT_REPO\": $(git_error)" "Git access"
@@ -77,8 +77,9 @@ if [ -n "$REQUIREMENTS" ]; then
     fail 255 "no $REQUIREMENTS in \"$GIT_PATH\" of commit $commit: set \"requirements\" to its name, or to \"\" if the image brings all" "Requirements"
   # A dead index is told in seconds, not after pip's own five tries of 15 s.
   export PIP_RETRIES="${PIP_RETRIES:-2}" PIP_TIMEOUT="${PIP_TIMEOUT:-10}"
-  run python3 -m venv --without-pip "$workspace/venv" &&
-    run python3 -m pip --python "$workspace/venv/bin/python3" --quiet --no-input --disable-pip-version-check \
+  # -I: a logging.py or pip.py in the checkout is not meant.
+  run python3 -I -m venv --without-pip "$workspace/venv" &&
+    run python3 -I -m pip --python "$workspace/venv/bin/python3" --quiet --no-input --disable-pip-version-check \
       install --no-compile --no-cache-dir -r "$REQUIREMENTS"
   status=$?
   [ -z "$stopped" ] || exit 143

@@ -23,10 +23,10 @@
     - --sparse-checkout-file=/etc/git-sync/sparse-checkout
     - --submodules=off
     - --git-gc=off
-    # Two tries, each a fifth of the time limit, within bounds: a dead server leaves time for the Job's second pod.
+    # Two tries, each a fifth of the time limit: a dead server leaves time for the Job's second pod.
     - --max-failures=2
     - --period=2s
-    - --sync-timeout={{ div $.Values.job.activeDeadlineSeconds 5 | min 60 | max 10 }}s
+    - --sync-timeout={{ div $.Values.job.activeDeadlineSeconds 5 | max 10 }}s
     # Beside the root, which git-sync empties.
     - --error-file=/workspace/git-error
     {{- if $ssh }}

@@ -72,8 +72,8 @@ volumes:
 {{/* Labels and annotations of that pod: the chart's own win. */}}
 {{- define "hcm-db-migrations.podMetadata" -}}
 labels:
-  {{- merge (include "hcm-db-migrations.labels" . | fromYaml) .Values.podLabels | toYaml | nindent 2 }}
+  {{- merge (include "hcm-db-migrations.labels" . | fromYaml) (.Values.podLabels | default dict) | toYaml | nindent 2 }}
 annotations:
   {{- $own := dict "kubectl.kubernetes.io/default-container" "migrate" "hcm-db-migrations/sparse-checkout" (include "hcm-db-migrations.sparseCheckout" .) }}
-  {{- merge $own .Values.podAnnotations | toYaml | nindent 2 }}
+  {{- merge $own (.Values.podAnnotations | default dict) | toYaml | nindent 2 }}
 {{- end -}}

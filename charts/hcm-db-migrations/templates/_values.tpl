@@ -9,6 +9,14 @@ A second call finds nothing nested and changes nothing. */}}
 {{- include "hcm-db-migrations.merge" (dict "path" "" "from" . "into" $.Values "defaults" $defaults "problems" $problems) -}}
 {{- end -}}
 {{- $_ := unset .Values "hcm-db-migrations" -}}
+{{- /* Kubernetes would read a quantity that is null as 0. */ -}}
+{{- range list .Values.resources .Values.git.resources -}}
+{{- range $quantities := . -}}
+{{- range $name, $quantity := $quantities -}}
+{{- if kindIs "invalid" $quantity }}{{ $_ := unset $quantities $name }}{{ end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
 {{- include "hcm-db-migrations.check" (dict "root" . "problems" $problems) -}}
 {{- with $problems.list -}}
 {{- fail (printf "\n\nThe values of hcm-db-migrations cannot work:\n\n- %s\n\nRead README.md of the chart (helm show readme), \"Values\".\n" (join "\n- " .)) -}}
@@ -87,6 +95,9 @@ the user beside the nested form: another value there is a problem. Values are no
 {{- if regexMatch "^[+-][0-9]+$" . -}}
 {{- $problems = append $problems (printf "\"args\" has %q in it, which counts from wherever the database stands, and Kubernetes may run a Job's pod twice: name the revision, such as [downgrade, \"002\"]" .) -}}
 {{- end -}}
+{{- end -}}
+{{- if and (eq .hook "") (has (first .args) (list "downgrade" "stamp")) -}}
+{{- $problems = append $problems (printf "\"args\" is a %s and \"hook\" is \"\": helm rollback, or a tool that applies an older state, would run this Job again: set \"hook\" to pre-install,pre-upgrade for this one upgrade" (first .args)) -}}
 {{- end -}}
 {{- range ternary (splitList "," .hook | uniq) list (ne .hook "") -}}
 {{- if not (has . (list "pre-install" "pre-upgrade" "post-install" "post-upgrade")) -}}
