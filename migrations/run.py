@@ -112,6 +112,7 @@ class Run:
         self.step: RevisionStep | None = None
         self.started = 0.0
         self.statements: list[str] = []  # of the step that runs
+        self.patient = False  # the statement that runs has no lock_timeout
         self.transaction: object = None  # when it began, while a statement runs that may end it
         self.finished = 0  # how many of them are done
         self.kept = 0  # how many of them are committed, whatever becomes of the step
@@ -248,11 +249,12 @@ class Run:
 
     def _on_statement(self, _c: Any, cursor: Any, statement: str, _p: Any, _context: Any, _many: bool) -> None:
         raw = cursor.connection
-        self.transaction = None
+        self.transaction, self.patient = None, False
         if self.step and raw.autocommit:
             # CREATE INDEX CONCURRENTLY and its like hold up no reader and no writer, and wait for all transactions.
-            if "CONCURRENTLY" in statement.upper():
+            if "CONCURRENTLY" in statement.upper() and _ask(raw, "SHOW lock_timeout") == session.LOCK_TIMEOUT:
                 _ask(raw, "SELECT set_config('lock_timeout', '0', false)")
+                self.patient = True
         elif self.step:
             ended = raw.info.transaction_status == TRANSACTION_STATUS_IDLE and not self.begun
             self.begun = False
@@ -284,6 +286,9 @@ class Run:
         self.finished = len(self.statements)
         if cursor.connection.autocommit:
             self.kept = self.finished
+            if self.patient:
+                _ask(cursor.connection, f"SELECT set_config('lock_timeout', '{session.LOCK_TIMEOUT}', false)")
+                self.patient = False
         elif self.transaction and self.transaction != _ask(cursor.connection, "SELECT now()"):
             self._refuse_own_transaction()
 

@@ -332,7 +332,9 @@ def test_a_locked_table_in_an_autocommit_block_is_not_tried_again(project: Proje
 )
 def test_an_index_that_is_built_concurrently_waits_for_all_transactions(project: Project, database: Database) -> None:
     project.add("002", AUDIT)
-    project.add("003", BLOCK + '    op.execute("CREATE INDEX CONCURRENTLY slow ON audit (revision)")')
+    build = '    op.execute("CREATE INDEX CONCURRENTLY slow ON audit (revision)")\n'
+    after = "    op.execute(\"CREATE TABLE after AS SELECT current_setting('lock_timeout') AS lock_timeout\")"
+    project.add("003", BLOCK + build + after)
     assert project.alembic("upgrade", "002").returncode == 0
     with database.session() as writer:
         writer.execute("INSERT INTO audit VALUES ('writer')")
@@ -343,6 +345,7 @@ def test_an_index_that_is_built_concurrently_waits_for_all_transactions(project:
         result = running.wait()
     assert (result.returncode, database.at) == (0, ["003"]), result
     assert database.scalar("SELECT indisvalid FROM pg_index WHERE indexrelid = 'slow'::regclass") is True
+    assert database.execute("SELECT lock_timeout FROM after") == [("3s",)]
 
 
 def test_two_grants_at_once_are_tried_again(project: Project, database: Database) -> None:
