@@ -393,8 +393,9 @@ class Run:
 
 
 def _cause(error: Exception) -> Exception:
-    """What broke the connection: leaving an autocommit_block then fails, too, and hides it."""
-    while isinstance(error, PendingRollbackError) and isinstance(error.__context__, Exception):
+    """What broke the connection: leaving a transaction or an autocommit_block then fails, too, and hides it."""
+    hides = (PendingRollbackError, InterfaceError, psycopg2.InterfaceError)
+    while isinstance(error, hides) and isinstance(error.__context__, Exception):
         error = error.__context__
     return error
 

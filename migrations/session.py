@@ -126,7 +126,12 @@ def connect(settings: Settings, patience: Patience) -> Iterator[Connection]:
         settle(connection)
         connection.commit()  # a rollback would take the settings back
         _choose_schema(connection, settings)
-        yield connection
+        try:
+            yield connection
+        finally:
+            # Where the driver's own call found it broken, SQLAlchemy does not know that, and would roll back.
+            if not connection.invalidated and connection.connection.dbapi_connection.closed:
+                connection.invalidate()
 
 
 def settle(connection: Connection) -> bool:

@@ -227,6 +227,7 @@ def _make() -> Cluster:
     run(command, "starting the kind cluster", "40 s", env=env, input=json.dumps(config))
     cluster = Cluster(how, str(kubeconfig), address, ports, images, _new_passwords())
     _install_fixtures(cluster)
+    cluster.kubectl("rollout", "status", "--namespace=kube-system", "deploy/coredns", "--timeout=180s")
     (STATE / "values.yaml").write_text(json.dumps({NAME: cluster.image_values()}, indent=2) + "\n")
     state = STATE / "cluster.json"
     state.touch(mode=0o600)

@@ -143,9 +143,14 @@ def test_a_database_that_takes_no_more_connections_is_waited_for(project: Projec
     state="All done, each revision once",
     do="Nothing",
 )
-def test_a_backend_that_is_terminated_in_a_revision_is_tried_again(project: Project, database: Database) -> None:
+@pytest.mark.parametrize(
+    "execute", ["op.execute", "op.get_bind().connection.cursor().execute"], ids=["op", "the driver's cursor"]
+)
+def test_a_backend_that_is_terminated_in_a_revision_is_tried_again(
+    project: Project, database: Database, execute: str
+) -> None:
     project.add("002", AUDIT)
-    project.add("003", audited("003", 'op.execute("SELECT pg_sleep(2)")'))
+    project.add("003", audited("003", f'{execute}("SELECT pg_sleep(2)")'))
     running = project.popen("upgrade", "head")
     until(lambda: sleeping(database))
     database.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep%'")
