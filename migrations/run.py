@@ -248,6 +248,8 @@ class Run:
             )
 
     def _on_statement(self, _c: Any, cursor: Any, statement: str, _p: Any, _context: Any, _many: bool) -> None:
+        if self.signal:  # where the handler's exception is swallowed: in a destructor, in psycopg2's decoder
+            raise Interrupted
         raw = cursor.connection
         self.transaction, self.patient = None, False
         if self.step and raw.autocommit:
@@ -450,6 +452,8 @@ def _stoppable(run: Run) -> Iterator[None]:
             if armed:
                 raise Interrupted
 
+    unraisable = sys.unraisablehook
+    sys.unraisablehook = lambda args: None if args.exc_type is Interrupted else unraisable(args)
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     before = {number: signal.signal(number, on_signal) for number in STOPPING}
@@ -471,6 +475,7 @@ def _stoppable(run: Run) -> Iterator[None]:
         raise SystemExit(128 + run.signal) from None
     finally:
         run.in_control.set()
+        sys.unraisablehook = unraisable
         signal.set_wakeup_fd(wakeup)
         ended.set()
         for number, handler in before.items():
