@@ -37,7 +37,7 @@ test-fast: venv ## run the tests that need no cluster
 test-install: venv ## install the chart on a real cluster
 	@$(BIN)/pytest -n 4 tests/install
 
-soak: venv ## run ten runs at once with random kills 1,000 times (about 40 minutes; ROUNDS=n for another number)
+soak: venv ## run ten runs at once with random kills 1,000 times (about 17 minutes; ROUNDS=n for another number)
 	@$(BIN)/pytest -s tests/faults/test_concurrency.py --rounds $(ROUNDS)
 
 cluster: venv ## make a Kubernetes cluster to play with: database, git server and package index included
