@@ -119,9 +119,9 @@ class Database:
         return done.stdout
 
     def activity(self) -> list[str]:
-        """What the runs' own sessions do now: `active: SELECT pg_sleep(60)`."""
+        """What the runs' own sessions do now: `active: SELECT pg_sleep(60)`; one that still starts has no state yet."""
         query = (
-            "SELECT state || ': ' || query FROM pg_stat_activity"
+            "SELECT concat_ws(': ', state, query) FROM pg_stat_activity"
             " WHERE datname = current_database() AND application_name = 'hcm-db-migrations' AND backend_type = %s"
         )
         return [row for (row,) in self.execute(query, "client backend")]
