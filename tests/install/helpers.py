@@ -247,9 +247,10 @@ def contacted(cluster: Cluster, database: Database) -> bool:
     return sessions(cluster, database) > 0
 
 
-def in_002(database: Database) -> bool:
-    """Whether a run is in revision 002 of the fixture `audited`."""
-    return any("FROM brake" in statement for statement in database.activity())
+def in_002(database: Database) -> list[int]:
+    """The sessions, by pid, of the run that is in revision 002 of the fixture `audited`."""
+    query = "SELECT pid FROM pg_stat_activity WHERE query LIKE %s AND application_name = 'hcm-db-migrations'"
+    return [pid for (pid,) in database.execute(query + " AND datname = current_database()", "%FROM brake%")]
 
 
 def let_go(database: Database) -> None:

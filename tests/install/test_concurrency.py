@@ -71,10 +71,10 @@ def test_a_pod_that_is_cut_off_in_a_revision_is_followed_by_one_that_finishes_it
     release: Release, api: Api, audited: Repository, database: Database, cut_off: Callable[[Api, client.V1Pod], None]
 ) -> None:
     upgrade = release.upgrading()
-    until(lambda: in_002(database), 60)
+    first = until(lambda: in_002(database), 60)
     (pod,) = api.pods(JOB)
     cut_off(api, pod)
-    until(lambda: not in_002(database))  # no orphan of the first pod goes on
+    until(lambda: in_002(database) != first)  # no orphan of the first pod goes on
     let_go(database)
     result = upgrade.wait()
     assert result.returncode == 0, result.text

@@ -25,7 +25,7 @@ def test_a_revision_that_meets_the_deadline_is_rolled_back_and_helm_says_which_v
     database: Database,
     audited: Repository,
 ) -> None:
-    result = release.upgrade({"job": {"activeDeadlineSeconds": 15, "backoffLimit": 0}})
+    result = release.upgrade({"job": {"activeDeadlineSeconds": 25, "backoffLimit": 0}})
     assert result.returncode == 1
     result.line(
         "FAILED: interrupted by SIGTERM in revision 002 (20251202_143000_002_test.py) after ",
