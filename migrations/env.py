@@ -23,8 +23,13 @@ if command in ("revision", "merge") or (command in ("history", "show") and not r
     context.configure(dialect_name="postgresql", as_sql=True, process_revision_directives=revisions.next_number)
     context.run_migrations()
 else:
-    # Of two heads, `current` would call either one the head.
-    revisions.check_runnable(context.script, "head" if command == "current" else getattr(options, "revision", None))
+    if command == "current":
+        destination = "head"  # of two, it would call either one the head
+    elif command == "stamp":
+        destination = options.revisions[0]
+    else:
+        destination = getattr(options, "revision", None)
+    revisions.check_runnable(context.script, destination)
     if context.is_offline_mode():
         run.offline(context, settings.load())
     else:

@@ -321,7 +321,8 @@ class Run:
         names = [
             row.name
             for row in rows
-            if named(row.relname) or (row.name not in self.invalid_before and named(row.of_table))
+            if named(re.sub(r"_cc(new|old)\d*$", "", row.relname))  # REINDEX CONCURRENTLY's own names
+            or (row.name not in self.invalid_before and named(row.of_table))
         ]
         drops = "; ".join(f"DROP INDEX CONCURRENTLY {name}" for name in names)
         return f"INVALID, and of no use: {', '.join(names)}; remove with: {drops}" if names else ""

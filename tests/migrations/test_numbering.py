@@ -142,9 +142,10 @@ def test_two_files_with_one_number_are_refused_by_name(files: Project, arguments
     state="The database is not contacted",
     do="What the line says",
 )
-def test_two_heads_are_refused_by_name(files: Project) -> None:
+@pytest.mark.parametrize("command", ["upgrade", "stamp"])
+def test_two_heads_are_refused_by_name(files: Project, command: str) -> None:
     one, two = files.add("002", name="a"), files.add("003", name="b", down="001")
-    result = files.alembic("upgrade", "head")
+    result = files.alembic(command, "head")
     assert (result.returncode, result.failure) == (
         255,
         f"there are 2 heads: 002 ({one.name}) and 003 ({two.name}); make one revise the other by its 'down_revision',"

@@ -360,6 +360,22 @@ def test_a_signal_while_an_index_is_built_concurrently_names_what_is_left(
     assert prepared.alembic("upgrade", "head").returncode == 0
 
 
+def test_a_signal_while_an_index_is_rebuilt_concurrently_names_the_new_one(
+    prepared: Project, database: Database
+) -> None:
+    database.execute("CREATE INDEX slow ON audit (revision)")
+    prepared.add("003", 'with op.get_context().autocommit_block():\n    op.execute("REINDEX INDEX CONCURRENTLY slow")')
+    with database.session() as writer:
+        writer.execute("INSERT INTO audit VALUES ('writer')")
+        running = prepared.popen("upgrade", "head")
+        until(lambda: database.scalar("SELECT count(*) FROM pg_stat_progress_create_index WHERE phase LIKE 'waiting%'"))
+        result, _ = running.stop(signal.SIGTERM)
+    left = "INVALID, and of no use: public.slow_ccnew; remove with: DROP INDEX CONCURRENTLY public.slow_ccnew"
+    assert (result.returncode, left in result.failure) == (143, True), result.failure
+    database.execute("DROP INDEX CONCURRENTLY public.slow_ccnew")
+    assert prepared.alembic("upgrade", "head").returncode == 0
+
+
 @pytest.mark.fault(
     "Process and pod",
     fault="Forty signals at once",

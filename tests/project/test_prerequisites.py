@@ -1,6 +1,5 @@
 """What a newcomer's machine may lack is named on one line, with the cure."""
 
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -54,9 +53,3 @@ def test_a_missing_prerequisite_is_named_with_its_cure(tmp_path: Path, git: str,
     project = tmp_path / "project"
     project.mkdir()
     assert _make_venv(project, tools, "python3") == line
-
-
-def test_the_prerequisites_are_found_here() -> None:
-    assert shutil.which("git")
-    assert shutil.which("make")
-    assert os.name == "posix"
