@@ -356,6 +356,12 @@ def test_the_notes_say_what_ran_and_how_to_see_it(helm4: Helm) -> None:
     )
 
 
+def test_the_notes_of_a_hook_that_is_for_upgrades_only_do_not_say_that_it_has_run(helm4: Helm) -> None:
+    notes = _notes(helm4, {"hook": "pre-upgrade"})
+    assert notes.startswith("Nothing has run: the hook pre-upgrade does not run at an install. ")
+    assert "has run (" not in notes
+
+
 def test_the_notes_of_an_ordinary_job_do_not_say_that_it_has_run(helm4: Helm) -> None:
     notes = _notes(helm4, {"hook": "", "image": {"tag": "3.13-slim"}}).splitlines()
     job = notes[0].split()[1]
