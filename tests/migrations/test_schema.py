@@ -94,13 +94,44 @@ def test_there_is_exactly_one_head() -> None:
     assert len(SCRIPTS.get_heads()) == 1
 
 
+def _steps(source: str) -> dict[str, list[ast.stmt]]:
+    """What upgrade() and downgrade() do: their statements, without docstrings, `...` and `pass`."""
+
+    def does(statement: ast.stmt) -> bool:
+        constant = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+        return not (constant or isinstance(statement, ast.Pass))
+
+    functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    return {node.name: [*filter(does, node.body)] for node in functions if node.name in ("upgrade", "downgrade")}
+
+
+def _block_stands_alone(steps: list[ast.stmt]) -> bool:
+    """An error after an `autocommit_block` would leave what the block has done."""
+    has_block = any("autocommit_block" in ast.unparse(step) for step in steps)
+    return not has_block or (len(steps) == 1 and isinstance(steps[0], ast.With))
+
+
 @pytest.mark.parametrize("module", REVISIONS)
 def test_a_revision_has_an_upgrade_and_a_downgrade_that_do_something(module) -> None:
-    tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
-    bodies = {node.name: node.body for node in tree.body if isinstance(node, ast.FunctionDef)}
-    for name in ("upgrade", "downgrade"):
-        assert name in bodies
-        assert not all(isinstance(statement, ast.Pass) for statement in bodies[name]), name
+    steps = _steps(Path(module.__file__).read_text(encoding="utf-8"))
+    assert {name for name, found in steps.items() if found} == {"upgrade", "downgrade"}
+    assert all(map(_block_stands_alone, steps.values())), "an autocommit_block stands alone in its revision"
+
+
+BLOCK = "with op.get_context().autocommit_block():\n        op.execute('a')"
+
+
+@pytest.mark.parametrize(
+    ("body", "alone"),
+    [
+        (BLOCK, True),
+        (f"'''Why.'''\n    {BLOCK}", True),
+        (f"{BLOCK}\n    op.execute('b')", False),
+        (f"op.execute('b')\n    {BLOCK}", False),
+    ],
+)
+def test_an_autocommit_block_beside_something_else_is_found(body: str, alone: bool) -> None:
+    assert _block_stands_alone(_steps(f"def upgrade():\n    {body}\n")["upgrade"]) is alone
 
 
 @pytest.mark.parametrize("module", REVISIONS)
