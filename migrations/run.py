@@ -321,7 +321,8 @@ class Run:
         names = [
             row.name
             for row in rows
-            if named(re.sub(r"_cc(new|old)\d*$", "", row.relname))  # REINDEX CONCURRENTLY's own names
+            if named(row.relname)
+            or named(re.sub(r"_cc(new|old)\d*$", "", row.relname))  # what REINDEX CONCURRENTLY appends
             or (row.name not in self.invalid_before and named(row.of_table))
         ]
         drops = "; ".join(f"DROP INDEX CONCURRENTLY {name}" for name in names)
