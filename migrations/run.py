@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
@@ -76,6 +77,7 @@ class Interrupted(BaseException):
 
 def offline(context: EnvironmentContext, settings: Settings) -> None:
     """Write the SQL of `--sql`, with the session's settings that matter to whoever runs it with psql."""
+    sql = io.StringIO()
     context.configure(
         dialect_name="postgresql",
         literal_binds=True,
@@ -83,6 +85,7 @@ def offline(context: EnvironmentContext, settings: Settings) -> None:
         transaction_per_migration=True,
         version_table=settings.version_table,
         version_table_schema=settings.schema,
+        output_buffer=sql,  # all or nothing: the first half of a plan must not look like one
     )
     context.execute("-- Run it with psql --set=ON_ERROR_STOP=1: after an error, the rest must not be done")
     context.execute(f"SET lock_timeout = '{session.LOCK_TIMEOUT}'")
@@ -96,6 +99,12 @@ def offline(context: EnvironmentContext, settings: Settings) -> None:
         raise
     except (Exception, SystemExit) as error:
         raise revisions.broken(context.script, error) from error
+    output = context.config.output_buffer or sys.stdout
+    try:
+        print(sql.getvalue(), end="", file=output, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())  # else Python tries again, at its own end
+        raise CommandError(f"the SQL is not whole, do not run it: {error.strerror}") from error
 
 
 class Run:

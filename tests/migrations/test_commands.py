@@ -1,10 +1,13 @@
 """Every command that README.md names, from the repository's root, as Alembic documents it."""
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from tests.migrations.conftest import Database, Project
+from tests.migrations.conftest import Database, Project, normalize
 
 ADD_STATUS = (
     'op.execute("ALTER TABLE hcm_report_metadata ADD COLUMN status VARCHAR(50)")',
@@ -130,6 +133,14 @@ def test_the_sql_of_an_upgrade_does_what_the_upgrade_does(
     result = project.alembic("upgrade", "head", DB_SCHEMA=schema)
     assert result.returncode == 0, result
     assert database.dump() == planned
+
+
+def test_sql_that_could_not_be_written_whole_is_not_to_be_run(files: Project) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [Path(sys.executable).with_name("alembic"), "upgrade", "head", "--sql"]
+        done = subprocess.run(command, cwd=files.folder, env={}, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 255
+    assert normalize(done.stderr) == "HH:MM:SS ERROR the SQL is not whole, do not run it: No space left on device\n"
 
 
 def test_the_sql_of_a_downgrade_undoes_the_upgrade(project: Project, database: Database) -> None:
