@@ -32,7 +32,7 @@ migrate: venv ## migrate the database that DATABASE_URL, DB_* or .env names
 test: test-fast test-install ## run every test, with a real PostgreSQL and a real Kubernetes
 
 test-fast: venv ## run the tests that need no cluster
-	@$(BIN)/pytest -n auto tests/chart tests/migrations tests/faults tests/project
+	@$(BIN)/pytest -n auto tests/project tests/chart tests/migrations tests/faults
 
 test-install: venv ## install the chart on a real cluster
 	@$(BIN)/pytest -n 4 tests/install

@@ -274,8 +274,8 @@ def node(cluster: Cluster, *command: str) -> str:
 
 def kill_container(cluster: Cluster, pod: client.V1Pod, name: str) -> None:
     """Kill a container's first process, and so the container, at once."""
-    statuses = [*(pod.status.init_container_statuses or []), *(pod.status.container_statuses or [])]
-    (found,) = [status.container_id.removeprefix("containerd://") for status in statuses if status.name == name]
+    label = f"--label=io.kubernetes.pod.uid={pod.metadata.uid}"  # the pod's own status comes late
+    found = node(cluster, "crictl", "ps", "--quiet", f"--name=^{name}$", label).strip()
     pid = node(cluster, "crictl", "inspect", "--output=go-template", "--template={{.info.pid}}", found).strip()
     node(cluster, "kill", "-9", pid)
 

@@ -21,7 +21,7 @@ def test_the_locks_are_compiled_from_what_is_asked_for(tmp_path: Path) -> None:
     files = [f"{name}.{ending}" for name in locks for ending in ("in", "txt")]
     for file in (*files, "Makefile"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / file, tmp_path / file)
+        shutil.copy2(ROOT / file, tmp_path / file)  # with its time, or .venv would be out of date
     (tmp_path / ".venv").symlink_to(BIN.parent)
     subprocess.run(["make", "lock"], cwd=tmp_path, check=True, capture_output=True)
     changed = [file for file in files if (tmp_path / file).read_text() != (ROOT / file).read_text()]
