@@ -60,10 +60,9 @@ FINAL = {
     "certificate": "set PGSSLROOTCERT to the CA's file, and the host to a name in the certificate",
     "does not exist": "create it, or set another DB_NAME or DB_USER",
     "no such database": "add it to the pooler, or set another DB_NAME",
-    "no such user": "add it to the pooler, or set another DB_USER",
     "permission denied": "grant CONNECT on the database to the role",
     "no encryption": "set PGSSLMODE=require, or allow it in pg_hba.conf",
-    "no pg_hba.conf entry": "allow this client, role and database in pg_hba.conf",
+    "pg_hba.conf": "allow this client, role and database in pg_hba.conf",
     "server does not support SSL": "set another PGSSLMODE, or turn TLS on in the server",
     "invalid": "check DATABASE_URL's query and the PG* variables",
 }

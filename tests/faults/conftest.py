@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import URL
 
-from tests.migrations.conftest import Database, database, files, own_server, project, server, until
+from tests.migrations.conftest import database, files, own_server, project, server
+from tests.migrations.helpers import Database, until
 from tools import binaries, debian
 from tools.postgres import UNPRIVILEGED
 from tools.steps import CACHE, UnavailableError, once

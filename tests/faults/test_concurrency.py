@@ -21,7 +21,7 @@ import pytest
 from sqlalchemy import URL
 
 from tests.conftest import CANARY
-from tests.migrations.conftest import Database, Project, fresh_database, until
+from tests.migrations.helpers import Database, Project, fresh_database, until
 from tests.migrations.runner import Runner
 from tools.postgres import dsn, execute
 

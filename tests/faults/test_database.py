@@ -11,8 +11,8 @@ import psycopg2
 import pytest
 
 from tests.faults.conftest import namespace, pgbouncer, root_only
-from tests.migrations.conftest import Database, Project, until
-from tests.migrations.test_safety import AUDIT, FILE, audit, audited, sleeping
+from tests.migrations.audit import AUDIT, FILE, audit, audited, sleeping
+from tests.migrations.helpers import Database, Project, until
 from tools.postgres import Postgres, dsn
 
 FILL = "op.execute(\"CREATE TABLE filled AS SELECT repeat('x', 1000) FROM generate_series(1, {})\")"
@@ -199,11 +199,22 @@ def test_pgbouncer_in_session_mode_is_as_good_as_the_server(project: Project, da
     assert (database.at, audit(database)) == (["003"], ["003"])
 
 
-def test_a_wrong_password_at_pgbouncer_fails_at_once(project: Project, database: Database) -> None:
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"password": "wrong"}, "authentication failed; check DB_USER and DB_PASSWORD"),
+        ({"username": "other"}, "authentication failed; check DB_USER and DB_PASSWORD"),
+        ({"database": "other"}, "no such database: other; add it to the pooler, or set another DB_NAME"),
+    ],
+    ids=["wrong password", "unknown user", "unknown database"],
+)
+def test_what_pgbouncer_refuses_fails_at_once(
+    project: Project, database: Database, change: dict[str, str], said: str
+) -> None:
     with pgbouncer(database, "session") as url:
-        result = project.alembic("upgrade", "head", DATABASE_URL=dsn(url.set(password="wrong")))  # noqa: S106
+        result = project.alembic("upgrade", "head", DATABASE_URL=dsn(url.set(**change)))
     assert result.returncode == 255
-    assert result.failure.endswith("authentication failed; check DB_USER and DB_PASSWORD")
+    assert result.failure.endswith(said)
     assert "waiting" not in result.stderr
 
 

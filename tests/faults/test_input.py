@@ -18,7 +18,7 @@ from sqlalchemy import text
 from migrations import session
 from migrations import settings as of_migrations
 from tests.conftest import CANARY
-from tests.migrations.conftest import Database, Project
+from tests.migrations.helpers import Database, Project
 from tests.migrations.runner import Runner
 from tests.migrations.test_numbering import FIRST, RULES
 from tests.migrations.test_settings import parts

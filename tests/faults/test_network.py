@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import Proxy, namespace, root_only
-from tests.migrations.conftest import ALEMBIC, Database, Project, Running, until
-from tests.migrations.test_safety import AUDIT, FILE, SLEEP, audit, audited, idle, sleeping
-from tools.postgres import Postgres, dsn
-
-# How long a run takes to notice that nothing comes back (migrations/session.py), and then to ask what is left.
-NOTICES = 5 + 3 * 2 + 5
+from tests.faults.conftest import Proxy
+from tests.migrations.audit import AUDIT, FILE, SLEEP, audit, audited, idle, sleeping
+from tests.migrations.helpers import Database, Project, until
+from tools.postgres import dsn
 
 
 @pytest.fixture
@@ -137,113 +129,3 @@ def test_a_connection_that_is_swallowed_ends_with_sigterm(proxied: Project, data
     path.write_text(path.read_text().replace("pg_sleep(60)", "1"))
     assert proxied.alembic("upgrade", "head").returncode == 0
     assert (database.at, audit(database)) == (["003"], ["003"])
-
-
-# ---- a cable that can be pulled out: packets are lost without a word, as when a node dies
-
-
-@dataclass
-class Cable:
-    """A server and a client, each in a network of its own, and the cable between them."""
-
-    server: Postgres
-    project: Project
-    enter: list[str]  # the client's network
-    inside: list[str]  # the server's
-
-    def plug(self, state: str) -> None:
-        """`down` or `up`."""
-        subprocess.run([*self.inside, "ip", "link", "set", "cable0", state], check=True)
-
-    def popen(self, **environment: str) -> Running:
-        program, *arguments = [*self.enter, str(ALEMBIC), "upgrade", "head"]
-        return self.project.popen(*arguments, program=Path(f"/usr/bin/{program}"), **environment)
-
-    def execute(self, statement: str) -> list[tuple]:
-        """As superuser by the server's socket, which needs no network."""
-        return self.server.execute(statement)
-
-    def held(self) -> list[tuple]:
-        """The runs' sessions and locks on the server."""
-        return self.execute(
-            "SELECT pid FROM pg_stat_activity WHERE application_name = 'hcm-db-migrations'"
-            " UNION ALL SELECT pid FROM pg_locks WHERE locktype = 'advisory'"
-        )
-
-
-@pytest.fixture
-def cable(files: Project, own_server: Postgres) -> Iterator[Cable]:
-    own_server.kill()
-    with ExitStack() as stack:
-        ends = [stack.enter_context(namespace("net", "ip link set lo up")) for _ in range(2)]
-        pids = [end[1].split("/")[2] for end in ends]
-        pair = ["name", "cable0", "netns", pids[0], "type", "veth", "peer", "name", "cable0", "netns", pids[1]]
-        subprocess.run(["ip", "link", "add", *pair], check=True)
-        for number, end in enumerate(ends, 1):
-            subprocess.run([*end, "ip", "address", "add", f"192.0.2.{number}/30", "dev", "cable0"], check=True)
-            subprocess.run([*end, "ip", "link", "set", "cable0", "up"], check=True)
-        with (own_server.folder / "data" / "pg_hba.conf").open("a") as rules:
-            rules.write("host all all 192.0.2.0/30 scram-sha-256\n")
-        own_server.enter = ends[0]
-        own_server.settings["listen_addresses"] = "192.0.2.1"
-        own_server.start()
-        files.environment["DATABASE_URL"] = dsn(own_server.url.set(host="192.0.2.1"))
-        # By the socket: the superuser's connections need no network.
-        own_server.url = own_server.url.set(host=None, query={"host": str(own_server.folder)})
-        files.add("002", AUDIT)
-        yield Cable(own_server, files, ends[1], ends[0])
-        own_server.kill()
-
-
-@pytest.mark.fault(
-    "Network",
-    fault="The node or the network dies without a word (half-open connection) in a revision",
-    sees="Within 11 s `waiting, ...: revision 003 (...) failed: ... Connection timed out`, then `no connection to"
-    " database ... in N s`, exit 1",
-    state="Finished revisions stay; the server ends the orphaned session and its lock within 20 s",
-    do="Mend the network, deploy again",
-)
-@root_only
-@pytest.mark.parametrize("body", [SLEEP, 'time.sleep(3)\nop.execute("SELECT 1")'], ids=["receiving", "sending"])
-def test_a_half_open_connection_is_noticed_on_both_sides_and_the_next_run_finishes(cable: Cable, body: str) -> None:
-    path = cable.project.add("003", audited("003", body))
-    running = cable.popen(MIGRATION_WAIT_SECONDS="3")
-    busy = "SELECT 1 FROM pg_stat_activity WHERE query ~ '^(SELECT pg_sleep|INSERT INTO audit)'"
-    until(lambda: cable.execute(busy))
-    start = time.monotonic()
-    cable.plug("down")
-    result = running.wait()
-    assert time.monotonic() - start < NOTICES + 3 + 2 * 5 + 3
-    assert result.returncode == 1
-    assert f"revision 003 ({FILE.format('003')}) failed: " in result.stderr
-    assert result.failure.startswith("no connection to database postgres at 192.0.2.1:")
-    until(lambda: not cable.held(), 20)
-    assert cable.execute("SELECT version_num FROM alembic_version") == [("002",)]
-    cable.plug("up")
-    path.write_text(path.read_text().replace("pg_sleep(60)", "1"))
-    assert cable.popen().wait().returncode == 0
-    assert cable.execute("SELECT * FROM alembic_version, audit") == [("003", "003")]
-
-
-@pytest.mark.fault(
-    "Network",
-    fault="SIGTERM (drain, deadline) while the network is dead",
-    sees="Within 2 s `interrupted by SIGTERM; it did not end by itself, so the database rolls back at 002; run again to"
-    " go on`, exit 143",
-    state="Finished revisions stay; the server ends the orphaned session and its lock within 20 s",
-    do="Mend the network, deploy again",
-)
-@root_only
-def test_sigterm_on_a_dead_network_ends_the_run_at_once(cable: Cable) -> None:
-    cable.project.add("003", audited("003", SLEEP))
-    running = cable.popen()
-    until(lambda: cable.execute("SELECT 1 FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep%'"))
-    cable.plug("down")
-    result, seconds = running.stop(signal.SIGTERM)
-    assert (result.returncode, result.failure) == (
-        143,
-        "interrupted by SIGTERM; it did not end by itself, so the database rolls back at 002; run again to go on",
-    )
-    assert seconds < 3
-    until(lambda: not cable.held(), 20)
-    assert cable.execute("SELECT version_num FROM alembic_version") == [("002",)]

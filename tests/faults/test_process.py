@@ -4,8 +4,8 @@ import signal
 
 import pytest
 
-from tests.migrations.conftest import Database, Project, until
-from tests.migrations.test_safety import AGAIN, AUDIT, BUILD, FILE, audit, audited, idle, sleeping
+from tests.migrations.audit import AGAIN, AUDIT, BUILD, FILE, audit, audited, idle, sleeping
+from tests.migrations.helpers import Database, Project, until
 
 ENDS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)]
 ends = pytest.mark.parametrize(("number", "code"), ENDS, ids=["SIGTERM", "SIGINT", "SIGKILL"])

@@ -22,7 +22,7 @@ from sqlalchemy import make_url
 
 from tests.conftest import SECRETS
 from tests.install.helpers import Api, Release, Repository
-from tests.migrations.conftest import PASSWORD, Database, fresh_database, until
+from tests.migrations.helpers import PASSWORD, Database, fresh_database, until
 from tools.binaries import find_or_build
 from tools.cluster import Cluster, current, down, ensure
 from tools.steps import ROOT, UnavailableError

@@ -17,7 +17,7 @@ import yaml
 from kubernetes import client, config
 from sqlalchemy import make_url
 
-from tests.migrations.conftest import Database
+from tests.migrations.helpers import Database
 from tools import engine
 from tools.cluster import NAME, Cluster
 from tools.postgres import execute

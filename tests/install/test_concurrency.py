@@ -9,7 +9,7 @@ from kubernetes import client
 
 from tests.install.helpers import Api, Gate, Release, Repository, contacted, in_002, kill_container, let_go, node
 from tests.install.test_lifecycle import TABLE
-from tests.migrations.conftest import Database, until
+from tests.migrations.helpers import Database, until
 from tools.cluster import Cluster
 
 JOB = "hcm-db-migration-1"

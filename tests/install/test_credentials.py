@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import make_url
 
 from tests.install.helpers import Api, Gate, Release, contacted
-from tests.migrations.conftest import Database, until
+from tests.migrations.helpers import Database, until
 from tools.cluster import Cluster
 from tools.postgres import execute
 

@@ -14,7 +14,7 @@ import pytest
 from tests.install.conftest import OWN_IMAGE
 from tests.install.helpers import Api
 from tests.install.test_lifecycle import TABLE
-from tests.migrations.conftest import Database
+from tests.migrations.helpers import Database
 from tools.binaries import find_or_build, source_folder
 from tools.cluster import Cluster
 from tools.steps import ROOT, run

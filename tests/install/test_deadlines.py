@@ -7,7 +7,7 @@ from kubernetes import client
 
 from tests.install.helpers import Api, Gate, Release, Repository, contacted
 from tests.install.test_concurrency import JOB
-from tests.migrations.conftest import Database
+from tests.migrations.helpers import Database
 from tools.cluster import Cluster
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.install.helpers import Api, Release, Repository, contacted
-from tests.migrations.conftest import Database
+from tests.migrations.helpers import Database
 from tools.cluster import Cluster
 
 JOB = "hcm-db-migration-1"

@@ -15,7 +15,7 @@ from tests.conftest import CANARY
 from tests.install.conftest import assert_no_secret
 from tests.install.helpers import Api, Release, Repository, in_002, in_node, let_go, node
 from tests.install.test_concurrency import JOB
-from tests.migrations.conftest import PASSWORD, Database, until
+from tests.migrations.helpers import PASSWORD, Database, until
 from tools.cluster import Cluster
 
 

@@ -11,7 +11,7 @@ from sqlalchemy import make_url
 
 from tests.install.helpers import Api, Release
 from tests.install.test_lifecycle import TABLE
-from tests.migrations.conftest import until
+from tests.migrations.helpers import until
 from tools.cluster import NAME, Cluster, push_checkout
 from tools.postgres import execute
 

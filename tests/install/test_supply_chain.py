@@ -10,7 +10,7 @@ import pytest
 
 from tests.chart.test_scripts import make_wheel
 from tests.install.helpers import Api, Release, Repository, in_002, let_go, node, sessions
-from tests.migrations.conftest import Database, until
+from tests.migrations.helpers import Database, until
 from tools.cluster import Cluster
 
 JOB = "hcm-db-migration-1"

@@ -13,7 +13,7 @@ import yaml
 
 from tests.install.helpers import CHART, Api, Release, Repository
 from tests.install.test_lifecycle import NOTHING_TO_DO, TABLE
-from tests.migrations.conftest import PASSWORD, Database, until
+from tests.migrations.helpers import PASSWORD, Database, until
 
 JOB = "hcm-db-migration-1"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.migrations.conftest import Database, Project, normalize
+from tests.migrations.helpers import Database, Project, normalize
 
 ADD_STATUS = (
     'op.execute("ALTER TABLE hcm_report_metadata ADD COLUMN status VARCHAR(50)")',

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.migrations.conftest import Database, Project
-from tests.migrations.test_safety import FILE
+from tests.migrations.audit import FILE
+from tests.migrations.helpers import Database, Project
 
 TABLE = 'op.execute("CREATE TABLE a (x int)")\n'
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.migrations.conftest import Project
+from tests.migrations.helpers import Project
 
 FIRST = "20251201_120000_001_create_hcm_report_metadata.py"
 RULES = "see 'Adding a migration' in README.md"

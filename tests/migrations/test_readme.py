@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 
-from tests.migrations.conftest import ROOT, Database, Project
+from tests.migrations.helpers import ROOT, Database, Project
 from tools.postgres import dsn
 
 

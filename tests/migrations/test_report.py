@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.migrations.conftest import Database, Project
+from tests.migrations.helpers import Database, Project
 
 
 @pytest.fixture

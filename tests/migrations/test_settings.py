@@ -1,19 +1,11 @@
 """DATABASE_URL, DB_*, .env, PG*: what wins, what is refused, and what must never be printed."""
 
 import os
-import shutil
-import socket
-import ssl
-import subprocess
-import threading
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from sqlalchemy import URL
 
 from tests.conftest import CANARY
-from tests.migrations.conftest import PASSWORD, Database, Project
+from tests.migrations.helpers import PASSWORD, Database, Project
 from tools.postgres import dsn
 
 WRITE = (
@@ -39,9 +31,6 @@ def place(database: Database) -> str:
     """As the report names the test's database."""
     url = database.url
     return f"database {url.database} at {url.host}:{url.port or 5432} as {url.username}, schema public, PostgreSQL "
-
-
-# ---- what wins
 
 
 @pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg2"])
@@ -77,9 +66,6 @@ def test_any_password_arrives(project: Project, database: Database, password: st
         variables = {"DATABASE_URL": dsn(database.url.set(password=password))}
     result = project.alembic("current", **variables)
     assert result.returncode == 0, result
-
-
-# ---- .env
 
 
 def env_file(database: Database) -> str:
@@ -125,9 +111,6 @@ def test_a_password_in_the_env_file_may_look_like_a_variable(files: Project) -> 
     (files.folder / ".env").write_text("DB_HOST=127.0.0.1\nDB_PORT=1\nDB_NAME=${HOME}\nMIGRATION_WAIT_SECONDS=0\n")
     result = files.alembic("current", DATABASE_URL=None)
     assert result.failure.startswith("no connection to database ${HOME} at 127.0.0.1:1 as postgres in 0 s: ")
-
-
-# ---- what is refused, before connecting
 
 
 @pytest.mark.parametrize(
@@ -218,191 +201,3 @@ def test_a_password_that_is_no_text_is_one_clear_line(files: Project) -> None:
     password = os.fsdecode(b"\xff" + CANARY.encode())
     result = files.alembic("upgrade", "head", DATABASE_URL=None, DB_PASSWORD=password)
     assert (result.returncode, result.failure) == (255, "DB_PASSWORD is not UTF-8; set it as UTF-8, see .env.example")
-
-
-# ---- schemas
-
-
-@pytest.mark.fault(
-    "Code and settings",
-    fault="`DB_SCHEMA` does not exist",
-    sees="`DB_SCHEMA is 'reports', a schema that does not exist; create it, or set another`, exit 255",
-    state="Nothing was changed",
-    do="What the line says",
-)
-def test_a_schema_that_does_not_exist_is_refused(project: Project) -> None:
-    result = project.alembic("upgrade", "head", DB_SCHEMA="reports")
-    assert (result.returncode, result.failure) == (
-        255,
-        "DB_SCHEMA is 'reports', a schema that does not exist; create it, or set another",
-    )
-
-
-def test_a_schema_that_the_role_may_not_use_is_refused(project: Project, database: Database) -> None:
-    database.execute("CREATE SCHEMA reports")
-    result = project.alembic("upgrade", "head", DB_SCHEMA="reports")
-    assert (result.returncode, result.failure) == (
-        255,
-        f"the role {database.role} may use no schema of its search_path (reports); grant USAGE on one, set DB_SCHEMA,"
-        " or mend the role's search_path",
-    )
-
-
-@pytest.mark.fault(
-    "Database",
-    fault="The role's search_path names no schema that it may use",
-    sees="`the role ... may use no schema of its search_path (nothing); grant USAGE on one, set DB_SCHEMA, or mend"
-    " the role's search_path`, exit 255",
-    state="Nothing was changed",
-    do="What the line says",
-)
-def test_a_role_without_a_schema_is_told(project: Project, database: Database) -> None:
-    database.execute(f"ALTER ROLE {database.role} SET search_path = nothing")
-    result = project.alembic("upgrade", "head")
-    assert (result.returncode, result.failure) == (
-        255,
-        f"the role {database.role} may use no schema of its search_path (nothing); grant USAGE on one, set DB_SCHEMA,"
-        " or mend the role's search_path",
-    )
-
-
-@pytest.mark.fault(
-    "Database",
-    fault="The role's search_path is not public",
-    sees="`schema reports` in the first line",
-    state="All done in that schema, nothing in public",
-    do="Nothing",
-)
-def test_a_search_path_that_is_not_public_is_followed(project: Project, database: Database) -> None:
-    database.execute(f"CREATE SCHEMA reports AUTHORIZATION {database.role}")
-    database.execute(f"ALTER ROLE {database.role} SET search_path = reports")
-    assert project.alembic("upgrade", "head").returncode == 0
-    assert database.scalar("SELECT version_num FROM reports.alembic_version") == "001"
-    assert database.relations == []
-
-
-# ---- TLS: the embedded server has none, so this stands before it, as a cloud provider's proxy does
-
-
-class Tls:
-    """A TLS end before a PostgreSQL: speaks its SSLRequest, then passes bytes on. Its certificate is for localhost."""
-
-    def __init__(self, folder: Path, server: URL) -> None:
-        self.server = server
-        for name in ("right", "wrong"):
-            command = (
-                "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
-                f" -addext subjectAltName=DNS:localhost -keyout {name}.key -out {name}.crt"
-            )
-            subprocess.run(command.split(), cwd=folder, check=True, capture_output=True)
-        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self.context.load_cert_chain(folder / "right.crt", folder / "right.key")
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self.listener.getsockname()[1]
-        self.encrypted = 0
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self.listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
-
-    def _serve(self, client: socket.socket) -> None:
-        try:
-            client.recv(8)  # SSLRequest
-            client.sendall(b"S")
-            client = self.context.wrap_socket(client, server_side=True)
-        except OSError:
-            return
-        self.encrypted += 1
-        upstream = socket.create_connection((self.server.host, self.server.port or 5432))
-        back = threading.Thread(target=self._pass, args=(upstream, client), daemon=True)
-        back.start()
-        self._pass(client, upstream)
-
-    def _pass(self, source: socket.socket, target: socket.socket) -> None:
-        try:
-            while data := source.recv(65536):
-                target.sendall(data)
-        except OSError:
-            pass
-        finally:
-            target.close()
-
-
-@pytest.fixture
-def tls(tmp_path: Path, server: URL) -> Iterator[Tls]:
-    if not shutil.which("openssl"):
-        pytest.skip("openssl is missing: install it (Debian: apt-get install openssl)")
-    end = Tls(tmp_path, server)
-    yield end
-    end.listener.close()
-
-
-@pytest.mark.parametrize("form", ["query", "PG variables"])
-def test_a_server_with_the_right_certificate_is_trusted(
-    project: Project, database: Database, tls: Tls, tmp_path: Path, form: str
-) -> None:
-    url = database.url.set(host="localhost", port=tls.port)
-    query = {"sslmode": "verify-full", "sslrootcert": str(tmp_path / "right.crt")}
-    if form == "query":
-        variables = {"DATABASE_URL": dsn(url.update_query_dict(query))}
-    else:
-        variables = parts(database) | {"DB_HOST": "localhost", "DB_PORT": str(tls.port)}
-        variables |= {f"PG{name.upper()}": value for name, value in query.items()}
-    result = project.alembic("upgrade", "head", **variables)
-    assert (result.returncode, database.at, tls.encrypted) == (0, ["001"], 1), result
-
-
-@pytest.mark.fault(
-    "Network",
-    fault="The server's certificate is not trusted, or for another name",
-    sees="`cannot connect to database ...: ... certificate ...; set PGSSLROOTCERT to the CA's file, and the host "
-    "to a name in the certificate`, at once, exit 255",
-    state="Nothing was changed",
-    do="What the line says",
-)
-@pytest.mark.parametrize(
-    ("host", "ca", "said"),
-    [
-        ("localhost", "wrong.crt", "SSL error: certificate verify failed"),
-        ("127.0.0.1", "right.crt", 'does not match host name "127.0.0.1"'),
-        ("localhost", "none.crt", 'none.crt" does not exist'),
-    ],
-    ids=["wrong CA", "wrong host", "no CA file"],
-)
-def test_a_server_with_a_wrong_certificate_is_refused_at_once(
-    project: Project, database: Database, tls: Tls, tmp_path: Path, host: str, ca: str, said: str
-) -> None:
-    url = database.url.set(host=host, port=tls.port)
-    query = {"sslmode": "verify-full", "sslrootcert": str(tmp_path / ca)}
-    result = project.alembic("upgrade", "head", DATABASE_URL=dsn(url.update_query_dict(query)))
-    assert (result.returncode, database.relations) == (255, [])
-    where = f"cannot connect to database {database.name} at {host}:{tls.port} as {database.role}: "
-    assert result.failure.startswith(where)
-    assert said in result.failure
-    assert result.failure.endswith("; set PGSSLROOTCERT to the CA's file, and the host to a name in the certificate")
-
-
-def test_a_server_without_tls_is_refused_at_once_where_tls_is_asked_for(
-    project: Project, request: pytest.FixtureRequest
-) -> None:
-    if request.config.getoption("--postgres-url"):
-        pytest.skip("the external server may have TLS: run without --postgres-url")
-    result = project.alembic("upgrade", "head", PGSSLMODE="require")
-    assert result.returncode == 255
-    assert result.failure.endswith(
-        "server does not support SSL, but SSL was required; set another PGSSLMODE, or turn TLS on in the server"
-    )
-
-
-def test_a_misspelt_option_of_the_url_is_refused_at_once(project: Project, database: Database) -> None:
-    url = database.url.update_query_dict({"sslmod": "require"})
-    result = project.alembic("upgrade", "head", DATABASE_URL=dsn(url))
-    assert result.returncode == 255
-    assert result.failure.endswith(
-        'invalid dsn: invalid connection option "sslmod"; check DATABASE_URL\'s query and the PG* variables'
-    )

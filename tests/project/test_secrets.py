@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 from tests.conftest import SECRETS
-from tests.migrations.conftest import until
+from tests.migrations.helpers import until
 
 
 def test_a_secret_in_a_process_list_is_found(secrets_in_process_lists: set[str]) -> None:

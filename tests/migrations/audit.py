@@ -1,0 +1,38 @@
+"""Revisions that leave a trace in the database, and what the database says about the runs."""
+
+from tests.migrations.helpers import Database, until
+
+# Every revision of these tests writes its number here: a revision that ran twice has two rows, one that was
+# rolled back has none.
+AUDIT = 'op.execute("CREATE TABLE audit (revision text)")'
+FILE = "20251202_143000_{}_add.py"
+AGAIN = (
+    "run again to go on, and where the Job's time was up raise 'job.activeDeadlineSeconds' and Helm's --timeout"
+    " together"
+)
+SLEEP = 'op.execute("SELECT pg_sleep(60)")'
+BUILD = 'op.execute("CREATE INDEX CONCURRENTLY slow ON audit (revision)")'
+
+
+def audited(number: str, body: str = "") -> str:
+    return f"op.execute(\"INSERT INTO audit VALUES ('{number}')\")\n{body}"  # noqa: S608
+
+
+def audit(database: Database) -> list[str]:
+    return [revision for (revision,) in database.execute("SELECT revision FROM audit ORDER BY 1")]
+
+
+def sleeping(database: Database, words: str = "pg_sleep") -> bool:
+    """Whether a run's statement with these words is at work."""
+    return any(row.startswith("active: ") and words in row for row in database.activity())
+
+
+def idle(database: Database) -> None:
+    """Nothing of any run is left on the server within seconds: no session, and so no lock."""
+    until(lambda: database.activity() == [], 6)
+
+
+def place(database: Database) -> str:
+    """As the runs name the test's database."""
+    url = database.url
+    return f"database {url.database} at {url.host}:{url.port or 5432} as {url.username}"

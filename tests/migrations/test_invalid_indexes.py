@@ -1,0 +1,133 @@
+"""INVALID indexes: named with the statement that removes them, if they are this run's."""
+
+import re
+import threading
+
+import psycopg2
+import pytest
+
+from tests.migrations.audit import AUDIT, FILE, audit, audited, sleeping
+from tests.migrations.helpers import Database, Project, until
+
+MEND = "mend it, then run again"
+BLOCK = "with op.get_context().autocommit_block():\n"
+
+
+UNIQUE = 'CREATE UNIQUE INDEX CONCURRENTLY {}"Only" ON audit (revision)'
+DROP = 'INVALID, and of no use: public."Only"; remove with: DROP INDEX CONCURRENTLY public."Only"'
+
+
+@pytest.fixture
+def duplicates(project: Project, database: Database) -> Project:
+    project.add("002", AUDIT)
+    assert project.alembic("upgrade", "head").returncode == 0
+    database.execute("INSERT INTO audit VALUES ('x'), ('x')")
+    return project
+
+
+@pytest.mark.fault(
+    "Partial work",
+    fault="`CREATE UNIQUE INDEX CONCURRENTLY` meets duplicates",
+    sees="`...; INVALID, and of no use: <index>; remove with: DROP INDEX CONCURRENTLY <index>; rolled back at 002;"
+    " ...`, exit 255",
+    state="An INVALID index; finished revisions",
+    do="Mend the rows, run the statement that the line shows, deploy again",
+)
+def test_an_index_that_fails_on_duplicates_is_named_and_following_the_message_reaches_the_head(
+    duplicates: Project, database: Database
+) -> None:
+    duplicates.add("003", f"{BLOCK}    op.execute('{UNIQUE.format('')}')")
+    result = duplicates.alembic("upgrade", "head")
+    assert (result.returncode, database.at) == (255, ["002"])
+    name = FILE.format("003")
+    assert result.failure == (
+        f'revision 003 ({name}) failed: could not create unique index "Only",'
+        f" at {name}, line 8; {DROP}; rolled back at 002; {MEND}"
+    )
+    again = duplicates.alembic("upgrade", "head")  # the message not followed
+    assert again.failure.startswith(
+        f'revision 003 ({name}) failed: relation "Only" already exists (made by hand, or by '
+    )
+    assert f"; {DROP}; rolled back at 002; " in again.failure
+    database.execute("DELETE FROM audit")
+    database.execute(re.search("DROP INDEX .*?(?=;)", result.failure)[0])
+    assert duplicates.alembic("upgrade", "head").returncode == 0
+    assert database.at == ["003"]
+    assert database.scalar("SELECT indisvalid FROM pg_index WHERE indexrelid = '\"Only\"'::regclass") is True
+
+
+@pytest.mark.fault(
+    "Partial work",
+    fault="`CREATE INDEX CONCURRENTLY IF NOT EXISTS` on the INVALID remains of an earlier run",
+    sees="`revision 003 (...) is not done: INVALID, and of no use: ...; remove with: ...`, exit 255",
+    state="The INVALID index; the revision is not recorded",
+    do="Run the statement that the line shows, deploy again",
+)
+def test_an_index_that_is_invalid_already_does_not_pass_by_if_not_exists(
+    duplicates: Project, database: Database
+) -> None:
+    path = duplicates.add("003", f"{BLOCK}    op.execute('{UNIQUE.format('IF NOT EXISTS ')}')")
+    assert duplicates.alembic("upgrade", "head").returncode == 255
+    database.execute("DELETE FROM audit")
+    result = duplicates.alembic("upgrade", "head")
+    assert (result.returncode, database.at) == (255, ["002"])
+    assert 'WARNING INVALID already, and not looked at further: public."Only"' in result.stderr
+    assert result.failure == (f"revision 003 ({path.name}) is not done: {DROP}; then run again, the database is at 002")
+    database.execute('DROP INDEX CONCURRENTLY public."Only"')
+    assert duplicates.alembic("upgrade", "head").returncode == 0
+
+
+@pytest.mark.fault(
+    "Partial work",
+    fault="An INVALID index of somebody else",
+    sees="`WARNING INVALID already, and not looked at further: ...`, exit 0",
+    state="All done",
+    do="Nothing",
+)
+def test_an_invalid_index_of_others_is_mentioned_and_does_not_fail_the_run(
+    duplicates: Project, database: Database
+) -> None:
+    with pytest.raises(Exception, match="could not create unique index"):
+        database.execute(UNIQUE.format(""))
+    duplicates.add("003", audited("003"))
+    result = duplicates.alembic("upgrade", "head")
+    assert (result.returncode, database.at) == (0, ["003"])
+    assert 'HH:MM:SS WARNING INVALID already, and not looked at further: public."Only"' in result.lines
+
+
+@pytest.mark.fault(
+    "Concurrency",
+    fault="Another service builds an index concurrently at the same time",
+    sees="Nothing of it, exit 0",
+    state="All done",
+    do="Nothing",
+)
+def test_an_index_that_another_session_builds_meanwhile_is_not_blamed(project: Project, database: Database) -> None:
+    database.execute("CREATE TABLE theirs (x int)")
+    project.add("002", AUDIT)
+    project.add("003", audited("003", 'op.execute("SELECT pg_sleep(2)")'))
+    with database.session() as writer:
+        writer.execute("INSERT INTO theirs VALUES (1)")  # the build waits for this transaction to end
+        running = project.popen("upgrade", "head")
+        until(lambda: sleeping(database))
+        build = "CREATE INDEX CONCURRENTLY theirs_x ON theirs (x)"
+        thread = threading.Thread(target=database.execute, args=(build,))
+        thread.start()
+        until(lambda: database.execute("SELECT 1 FROM pg_index WHERE NOT indisvalid"))
+        result = running.wait()
+        assert (result.returncode, database.at, audit(database)) == (0, ["003"], ["003"]), result
+    thread.join()
+
+
+def test_an_index_that_becomes_invalid_elsewhere_meanwhile_is_not_blamed(project: Project, database: Database) -> None:
+    database.execute("CREATE TABLE theirs AS SELECT 1 AS x FROM generate_series(1, 2)")
+    project.add("002", AUDIT)
+    ours = '    op.execute("CREATE INDEX CONCURRENTLY ours ON audit (revision)")\n    op.execute("SELECT pg_sleep(2)")'
+    project.add("003", BLOCK + ours)
+    running = project.popen("upgrade", "head")
+    until(lambda: sleeping(database))
+    with pytest.raises(psycopg2.errors.UniqueViolation):
+        database.execute("CREATE UNIQUE INDEX CONCURRENTLY theirs_x ON theirs (x)")
+    result = running.wait()
+    assert (result.returncode, database.at) == (0, ["003"]), result
+    assert database.execute("SELECT indexrelid::regclass::text FROM pg_index WHERE NOT indisvalid") == [("theirs_x",)]

@@ -1,0 +1,135 @@
+"""Tables that others hold: nobody waits for long, and a try that gave way is repeated where that is safe."""
+
+import signal
+import time
+
+import pytest
+
+from migrations import session, settings
+from tests.migrations.audit import AUDIT, FILE, SLEEP, audit, audited, sleeping
+from tests.migrations.helpers import Database, Project, until
+
+
+@pytest.mark.fault(
+    "Database",
+    fault="A table is locked, and freed later",
+    sees="`waiting, ...: revision 003 (...) failed: canceling statement due to lock timeout ...`, then it goes on;"
+    " bystanders wait 3 s at most",
+    state="All done, each revision once",
+    do="Nothing",
+)
+def test_a_locked_table_is_tried_again_until_it_is_free_and_nobody_waits_long(
+    prepared: Project, database: Database
+) -> None:
+    prepared.add("003", audited("003", 'op.execute("ALTER TABLE hcm_report_metadata ADD COLUMN status text")'))
+    with database.session() as reader:
+        reader.execute("SELECT count(*) FROM hcm_report_metadata")
+        running = prepared.popen("upgrade", "head")
+        until(lambda: sleeping(database, "ALTER TABLE"))
+        start = time.monotonic()
+        # A bystander's query queues behind the ALTER TABLE that waits, until that gives way.
+        assert database.scalar("SELECT count(*) FROM hcm_report_metadata") == 0
+        assert time.monotonic() - start < 4.5
+    result = running.wait()
+    assert (result.returncode, database.at, audit(database)) == (0, ["003"], ["003"]), result
+    waited = [line for line in result.lines if " waiting, " in line]
+    assert waited[0].endswith(
+        f" s more: revision 003 ({FILE.format('003')}) failed: canceling statement due to lock timeout, at"
+        f" {FILE.format('003')}, line 8; blocked by pid N, report as postgres; rolled back at 002"
+    )
+    assert result.lines[-1] == "HH:MM:SS INFO now at 003 (head)"
+
+
+@pytest.mark.fault(
+    "Database",
+    fault="A table stays locked",
+    sees="`... canceling statement due to lock timeout ...; blocked by pid N, report as postgres; rolled back at "
+    "002; gave up after N s, run again later`, exit 1",
+    state="Finished revisions stay, this one is rolled back",
+    do="End that session, or deploy at a quieter time",
+)
+def test_a_table_that_stays_locked_fails_the_run_and_names_who_holds_it(prepared: Project, database: Database) -> None:
+    prepared.add("003", audited("003", 'op.execute("ALTER TABLE hcm_report_metadata ADD COLUMN status text")'))
+    with database.session() as reader:
+        reader.execute("SELECT count(*) FROM hcm_report_metadata")
+        result = prepared.alembic("upgrade", "head", MIGRATION_WAIT_SECONDS="4")
+    assert result.returncode == 1
+    assert result.failure == (
+        f"revision 003 ({FILE.format('003')}) failed: canceling statement due to lock timeout, at {FILE.format('003')},"
+        " line 8; blocked by pid N, report as postgres; rolled back at 002; gave up after 4 s, run again"
+        " later"
+    )
+    assert (database.at, audit(database)) == (["002"], [])
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_the_watch_for_who_blocks_outlives_the_connection(database: Database) -> None:
+    """Ten runs at once, killed at random, found that it ended with a traceback, once in 920 rounds."""
+    where = settings.Settings(database.url.set(drivername="postgresql+psycopg2"), None, "alembic_version", 5)
+    names: set[str] = set()
+    with session.connect(where, session.Patience(5)) as connection:
+        with session.watch_blockers(where, connection, names):
+            connection.invalidate()
+            time.sleep(1.5)
+        assert names == set()
+
+
+def test_a_relative_upgrade_is_tried_again_and_goes_no_further(prepared: Project, database: Database) -> None:
+    prepared.add("003", audited("003", 'op.execute("LOCK TABLE hcm_report_metadata")'))
+    prepared.add("004", audited("004"))
+    with database.session() as reader:
+        reader.execute("SELECT count(*) FROM hcm_report_metadata")
+        running = prepared.popen("upgrade", "+1")
+        until(lambda: sleeping(database, "LOCK TABLE"))
+    result = running.wait()
+    assert (result.returncode, database.at, audit(database)) == (0, ["003"], ["003"]), result
+
+
+def test_a_relative_upgrade_that_got_on_is_not_tried_again(prepared: Project, database: Database) -> None:
+    """From 003, where the first try came to, `+2` would go to 005."""
+    prepared.add("003", audited("003"))
+    prepared.add("004", 'op.execute("SELECT pg_terminate_backend(pg_backend_pid())")')
+    prepared.add("005")
+    result = prepared.alembic("upgrade", "+2")
+    assert (result.returncode, result.failure, database.at) == (
+        255,
+        "the first try brought the database from 002 to 003, and '+2' would now count from there; name the revision to"
+        " go to",
+        ["003"],
+    )
+
+
+def test_a_relative_downgrade_that_was_interrupted_is_not_run_again_as_it_is(
+    project: Project, database: Database
+) -> None:
+    """From 002, where it stopped, `-2` would go to base."""
+    project.add("002", AUDIT, SLEEP)
+    project.add("003")
+    assert project.alembic("upgrade", "head").returncode == 0
+    running = project.popen("downgrade", "-2")
+    until(lambda: sleeping(database))
+    result, _ = running.stop(signal.SIGTERM)
+    assert (result.returncode, database.at) == (143, ["002"])
+    assert "; rolled back at 002; '-2' would count from there, so name the revision to go to, and" in result.failure
+
+
+@pytest.mark.fault(
+    "Database",
+    fault="A deadlock with another session",
+    sees="`waiting, ...: ... failed: deadlock detected ...`, then it goes on by itself",
+    state="All done, each revision once",
+    do="Nothing",
+)
+def test_a_deadlock_is_tried_again(prepared: Project, database: Database) -> None:
+    database.execute("CREATE TABLE a (); CREATE TABLE b (); GRANT ALL ON a, b TO PUBLIC")
+    database.execute("ALTER TABLE a OWNER TO " + database.role + "; ALTER TABLE b OWNER TO " + database.role)
+    body = 'op.execute("SET LOCAL lock_timeout = 0")\nop.execute("LOCK a")\nop.execute("SELECT pg_sleep(1)")\n'
+    prepared.add("003", audited("003", body + 'op.execute("LOCK b")'))
+    with database.session() as other:
+        other.execute("SET deadlock_timeout = '60s'; LOCK b")  # so that the run is the one that is cancelled
+        running = prepared.popen("upgrade", "head")
+        until(lambda: sleeping(database))
+        other.execute("LOCK a")
+    result = running.wait()
+    assert (result.returncode, database.at, audit(database)) == (0, ["003"], ["003"]), result
+    assert "failed: deadlock detected (Process " in next(line for line in result.lines if " waiting, " in line)

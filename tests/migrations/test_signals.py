@@ -1,0 +1,271 @@
+"""Signals: a run ends at once, says where, and leaves nothing half done."""
+
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.migrations.audit import AGAIN, BUILD, FILE, SLEEP, audit, audited, idle, sleeping
+from tests.migrations.helpers import Database, Project, Result, until
+
+STOPS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+stops = pytest.mark.parametrize(("number", "code"), STOPS, ids=["SIGTERM", "SIGINT"])
+
+
+def interrupted(result: Result, seconds: float, number: signal.Signals, code: int, where: str) -> None:
+    assert result.returncode == code, result
+    assert result.failure == f"interrupted by {number.name}{where}; {AGAIN}"
+    assert seconds < 3
+
+
+@pytest.mark.fault(
+    "Process and pod",
+    fault="SIGTERM (drain, deadline, deleted Job) or SIGINT in a revision",
+    sees="Within 2 s `interrupted by SIGTERM in revision 004 (...) after N s; rolled back at 003; run again to go "
+    "on, ...`, exit 143 (SIGINT: 130)",
+    state="Finished revisions stay, this one is rolled back",
+    do="Deploy again; where the time was up, raise `job.activeDeadlineSeconds` and Helm's `--timeout`",
+)
+@stops
+@pytest.mark.parametrize(
+    ("body", "begun"),
+    [
+        (SLEEP, "pg_sleep"),
+        ('op.execute("CREATE TABLE begun ()")\ntime.sleep(60)', "CREATE TABLE begun"),
+        (
+            'try:\n    op.execute("SELECT pg_sleep(60)")\nexcept Exception:\n    pass\ntime.sleep(60)',
+            "pg_sleep",
+        ),
+    ],
+    ids=["in a statement", "in Python", "in a statement whose errors are caught"],
+)
+def test_a_signal_in_a_revision_rolls_it_back(
+    prepared: Project, database: Database, number: signal.Signals, code: int, body: str, begun: str
+) -> None:
+    prepared.add("003", audited("003"))
+    prepared.add("004", audited("004", body))
+    running = prepared.popen("upgrade", "head")
+    until(lambda: any(begun in row for row in database.activity()))
+    result, seconds = running.stop(number)
+    elapsed = result.failure.split(" after ")[1].split(" ")[0]
+    where = f" in revision 004 ({FILE.format('004')}) after {elapsed} s; rolled back at 003"
+    interrupted(result, seconds, number, code, where)
+    idle(database)
+    assert (database.at, audit(database)) == (["003"], ["003"])
+
+
+@pytest.mark.fault(
+    "Process and pod",
+    fault="SIGTERM or SIGINT while the run waits for the database",
+    sees="`interrupted by SIGTERM; no session was begun; ...`, exit 143 (130)",
+    state="Nothing was changed",
+    do="Deploy again",
+)
+@stops
+def test_a_signal_while_waiting_for_the_database(files: Project, number: signal.Signals, code: int) -> None:
+    running = files.popen("upgrade", "head")
+    running.says(" waiting, ")
+    interrupted(*running.stop(number), number, code, "; no session was begun")
+
+
+@pytest.mark.fault(
+    "Process and pod",
+    fault="SIGTERM or SIGINT while the run waits for another run",
+    sees="`interrupted by SIGTERM; the database is at 002; ...`, exit 143 (130)",
+    state="The other run's work",
+    do="Nothing",
+)
+@stops
+def test_a_signal_while_waiting_for_another_run(
+    prepared: Project, database: Database, number: signal.Signals, code: int
+) -> None:
+    prepared.add("003", audited("003", SLEEP))
+    first = prepared.popen("upgrade", "head")
+    until(lambda: sleeping(database))
+    second = prepared.popen("upgrade", "head")
+    second.says(" waiting, ")
+    interrupted(*second.stop(number), number, code, "; the database is at 002")
+    first.stop(signal.SIGTERM)
+
+
+@pytest.mark.fault(
+    "Process and pod",
+    fault="SIGTERM or SIGINT while the run waits for a locked table",
+    sees="`interrupted by SIGTERM in revision 003 (...) after N s; rolled back at 002; ...`, exit 143 (130)",
+    state="Finished revisions stay, this one is rolled back",
+    do="Deploy again",
+)
+@stops
+def test_a_signal_while_waiting_for_a_table(
+    prepared: Project, database: Database, number: signal.Signals, code: int
+) -> None:
+    prepared.add("003", audited("003", 'op.execute("LOCK TABLE hcm_report_metadata")'))
+    with database.session() as reader:
+        reader.execute("SELECT count(*) FROM hcm_report_metadata")
+        running = prepared.popen("upgrade", "head")
+        until(lambda: sleeping(database, "LOCK TABLE"))
+        result, seconds = running.stop(number)
+    elapsed = result.failure.split(" after ")[1].split(" ")[0]
+    where = f" in revision 003 ({FILE.format('003')}) after {elapsed} s; rolled back at 002"
+    interrupted(result, seconds, number, code, where)
+
+
+@pytest.mark.fault(
+    "Partial work",
+    fault="SIGTERM or SIGINT while an index is built concurrently",
+    sees="`interrupted by SIGTERM in ...; INVALID, and of no use: public.slow; remove with: DROP INDEX "
+    "CONCURRENTLY public.slow; ...`, exit 143 (130)",
+    state="An INVALID index; finished revisions",
+    do="Run the statement that the line shows, deploy again",
+)
+@stops
+def test_a_signal_while_an_index_is_built_concurrently_names_what_is_left(
+    prepared: Project, database: Database, number: signal.Signals, code: int
+) -> None:
+    prepared.add("003", "with op.get_context().autocommit_block():\n    " + BUILD)
+    with database.session() as writer:
+        writer.execute("INSERT INTO audit VALUES ('writer')")  # CREATE INDEX CONCURRENTLY waits for it to end
+        running = prepared.popen("upgrade", "head")
+        until(lambda: database.scalar("SELECT count(*) FROM pg_stat_progress_create_index WHERE phase LIKE 'waiting%'"))
+        result, seconds = running.stop(number)
+    elapsed = result.failure.split(" after ")[1].split(" ")[0]
+    where = (
+        f" in revision 003 ({FILE.format('003')}) after {elapsed} s; INVALID, and of no use: public.slow; remove with:"
+        " DROP INDEX CONCURRENTLY public.slow; rolled back at 002"
+    )
+    interrupted(result, seconds, number, code, where)
+    database.execute("DROP INDEX CONCURRENTLY public.slow")
+    assert prepared.alembic("upgrade", "head").returncode == 0
+
+
+def test_a_signal_while_an_index_is_rebuilt_concurrently_names_the_new_one(
+    prepared: Project, database: Database
+) -> None:
+    database.execute("CREATE INDEX slow ON audit (revision)")
+    prepared.add("003", 'with op.get_context().autocommit_block():\n    op.execute("REINDEX INDEX CONCURRENTLY slow")')
+    with database.session() as writer:
+        writer.execute("INSERT INTO audit VALUES ('writer')")
+        running = prepared.popen("upgrade", "head")
+        until(lambda: database.scalar("SELECT count(*) FROM pg_stat_progress_create_index WHERE phase LIKE 'waiting%'"))
+        result, _ = running.stop(signal.SIGTERM)
+    left = "INVALID, and of no use: public.slow_ccnew; remove with: DROP INDEX CONCURRENTLY public.slow_ccnew"
+    assert (result.returncode, left in result.failure) == (143, True), result.failure
+    database.execute("DROP INDEX CONCURRENTLY public.slow_ccnew")
+    assert prepared.alembic("upgrade", "head").returncode == 0
+
+
+@pytest.mark.fault(
+    "Process and pod",
+    fault="Forty signals at once",
+    sees="One line, as for one signal",
+    state="Finished revisions stay, this one is rolled back",
+    do="Deploy again",
+)
+def test_many_signals_are_as_good_as_one(prepared: Project, database: Database) -> None:
+    prepared.add("003", audited("003", SLEEP))
+    running = prepared.popen("upgrade", "head")
+    until(lambda: sleeping(database))
+    for _ in range(20):
+        running.process.send_signal(signal.SIGTERM)
+        running.process.send_signal(signal.SIGINT)
+    result = running.wait()
+    assert result.returncode in (143, 130)
+    assert result.failure.endswith(AGAIN)
+    assert result.lines[-1].startswith("FAILED: interrupted by ")
+    assert (database.at, audit(database)) == (["002"], [])
+
+
+@pytest.mark.fault(
+    "Process and pod",
+    fault="SIGTERM in a revision that ignores all exceptions",
+    sees="Within 2 s `interrupted by SIGTERM; it did not end by itself, so the database rolls back at 002; run "
+    "again to go on`, exit 143",
+    state="Finished revisions stay, this one is rolled back",
+    do="Deploy again",
+)
+def test_a_revision_that_ignores_the_interruption_does_not_keep_the_run(prepared: Project, database: Database) -> None:
+    body = "while True:\n    try:\n        time.sleep(60)\n    except BaseException:\n        pass"
+    prepared.add("003", audited("003", body))
+    running = prepared.popen("upgrade", "head")
+    until(lambda: any("INSERT INTO audit" in row for row in database.activity()))
+    result, seconds = running.stop(signal.SIGTERM)
+    assert (result.returncode, result.failure) == (
+        143,
+        "interrupted by SIGTERM; it did not end by itself, so the database rolls back at 002; run again to go on",
+    )
+    assert seconds < 3
+    idle(database)
+    assert (database.at, audit(database)) == (["002"], [])
+
+
+@pytest.mark.parametrize(
+    ("before", "told"),
+    [
+        ("", "look for what it did outside its transaction"),
+        (audited("003"), "outside its transaction it had done, and this stays: INSERT INTO audit VALUES ('...')"),
+    ],
+    ids=["nothing before", "a statement before"],
+)
+def test_a_revision_that_ignores_the_interruption_outside_its_transaction_is_told_as_one(
+    prepared: Project, before: str, told: str
+) -> None:
+    body = (
+        "open('begun', 'x')\n    while True:\n        try:\n            time.sleep(60)\n        except BaseException:\n"
+    )
+    prepared.add("003", f"{before}with op.get_context().autocommit_block():\n    {body}            pass")
+    running = prepared.popen("upgrade", "head")
+    until((prepared.folder / "begun").exists)
+    result, seconds = running.stop(signal.SIGTERM)
+    assert (result.returncode, result.failure) == (
+        143,
+        f"interrupted by SIGTERM; it did not end by itself, so the database rolls back at 002; {told}; run again to go"
+        " on",
+    )
+    assert seconds < 3
+
+
+@pytest.mark.fault(
+    "Process and pod",
+    fault="SIGKILL (out of memory, a lost node) in a revision",
+    sees="Nothing, exit 137",
+    state="Finished revisions stay, this one is rolled back; session and lock are gone within seconds",
+    do="Deploy again",
+)
+def test_a_killed_run_leaves_no_lock_and_the_next_one_finishes(prepared: Project, database: Database) -> None:
+    path = prepared.add("003", audited("003", SLEEP))
+    running = prepared.popen("upgrade", "head")
+    until(lambda: sleeping(database))
+    running.process.kill()
+    running.process.wait()
+    idle(database)  # its statement would have taken a minute
+    path.write_text(path.read_text().replace("pg_sleep(60)", "1"))
+    result = prepared.alembic("upgrade", "head")
+    assert (result.returncode, database.at, audit(database)) == (0, ["003"], ["003"]), result
+
+
+def test_a_program_that_calls_alembic_keeps_its_own_signal_handlers(project: Project, database: Database) -> None:
+    program = project.folder / "program.py"
+    program.write_text("""
+import signal, sys, threading
+from alembic import command
+from alembic.config import Config
+
+def handler(number, frame): sys.exit("mine")
+
+signal.signal(signal.SIGTERM, handler)
+before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+config = Config("alembic.ini")
+command.upgrade(config, "head")
+thread = threading.Thread(target=command.downgrade, args=(config, "base"))
+thread.start()
+thread.join()
+command.current(config)
+assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+assert signal.set_wakeup_fd(-1) == -1
+assert threading.active_count() == 1, threading.enumerate()
+signal.raise_signal(signal.SIGTERM)
+""")
+    result = project.popen(str(program), program=Path(sys.executable)).wait()
+    assert (result.returncode, result.lines[-1], result.stdout) == (1, "mine", "")
+    assert (database.at, database.relations) == ([], [])

@@ -1,0 +1,140 @@
+"""TLS to the database. The embedded server has none, so it stands before it, as a cloud provider's proxy does."""
+
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import URL
+
+from tests.migrations.helpers import Database, Project
+from tests.migrations.test_settings import parts
+from tools.postgres import dsn
+
+
+class Tls:
+    """A TLS end before a PostgreSQL: speaks its SSLRequest, then passes bytes on. Its certificate is for localhost."""
+
+    def __init__(self, folder: Path, server: URL) -> None:
+        self.server = server
+        for name in ("right", "wrong"):
+            command = (
+                "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
+                f" -addext subjectAltName=DNS:localhost -keyout {name}.key -out {name}.crt"
+            )
+            subprocess.run(command.split(), cwd=folder, check=True, capture_output=True)
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.load_cert_chain(folder / "right.crt", folder / "right.key")
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.encrypted = 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self.listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        try:
+            client.recv(8)  # SSLRequest
+            client.sendall(b"S")
+            client = self.context.wrap_socket(client, server_side=True)
+        except OSError:
+            return
+        self.encrypted += 1
+        upstream = socket.create_connection((self.server.host, self.server.port or 5432))
+        back = threading.Thread(target=self._pass, args=(upstream, client), daemon=True)
+        back.start()
+        self._pass(client, upstream)
+
+    def _pass(self, source: socket.socket, target: socket.socket) -> None:
+        try:
+            while data := source.recv(65536):
+                target.sendall(data)
+        except OSError:
+            pass
+        finally:
+            target.close()
+
+
+@pytest.fixture
+def tls(tmp_path: Path, server: URL) -> Iterator[Tls]:
+    if not shutil.which("openssl"):
+        pytest.skip("openssl is missing: install it (Debian: apt-get install openssl)")
+    end = Tls(tmp_path, server)
+    yield end
+    end.listener.close()
+
+
+@pytest.mark.parametrize("form", ["query", "PG variables"])
+def test_a_server_with_the_right_certificate_is_trusted(
+    project: Project, database: Database, tls: Tls, tmp_path: Path, form: str
+) -> None:
+    url = database.url.set(host="localhost", port=tls.port)
+    query = {"sslmode": "verify-full", "sslrootcert": str(tmp_path / "right.crt")}
+    if form == "query":
+        variables = {"DATABASE_URL": dsn(url.update_query_dict(query))}
+    else:
+        variables = parts(database) | {"DB_HOST": "localhost", "DB_PORT": str(tls.port)}
+        variables |= {f"PG{name.upper()}": value for name, value in query.items()}
+    result = project.alembic("upgrade", "head", **variables)
+    assert (result.returncode, database.at, tls.encrypted) == (0, ["001"], 1), result
+
+
+@pytest.mark.fault(
+    "Network",
+    fault="The server's certificate is not trusted, or for another name",
+    sees="`cannot connect to database ...: ... certificate ...; set PGSSLROOTCERT to the CA's file, and the host "
+    "to a name in the certificate`, at once, exit 255",
+    state="Nothing was changed",
+    do="What the line says",
+)
+@pytest.mark.parametrize(
+    ("host", "ca", "said"),
+    [
+        ("localhost", "wrong.crt", "SSL error: certificate verify failed"),
+        ("127.0.0.1", "right.crt", 'does not match host name "127.0.0.1"'),
+        ("localhost", "none.crt", 'none.crt" does not exist'),
+    ],
+    ids=["wrong CA", "wrong host", "no CA file"],
+)
+def test_a_server_with_a_wrong_certificate_is_refused_at_once(
+    project: Project, database: Database, tls: Tls, tmp_path: Path, host: str, ca: str, said: str
+) -> None:
+    url = database.url.set(host=host, port=tls.port)
+    query = {"sslmode": "verify-full", "sslrootcert": str(tmp_path / ca)}
+    result = project.alembic("upgrade", "head", DATABASE_URL=dsn(url.update_query_dict(query)))
+    assert (result.returncode, database.relations) == (255, [])
+    where = f"cannot connect to database {database.name} at {host}:{tls.port} as {database.role}: "
+    assert result.failure.startswith(where)
+    assert said in result.failure
+    assert result.failure.endswith("; set PGSSLROOTCERT to the CA's file, and the host to a name in the certificate")
+
+
+def test_a_server_without_tls_is_refused_at_once_where_tls_is_asked_for(
+    project: Project, request: pytest.FixtureRequest
+) -> None:
+    if request.config.getoption("--postgres-url"):
+        pytest.skip("the external server may have TLS: run without --postgres-url")
+    result = project.alembic("upgrade", "head", PGSSLMODE="require")
+    assert result.returncode == 255
+    assert result.failure.endswith(
+        "server does not support SSL, but SSL was required; set another PGSSLMODE, or turn TLS on in the server"
+    )
+
+
+def test_a_misspelt_option_of_the_url_is_refused_at_once(project: Project, database: Database) -> None:
+    url = database.url.update_query_dict({"sslmod": "require"})
+    result = project.alembic("upgrade", "head", DATABASE_URL=dsn(url))
+    assert result.returncode == 255
+    assert result.failure.endswith(
+        'invalid dsn: invalid connection option "sslmod"; check DATABASE_URL\'s query and the PG* variables'
+    )

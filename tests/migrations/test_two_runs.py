@@ -1,0 +1,98 @@
+"""Two runs at once: one works, the others wait, and nothing is applied twice."""
+
+import signal
+
+import pytest
+
+from tests.migrations.audit import AUDIT, BUILD, FILE, SLEEP, audit, audited, idle, sleeping
+from tests.migrations.helpers import Database, Project, until
+
+
+@pytest.mark.fault(
+    "Concurrency",
+    fault="Two or ten runs at once (two releases, two clusters, the same pod twice)",
+    sees="One works, the others say `waiting, ...: another run is at work (pid ...)`, then `nothing to do`; all exit 0",
+    state="Each revision applied once",
+    do="Nothing",
+)
+@pytest.mark.parametrize("runners", [2, 10])
+def test_runs_at_the_same_time_apply_each_revision_once(project: Project, database: Database, runners: int) -> None:
+    project.add("002", AUDIT)
+    project.add("003", audited("003", 'op.execute("SELECT pg_sleep(0.5)")'))
+    project.add("004", audited("004", "with op.get_context().autocommit_block():\n    " + BUILD))
+    project.add("005", audited("005"))
+    results = [running.wait() for running in [project.popen("upgrade", "head") for _ in range(runners)]]
+    assert [result.returncode for result in results] == [0] * runners, results
+    assert sorted(result.lines[-1] for result in results) == (
+        ["HH:MM:SS INFO at 005 (head): nothing to do"] * (runners - 1) + ["HH:MM:SS INFO now at 005 (head)"]
+    )
+    assert (audit(database), database.at) == (["003", "004", "005"], ["005"])
+    idle(database)
+
+
+@pytest.mark.fault(
+    "Concurrency",
+    fault="Another run does not end",
+    sees="`another run was still at work after N s (pid ...); let it end, or end it with SELECT "
+    "pg_terminate_backend(pid), or raise MIGRATION_WAIT_SECONDS`, exit 1",
+    state="The other run's work",
+    do="What the line says",
+)
+def test_a_second_run_says_whom_it_waits_for_and_gives_up(prepared: Project, database: Database) -> None:
+    prepared.add("003", audited("003", SLEEP))
+    first = prepared.popen("upgrade", "head")
+    until(lambda: sleeping(database))
+    second = prepared.alembic("upgrade", "head", MIGRATION_WAIT_SECONDS="1")
+    holder = f"pid N, hcm-db-migrations as {database.role} from 127.0.0.1"
+    assert second.lines[1:] == [
+        f"HH:MM:SS INFO waiting, up to 1 s more: another run is at work ({holder})",
+        f"FAILED: another run was still at work after 1 s ({holder}); let it end, or end it with SELECT"
+        " pg_terminate_backend(pid), or raise MIGRATION_WAIT_SECONDS",
+    ]
+    assert second.returncode == 1
+    first.stop(signal.SIGTERM)
+    assert audit(database) == []
+
+
+def test_projects_with_other_version_tables_do_not_wait_for_each_other(prepared: Project, database: Database) -> None:
+    prepared.add("003", audited("003", SLEEP))
+    first = prepared.popen("upgrade", "head")
+    until(lambda: sleeping(database))
+    second = prepared.alembic("stamp", "head", ALEMBIC_VERSION_TABLE="other", MIGRATION_WAIT_SECONDS="0")
+    assert second.returncode == 0, second
+    first.stop(signal.SIGTERM)
+
+
+def test_reading_commands_do_not_wait_for_a_run(prepared: Project, database: Database) -> None:
+    prepared.add("003", audited("003", SLEEP))
+    first = prepared.popen("upgrade", "head")
+    until(lambda: sleeping(database))
+    assert prepared.alembic("current", MIGRATION_WAIT_SECONDS="0").stdout == "002\n"
+    first.stop(signal.SIGTERM)
+
+
+def test_a_revision_that_lets_go_of_the_lock_lets_no_other_run_in_between(
+    prepared: Project, database: Database
+) -> None:
+    key = "SELECT classid::bigint << 32 | objid::bigint FROM pg_locks WHERE locktype = 'advisory'"
+    body = f"""
+ask = op.get_bind().exec_driver_sql
+key = ask("{key}").scalar()
+op.execute("SELECT pg_advisory_unlock_all()")
+with open("key", "x") as file: file.write(f"{{key}}\\n")
+while not ask("{key}").all(): time.sleep(0.05)"""
+    prepared.add("003", audited("003", body))
+    prepared.add("004", audited("004"))
+    running = prepared.popen("upgrade", "head")
+    file = prepared.folder / "key"
+    until(lambda: file.exists() and file.read_text().endswith("\n"))
+    with database.session() as other:
+        other.execute(f"SELECT pg_try_advisory_lock({file.read_text()})")
+        assert other.fetchone() == (True,)
+        result = running.wait()
+    assert (result.returncode, result.failure) == (
+        255,
+        f"the revision before revision 004 ({FILE.format('004')}) let go of the run's lock, and another run has it;"
+        " leave advisory locks of the session alone, the database is at 003",
+    )
+    assert (database.at, audit(database)) == (["003"], ["003"])

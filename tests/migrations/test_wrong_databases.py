@@ -1,0 +1,103 @@
+"""Databases that are not what the run expects: ahead of the code, another project's, read-only, not granted."""
+
+import pytest
+
+from tests.migrations.audit import AUDIT, audit, audited
+from tests.migrations.helpers import Database, Project
+
+TROUBLE = "see 'Troubleshooting' in README.md"
+MEND = "mend it, then run again"
+
+
+@pytest.mark.fault(
+    "Code and settings",
+    fault="The database is ahead of the code (after `helm rollback`)",
+    sees="`the database is at 002, which this code (head 001) does not know; deploy the code that knows it, ...`, "
+    "exit 255",
+    state="Nothing was changed",
+    do="Deploy the newer code, or downgrade with it first",
+)
+@pytest.mark.parametrize("arguments", [("upgrade", "head"), ("downgrade", "base"), ("current",)], ids=" ".join)
+def test_a_database_ahead_of_the_code_is_refused(project: Project, database: Database, arguments: tuple) -> None:
+    path = project.add("002", AUDIT)
+    assert project.alembic("upgrade", "head").returncode == 0
+    path.unlink()
+    result = project.alembic(*arguments)
+    assert (result.returncode, database.at) == (255, ["002"])
+    assert result.failure == (
+        "the database is at 002, which this code (head 001) does not know; deploy the code that knows it, or, where the"
+        f" version table is another project's, set ALEMBIC_VERSION_TABLE or DB_SCHEMA; {TROUBLE}"
+    )
+
+
+@pytest.mark.fault(
+    "Code and settings",
+    fault="Another project's `alembic_version` in the schema",
+    sees="`the database is at a1b2c3, which this code (head 001) does not know; ... set ALEMBIC_VERSION_TABLE or "
+    "DB_SCHEMA`, exit 255",
+    state="Nothing was changed",
+    do="Set `ALEMBIC_VERSION_TABLE` or `DB_SCHEMA`, deploy again",
+)
+def test_another_projects_version_table_is_left_alone_under_another_name(project: Project, database: Database) -> None:
+    database.execute("CREATE TABLE alembic_version (version_num varchar(32)); GRANT ALL ON alembic_version TO PUBLIC")
+    database.execute("INSERT INTO alembic_version VALUES ('a1b2c3')")
+    result = project.alembic("upgrade", "head")
+    assert result.returncode == 255
+    assert result.failure.startswith("the database is at a1b2c3, which this code (head 001) does not know; ")
+    assert project.alembic("upgrade", "head", ALEMBIC_VERSION_TABLE="hcm_version").returncode == 0
+    assert (database.at, database.execute("SELECT * FROM hcm_version")) == (["a1b2c3"], [("001",)])
+
+
+@pytest.mark.fault(
+    "Database",
+    fault="`default_transaction_read_only` is on",
+    sees="`cannot execute CREATE TABLE in a read-only transaction (the server only reads ...): set DB_HOST to the "
+    "primary)`, exit 255",
+    state="Nothing was changed",
+    do="Set the host to the primary's address, or mend the role",
+)
+def test_a_server_that_only_reads_is_named(project: Project, database: Database) -> None:
+    database.execute(f"ALTER ROLE {database.role} SET default_transaction_read_only = on")
+    result = project.alembic("upgrade", "head")
+    assert (result.returncode, result.failure) == (
+        255,
+        "cannot execute CREATE TABLE in a read-only transaction (the server only reads (a standby, or"
+        " default_transaction_read_only): set DB_HOST to the primary); the database is at base; " + MEND,
+    )
+    assert project.alembic("current").returncode == 0
+
+
+@pytest.mark.fault(
+    "Database",
+    fault="No CREATE privilege on the schema (PostgreSQL 15's `public`)",
+    sees="`permission denied for schema public (grant what is missing, see 'Least grants' in README.md)`, exit 255",
+    state="Nothing was changed",
+    do="Grant it, deploy again",
+)
+def test_a_role_that_may_not_create_is_named(project: Project, database: Database) -> None:
+    database.execute("ALTER SCHEMA public OWNER TO postgres; REVOKE ALL ON SCHEMA public FROM PUBLIC")
+    database.execute(f"GRANT USAGE ON SCHEMA public TO {database.role}")
+    result = project.alembic("upgrade", "head")
+    assert (result.returncode, result.failure) == (
+        255,
+        "permission denied for schema public (grant what is missing, see 'Least grants' in README.md);"
+        f" the database is at base; {MEND}",
+    )
+
+
+@pytest.mark.fault(
+    "Database",
+    fault="`statement_timeout`, `idle_in_transaction_session_timeout` and others are set on the role",
+    sees="The same as without",
+    state="All done",
+    do="Nothing",
+)
+def test_time_limits_of_the_role_do_not_end_a_migration(project: Project, database: Database) -> None:
+    for name in ("statement_timeout", "idle_in_transaction_session_timeout", "idle_session_timeout", "lock_timeout"):
+        database.execute(f"ALTER ROLE {database.role} SET {name} = '100ms'")
+    if database.scalar("SELECT current_setting('server_version_num')::int") >= 170000:
+        database.execute(f"ALTER ROLE {database.role} SET transaction_timeout = '100ms'")
+    project.add("002", AUDIT)
+    project.add("003", audited("003", 'op.execute("SELECT pg_sleep(0.5)")\ntime.sleep(0.5)'))
+    result = project.alembic("upgrade", "head")
+    assert (result.returncode, database.at, audit(database)) == (0, ["003"], ["003"]), result
