@@ -29,7 +29,8 @@ demo: venv ## see a migration from an empty database and back, in under a minute
 migrate: venv ## migrate the database that DATABASE_URL, DB_* or .env names
 	@$(BIN)/alembic upgrade head
 
-test: test-fast test-install ## run every test, with a real PostgreSQL and a real Kubernetes
+test: ## run every test, with a real PostgreSQL and a real Kubernetes
+	@start=$$(date +%s); $(MAKE) test-fast && $(MAKE) test-install && echo "all tests passed in $$(($$(date +%s) - start)) s"
 
 test-fast: venv ## run the tests that need no cluster
 	@$(BIN)/pytest -n auto tests/project tests/chart tests/migrations tests/faults

@@ -42,6 +42,13 @@ RELATIVE = re.compile(r"(^|@)[+-]\d+$")
 # A statement that may end the transaction; `END` also ends a block of PL/pgSQL, so it is then asked.
 ENDS_TRANSACTION = re.compile(r"\b(COMMIT|ROLLBACK|END|ABORT|PREPARE)\b", re.I)
 
+# Not with IF NOT EXISTS: then it may have been there before. The index is in its table's schema.
+BUILT_INDEX = re.compile(
+    r"""\s*CREATE\s+(?:UNIQUE\s+)?INDEX\s+CONCURRENTLY\s+(?P<name>"[^"]+"|\w+)\s+ON\s+(?:ONLY\s+)?"""
+    r"""(?P<schema>(?:"[^"]+"|\w+)\.)?""",
+    re.I,
+)
+
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 CURES = {
@@ -364,7 +371,7 @@ class Run:
         """What is left of the step that failed, and where the database stands; asked in a session of its own."""
         if self.pid is None:
             return ["no session was begun"]
-        parts = []
+        parts, asked = [], False
         left = self.step is not None and self.left_transaction
         if left and self.kept:
             parts.append(self._kept())
@@ -374,11 +381,21 @@ class Run:
             quote = connection.dialect.identifier_preparer.quote
             table = ".".join(quote(name) for name in (self.schema, self.settings.version_table) if name)
             versions = connection.scalars(text(f"SELECT version_num FROM {table} ORDER BY 1"))  # noqa: S608
-            self.at = ", ".join(versions) or "base"
-        return [*parts, f"rolled back at {self.at}" if self.step else f"the database is at {self.at}"]
+            self.at, asked = ", ".join(versions) or "base", True
+        if not self.step:
+            return [*parts, f"the database is at {self.at}"]
+        if self.stamped and not asked:  # the commit may have arrived, its answer did not
+            return [*parts, "the server cannot be asked whether that was committed: see 'alembic current'"]
+        if self.stamped and self.at == (", ".join(self.step.to_revisions_no_deps) or "base"):
+            return [*parts, f"but it is committed, the database is at {self.at}"]
+        return [*parts, f"rolled back at {self.at}"]
 
     def _kept(self) -> str:
-        return f"outside its transaction it had done, and this stays: {_shown(self.statements[: self.kept])}"
+        kept = self.statements[: self.kept]
+        built = [match for statement in kept if (match := BUILT_INDEX.match(statement))]
+        undo = "; ".join(f"DROP INDEX CONCURRENTLY {match['schema'] or ''}{match['name']}" for match in built)
+        stays = f"outside its transaction it had done, and this stays: {_shown(kept)}"
+        return f"{stays}; remove with: {undo}" if undo else stays
 
     def cut_off(self, number: int) -> str:
         """The one line where a signal did not end the run."""
@@ -482,7 +499,9 @@ def _stoppable(run: Run) -> Iterator[None]:
             armed = False
     except Interrupted:
         run.in_control.set()
-        print(run.stopped(), file=sys.stderr)
+        line = run.stopped()
+        ended.set()  # of two lines, one
+        print(line, file=sys.stderr)
         raise SystemExit(128 + run.signal) from None
     finally:
         run.in_control.set()

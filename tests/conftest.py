@@ -1,5 +1,6 @@
 """What every test shares: the options, the search for secrets, and the rule that nothing is skipped in CI."""
 
+import fcntl
 import os
 import threading
 from collections.abc import Generator, Iterator
@@ -33,10 +34,10 @@ def secrets_in_process_lists() -> Iterator[set[str]]:
 
     def watch() -> None:
         while not stop.wait(0.25):
-            secrets = [secret.encode() for secret in SECRETS]
-            for path in Path("/proc").glob("[0-9]*/cmdline"):
-                with suppress(OSError):  # it has ended
-                    line = path.read_bytes()
+            secrets = [secret.encode() for secret in list(SECRETS)]
+            for process in Path("/proc").iterdir():
+                with suppress(OSError):  # it has ended, or is no process
+                    line = (process / "cmdline").read_bytes()
                     if any(secret in line for secret in secrets):
                         found.add(line.replace(b"\0", b" ").decode(errors="replace"))
 
@@ -59,9 +60,20 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "fault(group, *, fault, sees, state, do): a row of docs/failures.md, which this test proves"
     )
+    config.addinivalue_line("markers", "disruptive: disturbs the other tests; runs last, and alone")
+
+
+@pytest.fixture(autouse=True)
+def _turn(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A disruptive test waits until the other workers are between two tests, and they for its end."""
+    base = tmp_path_factory.getbasetemp()
+    with (base.parent if hasattr(request.config, "workerinput") else base).joinpath("turn").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if request.node.get_closest_marker("disruptive") else fcntl.LOCK_SH)
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("disruptive") is not None)
     for item in items:
         for mark in item.iter_markers("fault"):
             if (

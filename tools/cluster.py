@@ -31,6 +31,7 @@ import string
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.request
 from pathlib import Path
 
@@ -69,6 +70,7 @@ class Cluster:
     ports: dict[str, int]
     images: dict[str, str]
     passwords: dict[str, str] = dataclasses.field(repr=False)
+    owner: int = 0  # the process that deletes it at its end; 0 where it is kept until `make cluster-down`
 
     index_in_cluster = "http://server.hcm-fixtures/simple/"
     git_in_cluster = "http://server.hcm-fixtures/git"
@@ -126,9 +128,10 @@ class Cluster:
         return {"image": split["python"], "git": {"image": split["git_sync"]}}
 
 
-def ensure(kubeconfig: str | None = None) -> Cluster:
+def ensure(kubeconfig: str | None = None, owner: int = 0) -> Cluster:
     """Return the cluster, made first if none runs. `kubeconfig` names an existing one: it gets the fixtures and stays.
 
+    `owner` is the process that will call `down(owner)`. Without one, the cluster is kept, also one that is another's.
     Raises UnavailableError, with the cure, when no cluster can be made here.
     """
     with locked("cluster"):
@@ -136,11 +139,22 @@ def ensure(kubeconfig: str | None = None) -> Cluster:
             say(f"cluster: the one that {kubeconfig} names, because you named it")
             return _adopt(kubeconfig)
         if cluster := current():
+            if cluster.owner and Path(f"/proc/{cluster.owner}").exists() and owner:
+                raise UnavailableError(
+                    f"process {cluster.owner} tests on the cluster that runs, and deletes it at its end: wait for that,"
+                    " or keep it with make cluster"
+                )
             say(f"cluster: the one that runs already ({cluster.how}); make cluster-down deletes it")
+            if cluster.owner:
+                cluster.owner = owner
+                _remember(cluster)
             return cluster
         _delete()  # what an earlier, killed run may have left
         try:
-            return _make()
+            cluster = _make()
+            cluster.owner = owner
+            _remember(cluster)
+            return cluster
         except BaseException:
             say("deleting the half-made cluster")
             _delete()
@@ -149,22 +163,41 @@ def ensure(kubeconfig: str | None = None) -> Cluster:
 
 def current() -> Cluster | None:
     """The cluster that runs, if any."""
-    with contextlib.suppress(OSError, ValueError, RuntimeError):
-        cluster = Cluster(**json.loads((STATE / "cluster.json").read_text()))
-        cluster.kubectl("get", "--raw=/readyz", "--request-timeout=30s")
-        return cluster
+    cluster = _remembered()
+    if cluster and (cluster.how != "made here" or engine.running()):
+        for _ in range(10):  # a busy API server may miss one
+            with contextlib.suppress(RuntimeError):
+                cluster.kubectl("get", "--raw=/readyz", "--request-timeout=30s")
+                return cluster
+            time.sleep(1)
     return None
 
 
-def down() -> None:
-    """Stop and delete the cluster and the engine. What was built stays in the cache."""
+def _remembered() -> Cluster | None:
+    """The last cluster that was made and not deleted; whether it runs is not looked at."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return Cluster(**json.loads((STATE / "cluster.json").read_text()))
+    return None
+
+
+def _remember(cluster: Cluster) -> None:
+    state = STATE / "cluster.json"
+    state.touch(mode=0o600)
+    state.write_text(json.dumps(dataclasses.asdict(cluster)))
+
+
+def down(owner: int = 0) -> None:
+    """Stop and delete the cluster and the engine, unless it is not this owner's. What was built stays in the cache."""
     with locked("cluster"):
-        _delete()
+        if not owner or ((cluster := _remembered()) and cluster.owner == owner):
+            _delete()
 
 
 def install(cluster: Cluster) -> None:
     """Install or upgrade the chart as a user does. Show the Job's log and the table."""
     push_checkout(cluster)
+    if changed := run(["git", "-C", ROOT, "status", "--porcelain", "--", "migrations"]):
+        say(f"not committed, and so not in the cluster:\n{changed.rstrip()}")
     values = ["-f", "environments/kind.yaml"]
     if cluster.image_values():
         values += ["-f", STATE / "values.yaml"]
@@ -224,14 +257,12 @@ def _make() -> Cluster:
     kubeconfig = STATE / "kubeconfig"
     command = [find_or_build("kind"), "create", "cluster", "--name", NAME, "--config", "-", "--wait", "180s", *image]
     command += ["--kubeconfig", kubeconfig]
+    kubeconfig.touch()  # kind writes it late; _delete() looks for it
     run(command, "starting the kind cluster", "40 s", env=env, input=json.dumps(config))
     cluster = Cluster(how, str(kubeconfig), address, ports, images, _new_passwords())
     _install_fixtures(cluster)
     cluster.kubectl("rollout", "status", "--namespace=kube-system", "deploy/coredns", "--timeout=180s")
     (STATE / "values.yaml").write_text(json.dumps({NAME: cluster.image_values()}, indent=2) + "\n")
-    state = STATE / "cluster.json"
-    state.touch(mode=0o600)
-    state.write_text(json.dumps(dataclasses.asdict(cluster)))
     return cluster
 
 
@@ -297,9 +328,10 @@ def _new_passwords() -> dict[str, str]:
 def _forward(cluster: Cluster) -> None:
     for service, port in (("postgres", f"{cluster.ports['postgres']}:5432"), ("server", f"{cluster.ports['http']}:80")):
         kubectl = [find_or_build("kubectl"), f"--kubeconfig={cluster.kubeconfig}", "-n", "hcm-fixtures"]
-        process = subprocess.Popen([*kubectl, "port-forward", f"service/{service}", port], stdout=subprocess.PIPE)
-        process.stdout.readline()  # "Forwarding from ...": it listens
+        process = subprocess.Popen([*kubectl, "port-forward", f"service/{service}", port], stdout=subprocess.DEVNULL)
         atexit.register(process.terminate)
+        while process.poll() is None and socket.socket().connect_ex(("127.0.0.1", int(port.partition(":")[0]))):
+            time.sleep(0.1)
 
 
 def _install_fixtures(cluster: Cluster) -> None:
@@ -377,10 +409,9 @@ def _tell(cluster: Cluster) -> None:
     print(f"""The cluster is ready ({cluster.how}).
   kubectl       export KUBECONFIG={cluster.kubeconfig}  ({find_or_build("kubectl")})
   database      kubectl -n hcm-fixtures exec -it deploy/postgres -- psql -h 127.0.0.1 -U postgres unifieddevdb
-  git           git push {cluster.git_url}/hcm-db-migrations.git HEAD:main
-                (in the cluster: {cluster.git_in_cluster}/hcm-db-migrations.git)
+  code          {cluster.git_in_cluster}/hcm-db-migrations.git  (in the cluster)
   wheels        {cluster.index_in_cluster}  (in the cluster)
-  next          make install; make cluster-down deletes everything""")
+  next          make install, also after each commit; make cluster-down deletes everything""")
 
 
 def main() -> None:

@@ -24,7 +24,8 @@ def extract(
     for folder in ("lists/partial", "cache/archives/partial", "empty"):
         (apt / folder).mkdir(parents=True)
     config = f"""Dir::State::lists "{apt}/lists"; Dir::Cache "{apt}/cache"; Dir::Etc::preferences "{apt}/preferences";
-        Dir::Etc::preferencesparts "{apt}/empty"; Acquire::Languages "none"; Debug::NoLocking "true";"""
+        Dir::Etc::preferencesparts "{apt}/empty"; Acquire::Languages "none"; Debug::NoLocking "true";
+        Acquire::Retries "5";"""
     if sources is not None:
         (apt / "sources.list").write_text(sources)
         config += f"""Dir::Etc::sourcelist "{apt}/sources.list"; Dir::Etc::sourceparts "{apt}/empty";

@@ -27,7 +27,7 @@ from tools.steps import CACHE, ROOT, UnavailableError, once, remove, run, say
 
 FOLDER = CACHE / "engine"
 HERE = ROOT / "tools"
-CABLE = "hcm-db0"
+CABLE = f"hcm-{hashlib.sha256(bytes(FOLDER)).hexdigest()[:8]}"
 # Debian 12's Docker 20.10 cannot run privileged containers without CAP_SYS_RESOURCE; Debian 13's can, also on 12.
 PACKAGES = ["docker.io/trixie", "docker-cli/trixie", "iptables", "iproute2", "mmdebstrap"]
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
@@ -150,6 +150,9 @@ def stop() -> None:
             deadline = time.monotonic() + seconds
             while _pid() and time.monotonic() < deadline:
                 time.sleep(0.05)
+    if (FOLDER / "address").exists():
+        with contextlib.suppress(RuntimeError):  # the kernel takes its time, and the next engine's has the same name
+            run(["ip", "link", "delete", CABLE], env=environment())
     for name in ("pid", "docker.sock", "address"):
         (FOLDER / name).unlink(missing_ok=True)
     for group in sorted(Path("/sys/fs/cgroup").glob("**/hcm-db-migrations/**/"), reverse=True):

@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from types import TracebackType
 
@@ -88,12 +89,21 @@ class Postgres:
         if self.enter:
             change = ["setpriv", f"--reuid={user['user']}", f"--regid={user['group']}", "--clear-groups"]
             command, user = [*self.enter, *change, *command], {}
-        with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder, **user)
         ready = [self.bin / "pg_isready", "-q", "-h", self.folder, "-p", str(self.port)]
+        deadline = time.monotonic() + 60
+        self.process = None
         while subprocess.run(ready, check=False).returncode != 0:
-            if self.process.poll() is not None:
-                raise RuntimeError(f"PostgreSQL ended at once: {(self.folder / 'log').read_text()[-2000:]}")
+            if self.process is None:
+                with (self.folder / "log").open("wb") as log:
+                    self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder, **user)
+            elif self.process.poll() is not None:
+                said = (self.folder / "log").read_text()
+                if "is still in use" not in said or time.monotonic() > deadline:
+                    raise RuntimeError(f"PostgreSQL ended at once: {said[-2000:]}")
+                self.process = None  # a process of the server that was killed is not gone yet
+            elif time.monotonic() > deadline:
+                raise RuntimeError(f"PostgreSQL takes no connections: {(self.folder / 'log').read_text()[-2000:]}")
+            time.sleep(0.05)
 
     def kill(self) -> None:
         """End the server as a crash does: at once, with no checkpoint."""

@@ -9,17 +9,20 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.chart.conftest import Helm, environment, git_sync, migrate, nested, one, pod
+from tests.migrations.helpers import until
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CODE = f"code: repository https://git.example.org/schema, ref main, commit {COMMIT}, path utilities/hcm-db-migrations\n"
@@ -64,6 +67,7 @@ class Volume:
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
 
     def run(self, container: dict[str, Any], shell: str = "sh", **references: str) -> tuple[int, str]:
@@ -112,13 +116,6 @@ def test_the_exit_status_is_alembics(volume: Volume, container: Callable, shell:
     assert volume.run(container(), shell, **CREDENTIALS) == (status, CODE)
 
 
-@pytest.mark.fault(
-    "Code and settings",
-    fault="A ConfigMap, Secret or key is missing",
-    sees="One line that names object and key",
-    state="The database is not contacted",
-    do="Make it; the Job's next try takes it",
-)
 def test_every_missing_credential_is_named_with_its_object_and_key(
     volume: Volume, container: Callable, shell: str
 ) -> None:
@@ -158,13 +155,10 @@ def _git_error(stderr: str, stdout: str = "") -> str:
 TIMEOUT = 'Run(git fetch): context deadline exceeded: { stdout: "", stderr: "%s" }'
 
 
-@pytest.mark.fault(
-    "Code and settings",
-    fault="The clone fails: unknown ref, server down, wrong credentials",
-    sees="git's reason is the last line of the migrate container, which Helm prints",
-    state="The database is not contacted",
-    do="What the line says, deploy again",
-)
+GIT_SYNC_KILLED = "git-sync ended with exit status 137, see its log"
+KILLED = '; most likely out of memory: raise "git.resources.limits.memory"'
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
@@ -184,6 +178,15 @@ TIMEOUT = 'Run(git fetch): context deadline exceeded: { stdout: "", stderr: "%s"
             "fatal: unable to access 'https://host/a/': no proxy http://proxy:3128",
         ),
         ('no value for key "ssh" of Secret "git-creds"', 'no value for key "ssh" of Secret "git-creds"'),
+        (_git_error("error: index-pack died of signal 9"), f"error: index-pack died of signal 9{KILLED}"),
+        (
+            json.dumps({"Msg": "", "Err": 'Run(git fetch): signal: killed: { stdout: "", stderr: "" }', "Args": {}}),
+            'Run(git fetch): signal: killed: { stdout: "", stderr: "" }' + KILLED,
+        ),
+        (
+            "git-sync ended with exit status 137, see its log",
+            f"git-sync ended with exit status 137, see its log{KILLED}",
+        ),
         ("", "the clone was cut off"),
         (None, "the clone was cut off"),
     ],
@@ -385,14 +388,23 @@ def test_helm_test_fails_as_alembic_does(volume: Volume, helm4: Helm, shell: str
 
 def _terminated(process: subprocess.Popen[str], volume: Volume) -> tuple[int, str, float]:
     """Send SIGTERM as soon as the file "running" is there; return exit status, log and how long that took."""
-    limit = time.monotonic() + 20
-    while not (volume.folder / "running").exists():
-        assert time.monotonic() < limit, process.communicate()
-        time.sleep(0.02)
+    until((volume.folder / "running").exists)
+    return _stopped(process)
+
+
+def _stopped(process: subprocess.Popen[str]) -> tuple[int, str, float]:
     start = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    log, _ = process.communicate(timeout=30)
-    return process.returncode, log, time.monotonic() - start
+    status, log = _ended(process)
+    return status, log, time.monotonic() - start
+
+
+def _ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Wait for a container's first process, then end what it leaves behind, as the kernel does."""
+    process.wait(timeout=30)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, process.communicate(timeout=30)[0]
 
 
 WAITS = 'touch "$HOME/running"; exec sleep 60'
@@ -422,6 +434,20 @@ def test_an_alembic_that_handles_sigterm_has_the_last_word(volume: Volume, conta
     assert seconds < 2
 
 
+@pytest.fixture
+def pip(volume: Volume, container: Callable, shell: str) -> Iterator[subprocess.Popen[str]]:
+    """A container whose pip waits for an index that takes the connection and does not answer."""
+    folder = volume.clone("alembic.ini")
+    (folder / "requirements.txt").write_text("alembic\n")
+    volume.program("alembic", "echo not reached >&2")
+    with socket.create_server(("127.0.0.1", 0)) as index:
+        address = {"PIP_INDEX_URL": f"http://127.0.0.1:{index.getsockname()[1]}/simple/"}
+        process = volume.start(container(requirements="requirements.txt"), shell, **CREDENTIALS, **address)
+        index.settimeout(60)
+        with index.accept()[0]:
+            yield process
+
+
 @pytest.mark.fault(
     "Process and pod",
     fault="SIGTERM while pip installs",
@@ -429,14 +455,8 @@ def test_an_alembic_that_handles_sigterm_has_the_last_word(volume: Volume, conta
     state="The database is not contacted",
     do="Deploy again",
 )
-def test_sigterm_ends_pip_at_once_and_alembic_does_not_begin(volume: Volume, container: Callable, shell: str) -> None:
-    volume.clone("alembic.ini", "requirements.txt")
-    (volume.bin / "python3").unlink()
-    volume.program("python3", WAITS)
-    volume.program("alembic", "echo not reached >&2")
-    status, log, seconds = _terminated(
-        volume.start(container(requirements="requirements.txt"), shell, **CREDENTIALS), volume
-    )
+def test_sigterm_ends_pip_at_once_and_alembic_does_not_begin(pip: subprocess.Popen[str]) -> None:
+    status, log, seconds = _stopped(pip)
     assert (status, log) == (
         143,
         CODE
@@ -449,11 +469,26 @@ def test_sigterm_ends_pip_at_once_and_alembic_does_not_begin(volume: Volume, con
 
 @pytest.mark.fault(
     "Process and pod",
-    fault="Out of memory",
-    sees="The last line points to the memory limit",
-    state="Finished revisions stay, this one is rolled back",
-    do="Raise `resources.limits.memory`, deploy again",
+    fault="SIGKILL (out of memory) of pip",
+    sees='`FAILED: pip was killed, most likely out of memory: raise "resources.limits.memory" ...`, exit 1',
+    state="The database is not contacted",
+    do="Raise it, deploy again",
 )
+@pytest.mark.parametrize("which", ["pip", "its child"])
+def test_a_pip_that_is_killed_points_to_the_memory(pip: subprocess.Popen[str], which: str) -> None:
+    def child(pid: int) -> int:
+        return int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
+
+    killed = child(pip.pid)  # it starts the venv's Python with itself
+    os.kill(child(killed) if which == "its child" else killed, signal.SIGKILL)
+    status, log = _ended(pip)
+    assert (status, log.splitlines()[-1]) == (
+        1,
+        'FAILED: pip was killed, most likely out of memory: raise "resources.limits.memory"'
+        f' ({README}, "Requirements")',
+    )
+
+
 def test_an_alembic_that_is_killed_points_to_the_memory(volume: Volume, container: Callable, shell: str) -> None:
     volume.clone("alembic.ini")
     volume.program("alembic", "kill -9 $$")

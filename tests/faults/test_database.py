@@ -23,8 +23,10 @@ def small_disk() -> Iterator[tuple[Path, list[str]]]:
     """A folder with 16 MB of room, in a mount namespace, and the command that enters that."""
     folder = Path(tempfile.mkdtemp(prefix="hcm-disk-"))
     with namespace("mount", f"mount -t tmpfs -o size=16m,mode=700,uid=nobody tmpfs {folder}") as enter:
-        yield folder, enter
-    folder.rmdir()
+        try:
+            yield folder, enter
+        finally:
+            folder.rmdir()
 
 
 def enlarge(disk: tuple[Path, list[str]]) -> None:
@@ -228,10 +230,11 @@ def test_what_pgbouncer_refuses_fails_at_once(
 )
 def test_a_revisions_own_time_is_no_waiting(project: Project, database: Database) -> None:
     project.add("002", AUDIT)
-    project.add("003", audited("003", 'op.execute("SELECT pg_sleep(3)")'))
+    project.add("003", audited("003", 'op.execute("SELECT pg_sleep(8)")'))
     running = project.popen("upgrade", "head", MIGRATION_WAIT_SECONDS="2")
     until(lambda: sleeping(database))
     time.sleep(2.5)
     database.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep%'")
     result = running.wait()
     assert (result.returncode, database.at, audit(database)) == (0, ["003"], ["003"]), result
+    assert "waiting, up to 2 s more: revision 003 " in result.stderr

@@ -59,6 +59,33 @@ def test_a_connection_that_is_cut_is_made_again(proxied: Project, database: Data
 
 @pytest.mark.fault(
     "Network",
+    fault="The connection is cut while the server commits a revision",
+    sees="`waiting, ...: revision 003 (...) failed: ...; the server cannot be asked whether that was committed: see"
+    " 'alembic current'`, then `nothing to do` or the revision again",
+    state="All done, each revision once",
+    do="Nothing",
+)
+def test_a_commit_whose_answer_is_lost_is_not_done_again(proxied: Project, database: Database, proxy: Proxy) -> None:
+    proxied.add("003", audited("003"))
+    assert proxied.alembic("upgrade", "002").returncode == 0
+    database.execute(
+        "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(1); RETURN NULL; END';"
+        "CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON audit DEFERRABLE INITIALLY DEFERRED FOR EACH ROW"
+        " EXECUTE FUNCTION slow()"
+    )
+    running = proxied.popen("upgrade", "head")
+    until(lambda: any(row == "active: COMMIT" for row in database.activity()))
+    proxy.cut()
+    running.says("; the server cannot be asked whether that was committed: see 'alembic current'")
+    until(lambda: database.at == ["003"])
+    proxy.mend()
+    result = running.wait()
+    assert (result.returncode, database.at, audit(database)) == (0, ["003"], ["003"]), result
+    assert result.lines[-1] == "HH:MM:SS INFO at 003 (head): nothing to do"
+
+
+@pytest.mark.fault(
+    "Network",
     fault="The connection is cut in a revision, and the network stays away",
     sees="`no connection to database ... in N s: ...`, exit 1, N s (`MIGRATION_WAIT_SECONDS`) after the cut",
     state="Finished revisions stay; the orphaned session and its lock are gone within seconds",

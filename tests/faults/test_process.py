@@ -131,7 +131,7 @@ def test_an_index_that_was_built_but_not_recorded_is_told_with_the_cure(project:
     "Partial work",
     fault="The connection breaks in an `autocommit_block`",
     sees="`... failed: server closed the connection unexpectedly ...; outside its transaction it had done,"
-    " and this stays: ...; rolled back at 002; mend it, then run again`, exit 255",
+    " and this stays: ...; remove with: DROP INDEX CONCURRENTLY slow; rolled back at 002; ...`, exit 255",
     state="What the block had done, as listed; finished revisions stay",
     do="Undo or finish what is listed, deploy again",
 )
@@ -147,8 +147,8 @@ def test_a_connection_that_breaks_in_an_autocommit_block_lists_what_stays(projec
     assert result.failure == (
         f"revision 003 ({path.name}) failed: server closed the connection unexpectedly This probably means the server"
         f" terminated abnormally before or while processing the request, at {path.name}, line 9; outside its"
-        " transaction it had done, and this stays: CREATE INDEX CONCURRENTLY slow ON audit (revision); rolled back at"
-        " 002; mend it, then run again"
+        " transaction it had done, and this stays: CREATE INDEX CONCURRENTLY slow ON audit (revision); remove with:"
+        " DROP INDEX CONCURRENTLY slow; rolled back at 002; mend it, then run again"
     )
     assert " waiting, " not in result.stderr
     path.write_text(path.read_text().replace("pg_sleep(60)", "1"))

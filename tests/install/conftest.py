@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
+import os
 import secrets
 import sys
 from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ from tests.conftest import SECRETS
 from tests.install.helpers import Api, Release, Repository
 from tests.migrations.helpers import PASSWORD, Database, fresh_database, until
 from tools.binaries import find_or_build
-from tools.cluster import Cluster, current, down, ensure
+from tools.cluster import Cluster, down, ensure
 from tools.steps import ROOT, UnavailableError
 
 SHARED = pytest.StashKey[dict[str, Any]]()
@@ -48,9 +48,9 @@ def _start(config: pytest.Config) -> dict[str, Any]:
     if bool(named) != (config.getoption("--cluster-type") == "existing"):
         raise pytest.UsageError("a cluster of your own takes both options: --cluster-type existing --kubeconfig FILE")
     try:
-        if not (named or current()):
-            config.add_cleanup(down)
-        cluster = ensure(named)
+        cluster = ensure(named, owner=os.getpid())
+        if cluster.owner:
+            config.add_cleanup(lambda: down(cluster.owner))
         python = f"--build-arg=PYTHON={cluster.images['python']}"
         own_image = None
         with contextlib.suppress(UnavailableError):  # in a cluster of the user's, pip runs
@@ -77,23 +77,6 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     image = cluster.images["git_sync"]
     which = "a stand-in for git-sync" if "standin" in image else "the real git-sync"
     return [f"cluster: {cluster.how}, Kubernetes {kubernetes}, {which} ({image})"]
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "disruptive: disturbs the whole cluster; runs last, and alone")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.get_closest_marker("disruptive") is not None)
-
-
-@pytest.fixture(autouse=True)
-def _turn(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A disruptive test waits until the other workers are between two tests, and they for its end."""
-    base = tmp_path_factory.getbasetemp()
-    with (base.parent if hasattr(request.config, "workerinput") else base).joinpath("turn").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX if request.node.get_closest_marker("disruptive") else fcntl.LOCK_SH)
-        yield
 
 
 @pytest.fixture(scope="session")

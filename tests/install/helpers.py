@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +53,13 @@ class Api:
         """What is true of a Job: {type: reason}. By type, because newer versions put SuccessCriteriaMet first."""
         found = self.batch.read_namespaced_job(job, self.namespace).status.conditions or []
         return {condition.type: condition.reason for condition in found if condition.status == "True"}
+
+    def seconds_to_failure(self, job: str) -> float:
+        """From a Job's start to the end of its first pod's containers, by the cluster's clock."""
+        status = self.pods(job)[0].status
+        states = [container.state for container in (*status.init_container_statuses, *status.container_statuses)]
+        end = max(state.terminated.finished_at for state in states if state.terminated)
+        return (end - self.batch.read_namespaced_job(job, self.namespace).status.start_time).total_seconds()
 
     def pods(self, job: str = "") -> list[client.V1Pod]:
         """The pods, of one Job or of all, oldest first."""
@@ -103,7 +109,6 @@ class Result:
 
     returncode: int
     text: str
-    seconds: float
 
     @property
     def lines(self) -> list[str]:
@@ -120,13 +125,12 @@ class Command:
     """A command that runs."""
 
     process: subprocess.Popen[str]
-    started: float
     output: str = ""
 
     def wait(self) -> Result:
         output, _ = self.process.communicate(timeout=240)
         self.output += output
-        return Result(self.process.returncode, steady(readable(output)), time.monotonic() - self.started)
+        return Result(self.process.returncode, steady(readable(output)))
 
 
 @dataclass
@@ -154,7 +158,7 @@ class Release:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        self.commands.append(Command(process, time.monotonic()))
+        self.commands.append(Command(process))
         return self.commands[-1]
 
     def run(self, *words: str | Path) -> Result:

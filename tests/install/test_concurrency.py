@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import psycopg2
 import pytest
 from kubernetes import client
 
@@ -39,12 +40,33 @@ def test_of_two_releases_at_once_one_works_and_the_other_waits_for_it(
     both = [releases(api).upgrading(), releases(other, name="second").upgrading()]
     waiting = f"more: another run is at work (pid N, hcm-db-migrations as {database.role} from "
     jobs = [(api, JOB), (other, "second-hcm-db-migration-1")]
-    until(lambda: any(waiting in log for namespace, job in jobs for log in namespace.logs(job)), 60)
+    until(lambda: any(waiting in log for namespace, job in jobs for log in namespace.logs(job)))
     let_go(database)
     results = sorted([command.wait() for command in both], key=lambda result: waiting in result.text)
     assert [result.returncode for result in results] == [0, 0], [result.text for result in results]
     results[0].line("INFO now at 002 (head)")
     results[1].line("INFO at 002 (head): nothing to do")
+    assert_applied_once(database)
+
+
+@pytest.mark.fault(
+    "Concurrency",
+    fault="A release is upgraded while its Job still runs",
+    sees="The second `helm upgrade`: `another operation (install/upgrade/rollback) is in progress`, exit 1",
+    state="The first goes on",
+    do="Wait for the first",
+)
+def test_a_second_upgrade_of_a_release_is_refused_while_the_first_one_runs(
+    release: Release, audited: Repository, database: Database
+) -> None:
+    first = release.upgrading()
+    until(lambda: in_002(database))
+    second = release.upgrade()
+    assert second.returncode == 1
+    second.line("another operation (install/upgrade/rollback) is in progress")
+    let_go(database)
+    result = first.wait()
+    assert result.returncode == 0, result.text
     assert_applied_once(database)
 
 
@@ -71,7 +93,7 @@ def test_a_pod_that_is_cut_off_in_a_revision_is_followed_by_one_that_finishes_it
     release: Release, api: Api, audited: Repository, database: Database, cut_off: Callable[[Api, client.V1Pod], None]
 ) -> None:
     upgrade = release.upgrading()
-    first = until(lambda: in_002(database), 60)
+    first = until(lambda: in_002(database))
     (pod,) = api.pods(JOB)
     cut_off(api, pod)
     until(lambda: in_002(database) != first)  # no orphan of the first pod goes on
@@ -93,15 +115,15 @@ def test_of_the_same_pod_twice_at_once_one_works_and_the_other_waits_for_it(
     release: Release, api: Api, audited: Repository, database: Database
 ) -> None:
     upgrade = release.upgrading()
-    until(lambda: in_002(database), 60)
+    until(lambda: in_002(database))
     (pod,) = api.pods(JOB)
     pod.metadata = client.V1ObjectMeta(name="twin", annotations=pod.metadata.annotations)
     api.core.create_namespaced_pod(api.namespace, pod)
-    until(lambda: "another run is at work" in api.log(pod), 60)
+    until(lambda: "another run is at work" in api.log(pod))
     let_go(database)
     result = upgrade.wait()
     assert result.returncode == 0, result.text
-    until(lambda: api.core.read_namespaced_pod("twin", api.namespace).status.phase == "Succeeded", 60)
+    until(lambda: api.core.read_namespaced_pod("twin", api.namespace).status.phase == "Succeeded")
     assert api.log(pod).splitlines()[-1].endswith("INFO at 002 (head): nothing to do")
     assert_applied_once(database)
 
@@ -139,7 +161,7 @@ def test_a_pod_that_is_killed_before_the_database_is_contacted_is_followed_by_on
         ]
         values, container, words = {**with_pip, "extraEnv": index}, "migrate", "code: repository"
     upgrade = release.upgrading(values)
-    until(lambda: any(words in api.log(pod, container) for pod in api.pods(JOB)), 60)
+    until(lambda: any(words in api.log(pod, container) for pod in api.pods(JOB)))
     (pod,) = api.pods(JOB)
     (server,) = api.core.list_namespaced_pod("hcm-fixtures", label_selector="app=server").items
     gate.lead_to(server, 80)
@@ -190,14 +212,22 @@ def test_a_run_survives_a_restart_of_kubelet(
     release: Release, api: Api, cluster: Cluster, audited: Repository, database: Database
 ) -> None:
     upgrade = release.upgrading()
-    until(lambda: in_002(database), 60)
+    until(lambda: in_002(database))
     before = node(cluster, "systemctl", "show", "--property=MainPID", "kubelet")
     node(cluster, "systemctl", "restart", "kubelet")
     until(lambda: node(cluster, "systemctl", "is-active", "kubelet") == "active\n")
     assert node(cluster, "systemctl", "show", "--property=MainPID", "kubelet") != before
     # The new one has looked at its pods when it serves their logs.
     until(lambda: "running upgrade 001 -> 002" in api.logs(JOB)[0])
-    let_go(database)
+
+    def freed() -> bool:
+        try:
+            let_go(database)
+        except psycopg2.OperationalError:  # the new one has not yet found the database's pod ready
+            return False
+        return True
+
+    until(freed)
     result = upgrade.wait()
     assert result.returncode == 0, result.text
     assert_applied_once(database)

@@ -32,9 +32,11 @@ def test_a_run_takes_exactly_the_ref_and_the_folder_that_are_named(
         folder.mkdir(parents=True)
         for name in ("alembic.ini", "migrations", "requirements.txt"):
             shutil.move(repository.folder / name, folder)
+    commit = repository.push("refs/heads/feature/chosen")
     if kind == "tag":
         git["branch"] = "v1.0"
-    commit = repository.push("refs/tags/v1.0" if kind == "tag" else "refs/heads/feature/chosen")
+        repository.git("tag", "--annotate", "--message=test", "v1.0")
+        repository.git("push", "--quiet", f"{repository.cluster.git_url}/{repository.name}.git", "v1.0")
     if kind == "commit":
         git["branch"] = commit
         repository.push("refs/heads/feature/chosen")

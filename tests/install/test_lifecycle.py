@@ -186,7 +186,7 @@ def test_wait_succeeds_and_a_failed_upgrade_is_rolled_back_to_the_release_before
 def _killed(release: Release, database: Database) -> None:
     """Kill Helm while the Job runs revision 002, then wait for the Job's end, as the README says."""
     upgrade = release.upgrading()
-    until(lambda: in_002(database), 60)
+    until(lambda: in_002(database))
     upgrade.process.kill()
     upgrade.process.communicate()
     let_go(database)

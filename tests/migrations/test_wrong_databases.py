@@ -94,10 +94,10 @@ def test_a_role_that_may_not_create_is_named(project: Project, database: Databas
 )
 def test_time_limits_of_the_role_do_not_end_a_migration(project: Project, database: Database) -> None:
     for name in ("statement_timeout", "idle_in_transaction_session_timeout", "idle_session_timeout", "lock_timeout"):
-        database.execute(f"ALTER ROLE {database.role} SET {name} = '100ms'")
+        database.execute(f"ALTER ROLE {database.role} SET {name} = '1s'")
     if database.scalar("SELECT current_setting('server_version_num')::int") >= 170000:
-        database.execute(f"ALTER ROLE {database.role} SET transaction_timeout = '100ms'")
+        database.execute(f"ALTER ROLE {database.role} SET transaction_timeout = '1s'")
     project.add("002", AUDIT)
-    project.add("003", audited("003", 'op.execute("SELECT pg_sleep(0.5)")\ntime.sleep(0.5)'))
+    project.add("003", audited("003", 'op.execute("SELECT pg_sleep(1.5)")\ntime.sleep(1.5)'))
     result = project.alembic("upgrade", "head")
     assert (result.returncode, database.at, audit(database)) == (0, ["003"], ["003"]), result

@@ -55,7 +55,13 @@ lines = [line for line in said.splitlines() if not line.startswith("POST git-")]
 print(" ".join(" ".join(lines or text.splitlines()).split()))' || cat git-error; } | sed 's#//[^/: ]*:[^/ ]*@#//#g'
 }
 
-[ -d git/code ] || fail 1 "no checkout of \"$GIT_REF\" from \"$GIT_REPO\": $(git_error)" "Git access"
+if [ ! -d git/code ]; then
+  reason=$(git_error)
+  case $reason in
+  *"signal: killed"* | *"signal 9"* | *"status 137"*) reason="$reason; most likely out of memory: raise \"git.resources.limits.memory\"" ;;
+  esac
+  fail 1 "no checkout of \"$GIT_REF\" from \"$GIT_REPO\": $reason" "Git access"
+fi
 commit=$(basename "$(readlink git/code)")
 echo "code: repository $GIT_REPO, ref $GIT_REF, commit $commit, path $GIT_PATH"
 
@@ -83,6 +89,9 @@ if [ -n "$REQUIREMENTS" ]; then
       install --no-compile --no-cache-dir -r "$REQUIREMENTS"
   status=$?
   [ -z "$stopped" ] || exit 143
+  case $status in
+  137 | 247) fail 1 "pip was killed, most likely out of memory: raise \"resources.limits.memory\"" "Requirements" ;; # 247: its child
+  esac
   [ "$status" -eq 0 ] ||
     fail 1 "pip could not install $REQUIREMENTS (exit status $status, reason above): for a mirror, proxy or private CA set \"extraEnv\"" "Requirements"
   PATH=$workspace/venv/bin:$PATH
