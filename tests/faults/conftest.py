@@ -26,7 +26,10 @@ from tools.steps import CACHE, UnavailableError, once
 
 __all__ = ["database", "files", "own_server", "project", "server"]
 
-root_only = pytest.mark.skipif(os.geteuid() != 0, reason="needs root (mounts, network namespaces): run as root")
+root_only = pytest.mark.skipif(
+    os.geteuid() != 0 or not shutil.which("ip"),
+    reason="needs root and ip (mounts, network namespaces): run as root, and install it (Debian: iproute2)",
+)
 
 
 @contextmanager

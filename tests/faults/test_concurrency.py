@@ -150,6 +150,7 @@ class Round:
         for _ in range(4):
             runner = self.start()
             text = runner.wait(WAIT)
+            assert CANARY not in text, text
             if runner.returncode == 0:
                 return
             faults["a hand was needed"] += 1

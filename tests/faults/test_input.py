@@ -60,11 +60,14 @@ def test_any_password_opens_the_database(load: Callable, database: Database) -> 
     @example("\u00a0\u1680\u3000 \u00ad")
     @example("a\u0340\u06dd\ufdd0")
     def check(password: str) -> None:
+        password = password[:1] + CANARY + password[1:]
         quoted = password.replace("'", "''")
         database.execute(f"ALTER ROLE {database.role} PASSWORD '{quoted}'")
         url = dsn(database.url.set(password=password))
         for variables in (parts(database) | {"DB_PASSWORD": password}, {"DATABASE_URL": url}):
-            with session.engine(load(**variables)).connect() as connection:
+            loaded = load(**variables)
+            assert CANARY not in f"{loaded!r} {session.where(loaded)}"
+            with session.engine(loaded).connect() as connection:
                 assert connection.scalar(text("SELECT current_user")) == database.role
 
     check()
@@ -202,6 +205,25 @@ def test_any_content_of_a_revision_file_runs_or_is_refused_by_name(files: Projec
             (failure,) = failures
             assert status == 255
             assert path.name in failure or "002" in failure, failure
+
+    check()
+
+
+def test_no_content_of_a_revision_file_leaves_half_of_it_in_the_database(
+    project: Project, run: Callable, database: Database
+) -> None:
+    path = project.add("002", 'op.execute("CREATE TABLE one ()")\n    op.execute("CREATE TABLE two ()")')
+    content = path.read_bytes()
+    place = st.integers(0, len(content))
+
+    @settings(often, max_examples=25)
+    @given(place, st.integers(0, 40))
+    def check(at: int, length: int) -> None:
+        path.write_bytes(content[:at] + content[at + length :])
+        database.execute(f"DROP SCHEMA public CASCADE; CREATE SCHEMA public AUTHORIZATION {database.role}")
+        status, printed = run("upgrade", "head")
+        made = {name for name in database.relations if "hcm" not in name}
+        assert made == set() or status == 0, printed
 
     check()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import psycopg2
 import pytest
@@ -90,12 +91,22 @@ def _drain(api: Api, pod: client.V1Pod) -> None:
 )
 @pytest.mark.parametrize("cut_off", [_kill, _drain])
 def test_a_pod_that_is_cut_off_in_a_revision_is_followed_by_one_that_finishes_it(
-    release: Release, api: Api, audited: Repository, database: Database, cut_off: Callable[[Api, client.V1Pod], None]
+    release: Release,
+    api: Api,
+    cluster: Cluster,
+    audited: Repository,
+    database: Database,
+    cut_off: Callable[[Api, client.V1Pod], None],
 ) -> None:
     upgrade = release.upgrading()
     first = until(lambda: in_002(database))
     (pod,) = api.pods(JOB)
-    cut_off(api, pod)
+    words = ["logs", "--follow", pod.metadata.name, "-n", api.namespace, "--container=migrate"]
+    with ThreadPoolExecutor() as aside:
+        log = aside.submit(cluster.kubectl, *words)
+        until(lambda: "running upgrade 001 -> 002" in api.log(pod))
+        cut_off(api, pod)
+        assert ("FAILED: interrupted by SIGTERM in revision 002 " in log.result(60)) == (cut_off is _drain)
     until(lambda: in_002(database) != first)  # no orphan of the first pod goes on
     let_go(database)
     result = upgrade.wait()

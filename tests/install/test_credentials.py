@@ -36,6 +36,14 @@ def _no_key_in_the_secret(api: Api) -> str:
     return 'DB_PASSWORD (key "password" of Secret "db")'
 
 
+@pytest.mark.fault(
+    "Code and settings",
+    fault="A ConfigMap, Secret or key is missing",
+    sees='`FAILED: no value for DB_NAME (key "db-name" of ConfigMap "egov-config"), ...: create it in namespace'
+    ' "health", or set "db" or "extraEnv" to where it is ...`, within 30 s',
+    state="The database is not contacted",
+    do="Make it; the Job's next try takes it",
+)
 @pytest.mark.parametrize(
     "remove", [_no_config_map, _no_secret, _no_key_in_the_config_map, _no_key_in_the_secret], ids=lambda f: f.__name__
 )

@@ -89,9 +89,17 @@ def test_an_ssh_key_and_the_servers_known_key_let_a_run_in(
 ) -> None:
     api.secret("git-creds", ssh=cluster.server_file("ssh"), known_hosts=cluster.server_file("known_hosts"))
     result = release.upgrade(over_ssh)
-    assert (result.returncode, database.at) == (0, ["001"]), result.text
+    assert (result.returncode, database.at, api.jobs()) == (0, ["001"], []), result.text
+    result.line("INFO now at 001 (head)")
 
 
+@pytest.mark.fault(
+    "Code and settings",
+    fault="A wrong SSH key, or a server that is not the known one",
+    sees="`FAILED: no checkout of ... from ...: Permission denied (publickey). ...` or `Host key verification failed.`",
+    state="The database is not contacted",
+    do="Mend the Secret `git-creds`, deploy again",
+)
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [("host key", "Host key verification failed."), ("user's key", "Permission denied (publickey).")],
@@ -107,14 +115,14 @@ def test_over_ssh_a_wrong_key_ends_the_run_before_the_database_is_contacted(
         key = cluster.kubectl("exec", "-n", "hcm-fixtures", "deploy/server", "--", "sh", "-c", make)
     api.secret("git-creds", ssh=key, known_hosts=known_hosts)
     result = release.upgrade(over_ssh)
-    assert result.returncode == 1
+    assert (result.returncode, api.conditions(JOB)["Failed"]) == (1, "BackoffLimitExceeded")
     result.line(f'FAILED: no checkout of "main" from "{over_ssh["git"]["repo"]}": ', reason, GIT)
     assert not contacted(cluster, database)
 
 
 def test_ssh_without_its_secret_names_the_secret_and_its_keys(release: Release, api: Api, over_ssh: dict) -> None:
     result = release.upgrade(over_ssh)
-    assert result.returncode == 1
+    assert (result.returncode, api.conditions(JOB)["Failed"]) == (1, "BackoffLimitExceeded")
     result.line(
         f'FAILED: no checkout of "main" from "{over_ssh["git"]["repo"]}": no value for key "ssh" of Secret "git-creds"'
         f' in namespace "{api.namespace}"; no value for key "known_hosts" of Secret "git-creds" in namespace'
@@ -131,11 +139,21 @@ def over_https(api: Api, cluster: Cluster, repository: Repository) -> dict[str, 
     return {"git": {"repo": address, "httpsSecretName": "git-https", "ca": {"configMapName": "git-ca"}}, **ONE_TRY}
 
 
-def test_a_token_and_a_private_ca_let_a_run_in(release: Release, database: Database, over_https: dict) -> None:
+def test_a_token_and_a_private_ca_let_a_run_in(
+    release: Release, api: Api, database: Database, over_https: dict
+) -> None:
     result = release.upgrade(over_https)
-    assert (result.returncode, database.at) == (0, ["001"]), result.text
+    assert (result.returncode, database.at, api.jobs()) == (0, ["001"], []), result.text
+    result.line("INFO now at 001 (head)")
 
 
+@pytest.mark.fault(
+    "Code and settings",
+    fault="A wrong token for the repository, or another CA than its server's",
+    sees="`FAILED: no checkout of ... from ...: <git's words>`",
+    state="The database is not contacted",
+    do="Mend the Secret or `git.ca`, deploy again",
+)
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
@@ -152,7 +170,7 @@ def test_over_https_a_wrong_token_or_ca_ends_the_run_before_the_database_is_cont
     else:
         over_https["git"]["ca"]["configMapName"] = "kube-root-ca.crt"  # every namespace has it
     result = release.upgrade(over_https)
-    assert result.returncode == 1
+    assert (result.returncode, api.conditions(JOB)["Failed"]) == (1, "BackoffLimitExceeded")
     result.line(f'FAILED: no checkout of "main" from "{over_https["git"]["repo"]}": ', reason, GIT)
     assert not contacted(cluster, database)
 
@@ -162,6 +180,11 @@ def _unknown_ref(repository: Repository, api: Api) -> tuple[dict, list[str]]:
         f'FAILED: no checkout of "missing" from "{repository.url}": fatal: couldn\'t find remote ref missing {GIT}',
     ]
     return {"git": {"branch": "missing"}}, words
+
+
+def _unknown_commit(repository: Repository, api: Api) -> tuple[dict, list[str]]:
+    reason = f'FAILED: no checkout of "<commit>" from "{repository.url}": '
+    return {"git": {"branch": "0" * 40}}, [reason, "not our ref", GIT]
 
 
 def _server_down(repository: Repository, api: Api) -> tuple[dict, list[str]]:
@@ -192,7 +215,17 @@ def _no_revisions(repository: Repository, api: Api) -> tuple[dict, list[str]]:
     return {}, [f"FAILED: no revisions found in {place}; nothing was done: {cure}"]
 
 
-@pytest.mark.parametrize("prepare", [_unknown_ref, _server_down, _no_such_folder, _no_alembic_ini, _no_revisions])
+@pytest.mark.fault(
+    "Code and settings",
+    fault="The clone fails (unknown ref, server down), or its folder is not the one with the revisions",
+    sees="`FAILED: no checkout of ... from ...: <git's words>`, `no folder ...`, `no alembic.ini ...` or `no revisions"
+    " found ...`, with the value to set",
+    state="The database is not contacted",
+    do="What the line says, deploy again",
+)
+@pytest.mark.parametrize(
+    "prepare", [_unknown_ref, _unknown_commit, _server_down, _no_such_folder, _no_alembic_ini, _no_revisions]
+)
 def test_what_is_wrong_with_the_code_stands_in_helms_output_and_the_database_is_not_contacted(
     release: Release,
     api: Api,

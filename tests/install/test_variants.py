@@ -40,7 +40,8 @@ def test_an_image_with_its_own_dependencies_needs_no_pip_and_nothing_but_git_and
     (repository.folder / "requirements.txt").unlink()
     repository.push()
     result = release.upgrade({"extraEnv": [{"name": "PIP_INDEX_URL", "value": "http://127.0.0.1:9/"}]})
-    assert (result.returncode, database.at) == (0, ["001"]), result.text
+    assert (result.returncode, database.at, api.jobs()) == (0, ["001"], []), result.text
+    result.line("INFO now at 001 (head)")
     assert "pip" not in result.text
 
 
@@ -106,7 +107,8 @@ def test_an_umbrella_chart_runs_it_from_its_package(
         until(lambda: api.jobs() == ["digit-hcm-db-migration-1"])
     result = upgrade.wait()
     assert (result.returncode, api.core.read_namespaced_config_map("app", api.namespace).data) == (0, None), result.text
-    assert database.relations == (TABLE if enabled else [])
+    assert (database.relations, api.jobs()) == (TABLE if enabled else [], [])
+    result.line("INFO now at 001 (head)", times=enabled)
 
 
 FOREIGN = """

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import URL, make_url
 
+from tests.conftest import CANARY
 from tests.migrations.audit import AUDIT
 from tests.migrations.helpers import ROOT, Database, Project, fresh_database
 from tools.postgres import Postgres, dsn
@@ -52,6 +53,8 @@ def files(tmp_path: Path) -> Iterator[Project]:
         if running.process.poll() is None:
             running.process.kill()
             running.process.wait()
+    for path in tmp_path.glob("run-*/*"):  # those of runs that were killed, too
+        assert CANARY not in path.read_text(errors="replace"), path.read_text(errors="replace")
 
 
 @pytest.fixture
