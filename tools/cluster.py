@@ -260,8 +260,12 @@ def _make() -> Cluster:
     kubeconfig.touch()  # kind writes it late; _delete() looks for it
     run(command, "starting the kind cluster", "40 s", env=env, input=json.dumps(config))
     cluster = Cluster(how, str(kubeconfig), address, ports, images, _new_passwords())
+    dns = "--namespace=kube-system", "deploy/coredns"
+    # Begun before kube-proxy, it waits 30 s for an answer that cannot come.
+    cluster.kubectl("rollout", "status", "--namespace=kube-system", "daemonset/kube-proxy", "--timeout=180s")
+    cluster.kubectl("rollout", "restart", *dns)
     _install_fixtures(cluster)
-    cluster.kubectl("rollout", "status", "--namespace=kube-system", "deploy/coredns", "--timeout=180s")
+    cluster.kubectl("rollout", "status", *dns, "--timeout=180s")
     (STATE / "values.yaml").write_text(json.dumps({NAME: cluster.image_values()}, indent=2) + "\n")
     return cluster
 

@@ -106,7 +106,9 @@ def test_a_pod_that_is_cut_off_in_a_revision_is_followed_by_one_that_finishes_it
         log = aside.submit(cluster.kubectl, *words)
         until(lambda: "running upgrade 001 -> 002" in api.log(pod))
         cut_off(api, pod)
-        assert ("FAILED: interrupted by SIGTERM in revision 002 " in log.result(60)) == (cut_off is _drain)
+        said = log.result(60)
+    if cut_off is _drain:  # else it is killed before or after it has said it
+        assert "FAILED: interrupted by SIGTERM in revision 002 " in said
     until(lambda: in_002(database) != first)  # no orphan of the first pod goes on
     let_go(database)
     result = upgrade.wait()
