@@ -33,7 +33,7 @@ test: ## run every test, with a real PostgreSQL and a real Kubernetes
 	@start=$$(date +%s); $(MAKE) test-fast && $(MAKE) test-install && echo "all tests passed in $$(($$(date +%s) - start)) s"
 
 test-fast: venv ## run the tests that need no cluster
-	@$(BIN)/pytest -n auto tests/project tests/chart tests/migrations tests/faults
+	@$(BIN)/pytest -n $$(($$(nproc) + 1)) tests/project tests/chart tests/migrations tests/faults
 
 test-install: venv ## install the chart on a real cluster
 	@$(BIN)/pytest -n 4 tests/install

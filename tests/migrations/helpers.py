@@ -226,10 +226,11 @@ class Project:
 
 def until(condition: Callable[[], Any], seconds: float = 60) -> Any:
     """Wait for a true value and return it."""
-    end = time.monotonic() + seconds
+    end, pause = time.monotonic() + seconds, 0.02
     while not (value := condition()):
         assert time.monotonic() < end, f"still {value!r} after {seconds} s"
-        time.sleep(0.05)
+        time.sleep(pause)
+        pause = min(pause * 1.2, 0.25)
     return value
 
 
