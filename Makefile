@@ -30,7 +30,7 @@ migrate: venv ## migrate the database that DATABASE_URL, DB_* or .env names
 	@$(BIN)/alembic upgrade head
 
 test: ## run every test, with a real PostgreSQL and a real Kubernetes
-	@start=$$(date +%s); $(MAKE) test-fast && $(MAKE) test-install && echo "all tests passed in $$(($$(date +%s) - start)) s"
+	@start=$$(date +%s); $(MAKE) --no-print-directory test-fast && $(MAKE) --no-print-directory test-install && echo "all tests passed in $$(($$(date +%s) - start)) s"
 
 test-fast: venv ## run the tests that need no cluster
 	@$(BIN)/pytest -n $$(($$(nproc) + 1)) tests/project tests/chart tests/migrations tests/faults
