@@ -239,6 +239,8 @@ class Run:
             self.at, self.step = ", ".join(step.to_revisions_no_deps) or "base", None
             log.info("done in %.2f s", time.monotonic() - self.started)
             self.patience.renew()
+        if others := {row.name for row in connection.execute(INVALID_INDEXES)} - self.invalid_before:
+            log.warning("INVALID by now, and not this run's: %s", ", ".join(sorted(others)))
         log.info("now at %s", self._place(code_heads))
 
     def _say(self, line: str) -> None:

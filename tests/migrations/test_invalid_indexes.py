@@ -119,6 +119,13 @@ def test_an_index_that_another_session_builds_meanwhile_is_not_blamed(project: P
     thread.join()
 
 
+@pytest.mark.fault(
+    "Partial work",
+    fault="An index of another service becomes INVALID meanwhile",
+    sees="`WARNING INVALID by now, and not this run's: ...`, exit 0",
+    state="All done",
+    do="Tell its owner",
+)
 def test_an_index_that_becomes_invalid_elsewhere_meanwhile_is_not_blamed(project: Project, database: Database) -> None:
     database.execute("CREATE TABLE theirs AS SELECT 1 AS x FROM generate_series(1, 2)")
     project.add("002", AUDIT)
@@ -131,3 +138,7 @@ def test_an_index_that_becomes_invalid_elsewhere_meanwhile_is_not_blamed(project
     result = running.wait()
     assert (result.returncode, database.at) == (0, ["003"]), result
     assert database.execute("SELECT indexrelid::regclass::text FROM pg_index WHERE NOT indisvalid") == [("theirs_x",)]
+    assert result.lines[-2:] == [
+        "HH:MM:SS WARNING INVALID by now, and not this run's: public.theirs_x",
+        "HH:MM:SS INFO now at 003 (head)",
+    ]
