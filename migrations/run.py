@@ -78,6 +78,9 @@ INVALID_INDEXES = text(
 )
 
 
+UNDECIDED = "whether that is committed cannot be told now: see 'alembic current'"
+
+
 class Interrupted(BaseException):
     """SIGTERM or SIGINT came; not an Exception, so that no revision catches it by accident."""
 
@@ -109,9 +112,10 @@ def offline(context: EnvironmentContext, settings: Settings) -> None:
     output = context.config.output_buffer or sys.stdout
     try:
         print(sql.getvalue(), end="", file=output, flush=True)
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())  # else Python tries again, at its own end
-        raise CommandError(f"the SQL is not whole, do not run it: {error.strerror}") from error
+    except (OSError, UnicodeError) as error:
+        if output is sys.stdout:  # else Python tries again, at its own end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
+        raise CommandError(f"the SQL is not whole, do not run it: {getattr(error, 'strerror', error)}") from error
 
 
 class Run:
@@ -239,8 +243,10 @@ class Run:
             self.at, self.step = ", ".join(step.to_revisions_no_deps) or "base", None
             log.info("done in %.2f s", time.monotonic() - self.started)
             self.patience.renew()
-        if others := {row.name for row in connection.execute(INVALID_INDEXES)} - self.invalid_before:
-            log.warning("INVALID by now, and not this run's: %s", ", ".join(sorted(others)))
+        # All is done, whatever comes of this.
+        with suppress(DBAPIError), session.engine(self.settings).connect() as other:
+            if invalid := {row.name for row in other.execute(INVALID_INDEXES)} - self.invalid_before:
+                log.warning("INVALID by now, and in no statement of this run: %s", ", ".join(sorted(invalid)))
         log.info("now at %s", self._place(code_heads))
 
     def _say(self, line: str) -> None:
@@ -373,7 +379,7 @@ class Run:
         """What is left of the step that failed, and where the database stands; asked in a session of its own."""
         if self.pid is None:
             return ["no session was begun"]
-        parts, asked = [], False
+        parts, known = [], False
         left = self.step is not None and self.left_transaction
         if left and self.kept:
             parts.append(self._kept())
@@ -383,19 +389,25 @@ class Run:
             quote = connection.dialect.identifier_preparer.quote
             table = ".".join(quote(name) for name in (self.schema, self.settings.version_table) if name)
             versions = connection.scalars(text(f"SELECT version_num FROM {table} ORDER BY 1"))  # noqa: S608
-            self.at, asked = ", ".join(versions) or "base", True
+            self.at = ", ".join(versions) or "base"
+            busy = text("SELECT EXISTS (SELECT FROM pg_stat_activity WHERE pid = :pid AND state = 'active')")
+            known = not (self.stamped and connection.scalar(busy, {"pid": self.pid}))
         if not self.step:
             return [*parts, f"the database is at {self.at}"]
-        if self.stamped and not asked:  # the commit may have arrived, its answer did not
-            return [*parts, "the server cannot be asked whether that was committed: see 'alembic current'"]
+        if self.stamped and not known:  # the commit may have arrived, its answer did not
+            return [*parts, UNDECIDED]
         if self.stamped and self.at == (", ".join(self.step.to_revisions_no_deps) or "base"):
             return [*parts, f"but it is committed, the database is at {self.at}"]
         return [*parts, f"rolled back at {self.at}"]
 
     def _kept(self) -> str:
         kept = self.statements[: self.kept]
-        built = [match for statement in kept if (match := BUILT_INDEX.match(statement))]
-        undo = "; ".join(f"DROP INDEX CONCURRENTLY {match['schema'] or ''}{match['name']}" for match in built)
+        built = [(match, kept[after:]) for after, what in enumerate(kept, 1) if (match := BUILT_INDEX.match(what))]
+        undo = "; ".join(
+            f"DROP INDEX CONCURRENTLY {match['schema'] or ''}{match['name']}"
+            for match, later in built
+            if not any(match["name"] in statement for statement in later)  # it may have another name, or be gone
+        )
         stays = f"outside its transaction it had done, and this stays: {_shown(kept)}"
         return f"{stays}; remove with: {undo}" if undo else stays
 
@@ -404,10 +416,9 @@ class Run:
         left = ""
         if self.step and self.left_transaction:
             left = f"; {self._kept()}" if self.kept else "; look for what it did outside its transaction"
-        return (
-            f"FAILED: interrupted by {signal.Signals(number).name}; it did not end by itself, so the database"
-            f" rolls back at {self.at}{left}; {self._again()}"
-        )
+        ends = UNDECIDED if self.step and self.stamped else f"so the database rolls back at {self.at}"
+        name = signal.Signals(number).name
+        return f"FAILED: interrupted by {name}; it did not end by itself, {ends}{left}; {self._again()}"
 
     def _again(self) -> str:
         if RELATIVE.search(self.destination):

@@ -165,7 +165,8 @@ def current() -> Cluster | None:
     """The cluster that runs, if any."""
     cluster = _remembered()
     if cluster and (cluster.how != "made here" or engine.running()):
-        for _ in range(10):  # a busy API server may miss one
+        find_or_build("kubectl")
+        for _ in range(5):  # a busy API server may miss one
             with contextlib.suppress(RuntimeError):
                 cluster.kubectl("get", "--raw=/readyz", "--request-timeout=30s")
                 return cluster
@@ -196,7 +197,8 @@ def down(owner: int = 0) -> None:
 def install(cluster: Cluster) -> None:
     """Install or upgrade the chart as a user does. Show the Job's log and the table."""
     push_checkout(cluster)
-    if changed := run(["git", "-C", ROOT, "status", "--porcelain", "--", "migrations"]):
+    code = ["migrations", "alembic.ini", "requirements.txt"]
+    if changed := run(["git", "-C", ROOT, "status", "--porcelain", "--", *code]):
         say(f"not committed, and so not in the cluster:\n{changed.rstrip()}")
     values = ["-f", "environments/kind.yaml"]
     if cluster.image_values():
@@ -257,7 +259,7 @@ def _make() -> Cluster:
     kubeconfig = STATE / "kubeconfig"
     command = [find_or_build("kind"), "create", "cluster", "--name", NAME, "--config", "-", "--wait", "180s", *image]
     command += ["--kubeconfig", kubeconfig]
-    kubeconfig.touch()  # kind writes it late; _delete() looks for it
+    kubeconfig.touch(mode=0o600)  # kind writes it late; _delete() looks for it
     run(command, "starting the kind cluster", "40 s", env=env, input=json.dumps(config))
     cluster = Cluster(how, str(kubeconfig), address, ports, images, _new_passwords())
     dns = "--namespace=kube-system", "deploy/coredns"
@@ -334,8 +336,18 @@ def _forward(cluster: Cluster) -> None:
         kubectl = [find_or_build("kubectl"), f"--kubeconfig={cluster.kubeconfig}", "-n", "hcm-fixtures"]
         process = subprocess.Popen([*kubectl, "port-forward", f"service/{service}", port], stdout=subprocess.DEVNULL)
         atexit.register(process.terminate)
-        while process.poll() is None and socket.socket().connect_ex(("127.0.0.1", int(port.partition(":")[0]))):
-            time.sleep(0.1)
+        _wait_for_port(process, int(port.partition(":")[0]))
+
+
+def _wait_for_port(process: subprocess.Popen, port: int) -> None:
+    for _ in range(300):
+        if process.poll() is not None:
+            break
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise RuntimeError(f"kubectl port-forward does not listen on port {port}")
 
 
 def _install_fixtures(cluster: Cluster) -> None:

@@ -122,6 +122,7 @@ def start() -> None:
         time.sleep(0.01)
     if first:
         (FOLDER / "pid").write_text(first[0])
+        (FOLDER / "address").write_text(inside)
         for command in (
             f"ip link add {CABLE} type veth peer name uplink netns {first[0]}",
             f"ip address add {host}/30 dev {CABLE}",
@@ -130,7 +131,6 @@ def start() -> None:
             f"nsenter --target {first[0]} --net ip link set uplink up",
         ):
             run(command.split(), env=env)
-        (FOLDER / "address").write_text(inside)
         while outer.poll() is None and time.monotonic() < deadline:
             if running():
                 return

@@ -91,7 +91,7 @@ class Postgres:
             command, user = [*self.enter, *change, *command], {}
         ready = [self.bin / "pg_isready", "-q", "-h", self.folder, "-p", str(self.port)]
         deadline = time.monotonic() + 60
-        self.process = None
+        self.kill()
         while subprocess.run(ready, check=False).returncode != 0:
             if self.process is None:
                 with (self.folder / "log").open("wb") as log:

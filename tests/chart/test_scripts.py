@@ -37,6 +37,7 @@ class Volume:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.started: list[subprocess.Popen[str]] = []
         self.bin = folder / "bin"
         self.bin.mkdir()
         (self.bin / "python3").symlink_to(sys.executable)
@@ -60,7 +61,7 @@ class Volume:
         values = {name: value for name, value in environment(container).items() if isinstance(value, str)}
         here = {"PATH": f"{self.bin}:{os.environ['PATH']}", "HOME": str(self.folder), "TMPDIR": str(self.folder)}
         command = [shell, *container["command"][1:], *container["args"]]
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command,
             cwd=self.folder,
             env=values | here | references,
@@ -69,6 +70,8 @@ class Volume:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        self.started.append(process)
+        return process
 
     def run(self, container: dict[str, Any], shell: str = "sh", **references: str) -> tuple[int, str]:
         """Return exit status and log of the container."""
@@ -78,8 +81,12 @@ class Volume:
 
 
 @pytest.fixture
-def volume(tmp_path: Path) -> Volume:
-    return Volume(tmp_path)
+def volume(tmp_path: Path) -> Iterator[Volume]:
+    found = Volume(tmp_path)
+    yield found
+    for process in found.started:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture(params=SHELLS)
@@ -184,8 +191,12 @@ KILLED = '; most likely out of memory: raise "git.resources.limits.memory"'
             'Run(git fetch): signal: killed: { stdout: "", stderr: "" }' + KILLED,
         ),
         (
-            "git-sync ended with exit status 137, see its log",
-            f"git-sync ended with exit status 137, see its log{KILLED}",
+            json.dumps({"Err": 'Run(git fetch): signal: killed: { stdout: "", stderr: "fatal: early EOF" }'}),
+            "fatal: early EOF" + KILLED,
+        ),
+        (
+            GIT_SYNC_KILLED,
+            GIT_SYNC_KILLED + KILLED,
         ),
         ("", "the clone was cut off"),
         (None, "the clone was cut off"),
@@ -388,7 +399,7 @@ def test_helm_test_fails_as_alembic_does(volume: Volume, helm4: Helm, shell: str
 
 def _terminated(process: subprocess.Popen[str], volume: Volume) -> tuple[int, str, float]:
     """Send SIGTERM as soon as the file "running" is there; return exit status, log and how long that took."""
-    until((volume.folder / "running").exists)
+    until(lambda: (volume.folder / "running").exists() or process.poll() is not None)
     return _stopped(process)
 
 
@@ -470,7 +481,8 @@ def test_sigterm_ends_pip_at_once_and_alembic_does_not_begin(pip: subprocess.Pop
 @pytest.mark.fault(
     "Process and pod",
     fault="SIGKILL (out of memory) of pip",
-    sees='`FAILED: pip was killed, most likely out of memory: raise "resources.limits.memory" ...`, exit 1',
+    sees="`FAILED: killed while installing requirements.txt, most likely out of memory: raise"
+    ' "resources.limits.memory"`, exit 1',
     state="The database is not contacted",
     do="Raise it, deploy again",
 )
@@ -484,7 +496,7 @@ def test_a_pip_that_is_killed_points_to_the_memory(pip: subprocess.Popen[str], w
     status, log = _ended(pip)
     assert (status, log.splitlines()[-1]) == (
         1,
-        'FAILED: pip was killed, most likely out of memory: raise "resources.limits.memory"'
+        'FAILED: killed while installing requirements.txt, most likely out of memory: raise "resources.limits.memory"'
         f' ({README}, "Requirements")',
     )
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable, Iterator
 
 import pytest
 
+from migrations.run import UNDECIDED
 from tests.faults.conftest import Proxy
 from tests.migrations.audit import AUDIT, FILE, SLEEP, audit, audited, idle, sleeping
-from tests.migrations.helpers import Database, Project, until
+from tests.migrations.helpers import Database, Project, Running, until
 from tools.postgres import dsn
 
 
@@ -57,26 +59,59 @@ def test_a_connection_that_is_cut_is_made_again(proxied: Project, database: Data
     assert f"revision 003 ({FILE.format('003')}) failed: server closed the connection" in result.stderr
 
 
-@pytest.mark.fault(
-    "Network",
-    fault="The connection is cut while the server commits a revision",
-    sees="`waiting, ...: revision 003 (...) failed: ...; the server cannot be asked whether that was committed: see"
-    " 'alembic current'`, then `nothing to do` or the revision again",
-    state="All done, each revision once",
-    do="Nothing",
-)
-def test_a_commit_whose_answer_is_lost_is_not_done_again(proxied: Project, database: Database, proxy: Proxy) -> None:
+@pytest.fixture
+def brake(database: Database) -> Iterator[Callable[[], None]]:
+    """Holds up the commit of whoever writes to the audit table, until it is called."""
+    with database.session() as other:
+        other.execute("SELECT pg_advisory_lock(1)")
+        yield lambda: other.execute("SELECT pg_advisory_unlock(1)")
+
+
+@pytest.fixture
+def committing(proxied: Project, database: Database, brake: Callable[[], None]) -> Running:
+    """A run in whose revision 003 the server is about to commit."""
     proxied.add("003", audited("003"))
     assert proxied.alembic("upgrade", "002").returncode == 0
     database.execute(
-        "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(1); RETURN NULL; END';"
-        "CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON audit DEFERRABLE INITIALLY DEFERRED FOR EACH ROW"
-        " EXECUTE FUNCTION slow()"
+        "CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS"
+        " 'BEGIN PERFORM pg_advisory_xact_lock(1); RETURN NULL; END';"
+        "CREATE CONSTRAINT TRIGGER wait AFTER INSERT ON audit DEFERRABLE INITIALLY DEFERRED FOR EACH ROW"
+        " EXECUTE FUNCTION wait()"
     )
     running = proxied.popen("upgrade", "head")
     until(lambda: any(row == "active: COMMIT" for row in database.activity()))
+    return running
+
+
+def test_a_signal_while_the_server_commits_does_not_say_rolled_back_where_that_is_not_known(
+    committing: Running, database: Database, proxy: Proxy
+) -> None:
+    proxy.toxic("timeout", timeout=0)
+    result, seconds = committing.stop(signal.SIGTERM)
+    assert (result.returncode, result.failure) == (
+        143,
+        f"interrupted by SIGTERM; it did not end by itself, {UNDECIDED}; run again to go on",
+    )
+    assert seconds < 3
     proxy.cut()
-    running.says("; the server cannot be asked whether that was committed: see 'alembic current'")
+    idle(database)
+
+
+@pytest.mark.fault(
+    "Network",
+    fault="The connection is cut while the server commits a revision",
+    sees="`waiting, ...: revision 003 (...) failed: ...; whether that is committed cannot be told now: see 'alembic"
+    " current'`, then `nothing to do`, or the revision again; after SIGTERM, the same words",
+    state="All done, each revision once",
+    do="Nothing",
+)
+def test_a_commit_whose_answer_is_lost_is_not_done_again(
+    committing: Running, database: Database, proxy: Proxy, brake: Callable[[], None]
+) -> None:
+    running = committing
+    proxy.cut()
+    brake()
+    running.says(f"; {UNDECIDED}")
     until(lambda: database.at == ["003"])
     proxy.mend()
     result = running.wait()

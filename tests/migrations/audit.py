@@ -12,6 +12,8 @@ AGAIN = (
 )
 SLEEP = 'op.execute("SELECT pg_sleep(60)")'
 BUILD = 'op.execute("CREATE INDEX CONCURRENTLY slow ON audit (revision)")'
+BLOCK = "with op.get_context().autocommit_block():\n"
+MEND = "mend it, then run again"
 
 
 def audited(number: str, body: str = "") -> str:

@@ -5,11 +5,8 @@ import time
 
 import pytest
 
-from tests.migrations.audit import AUDIT, FILE, audit, audited
+from tests.migrations.audit import AUDIT, BLOCK, FILE, MEND, audit, audited
 from tests.migrations.helpers import Database, Project, Result, until
-
-MEND = "mend it, then run again"
-BLOCK = "with op.get_context().autocommit_block():\n"
 
 
 @pytest.mark.fault(

@@ -5,6 +5,7 @@ import os
 import pytest
 
 from tests.conftest import CANARY
+from tests.migrations import audit
 from tests.migrations.helpers import PASSWORD, Database, Project
 from tools.postgres import dsn
 
@@ -29,8 +30,7 @@ def parts(database: Database) -> dict[str, str | None]:
 
 def place(database: Database) -> str:
     """As the report names the test's database."""
-    url = database.url
-    return f"database {url.database} at {url.host}:{url.port or 5432} as {url.username}, schema public, PostgreSQL "
+    return f"{audit.place(database)}, schema public, PostgreSQL "
 
 
 @pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg2"])

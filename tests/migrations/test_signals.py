@@ -235,7 +235,7 @@ def test_a_revision_that_ignores_the_interruption_outside_its_transaction_is_tol
 @pytest.mark.fault(
     "Process and pod",
     fault="SIGKILL (out of memory, a lost node) in a revision",
-    sees="Nothing, exit 137",
+    sees="Nothing of the run itself, exit 137",
     state="Finished revisions stay, this one is rolled back; session and lock are gone within seconds",
     do="Deploy again",
 )

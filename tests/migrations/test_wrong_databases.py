@@ -2,11 +2,10 @@
 
 import pytest
 
-from tests.migrations.audit import AUDIT, audit, audited
+from tests.migrations.audit import AUDIT, MEND, audit, audited
 from tests.migrations.helpers import Database, Project
 
 TROUBLE = "see 'Troubleshooting' in README.md"
-MEND = "mend it, then run again"
 
 
 @pytest.mark.fault(

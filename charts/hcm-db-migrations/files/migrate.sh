@@ -57,9 +57,8 @@ print(" ".join(" ".join(lines or text.splitlines()).split()))' || cat git-error;
 
 if [ ! -d git/code ]; then
   reason=$(git_error)
-  case $reason in
-  *"signal: killed"* | *"signal 9"* | *"status 137"*) reason="$reason; most likely out of memory: raise \"git.resources.limits.memory\"" ;;
-  esac
+  ! grep -qE 'signal: killed|signal 9|status 137' git-error 2>/dev/null ||
+    reason="$reason; most likely out of memory: raise \"git.resources.limits.memory\""
   fail 1 "no checkout of \"$GIT_REF\" from \"$GIT_REPO\": $reason" "Git access"
 fi
 commit=$(basename "$(readlink git/code)")
@@ -90,7 +89,7 @@ if [ -n "$REQUIREMENTS" ]; then
   status=$?
   [ -z "$stopped" ] || exit 143
   case $status in
-  137 | 247) fail 1 "pip was killed, most likely out of memory: raise \"resources.limits.memory\"" "Requirements" ;; # 247: its child
+  137 | 247) fail 1 "killed while $stage, most likely out of memory: raise \"resources.limits.memory\"" "Requirements" ;; # 247: pip's child
   esac
   [ "$status" -eq 0 ] ||
     fail 1 "pip could not install $REQUIREMENTS (exit status $status, reason above): for a mirror, proxy or private CA set \"extraEnv\"" "Requirements"
