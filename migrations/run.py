@@ -240,7 +240,7 @@ class Run:
             self.left_transaction = self.stamped = self.rolled_back = False
             self.blockers.clear()
             yield step
-            self.at, self.step = ", ".join(step.to_revisions_no_deps) or "base", None
+            self.at, self.step = _reached(step), None
             log.info("done in %.2f s", time.monotonic() - self.started)
             self.patience.renew()
         # All is done, whatever comes of this.
@@ -349,8 +349,7 @@ class Run:
             or named(re.sub(r"_cc(new|old)\d*$", "", row.relname))  # what REINDEX CONCURRENTLY appends
             or (row.name not in self.invalid_before and named(row.of_table))
         ]
-        drops = "; ".join(f"DROP INDEX CONCURRENTLY {name}" for name in names)
-        return f"INVALID, and of no use: {', '.join(names)}; remove with: {drops}" if names else ""
+        return f"INVALID, and of no use: {', '.join(names)}{_removal(names)}" if names else ""
 
     def _may_try_again(self, error: Exception) -> bool:
         if not isinstance(error, DBAPIError | psycopg2.Error) or (self.step and self.left_transaction):
@@ -396,20 +395,19 @@ class Run:
             return [*parts, f"the database is at {self.at}"]
         if self.stamped and not known:  # the commit may have arrived, its answer did not
             return [*parts, UNDECIDED]
-        if self.stamped and self.at == (", ".join(self.step.to_revisions_no_deps) or "base"):
+        if self.stamped and self.at == _reached(self.step):
             return [*parts, f"but it is committed, the database is at {self.at}"]
         return [*parts, f"rolled back at {self.at}"]
 
     def _kept(self) -> str:
         kept = self.statements[: self.kept]
         built = [(match, kept[after:]) for after, what in enumerate(kept, 1) if (match := BUILT_INDEX.match(what))]
-        undo = "; ".join(
-            f"DROP INDEX CONCURRENTLY {match['schema'] or ''}{match['name']}"
+        indexes = [
+            f"{match['schema'] or ''}{match['name']}"
             for match, later in built
             if not any(match["name"] in statement for statement in later)  # it may have another name, or be gone
-        )
-        stays = f"outside its transaction it had done, and this stays: {_shown(kept)}"
-        return f"{stays}; remove with: {undo}" if undo else stays
+        ]
+        return f"outside its transaction it had done, and this stays: {_shown(kept)}{_removal(indexes)}"
 
     def cut_off(self, number: int) -> str:
         """The one line where a signal did not end the run."""
@@ -458,6 +456,15 @@ def _shown(statements: list[str]) -> str:
     if len(short) > 4:
         short[3:-1] = [f"{len(short) - 4} more"]
     return "; ".join(short)
+
+
+def _removal(indexes: list[str]) -> str:
+    return "; remove with: " + "; ".join(f"DROP INDEX CONCURRENTLY {name}" for name in indexes) if indexes else ""
+
+
+def _reached(step: RevisionStep) -> str:
+    """Where the database stands after the step."""
+    return ", ".join(step.to_revisions_no_deps) or "base"
 
 
 def _name(step: RevisionStep) -> str:

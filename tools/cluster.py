@@ -151,10 +151,7 @@ def ensure(kubeconfig: str | None = None, owner: int = 0) -> Cluster:
             return cluster
         _delete()  # what an earlier, killed run may have left
         try:
-            cluster = _make()
-            cluster.owner = owner
-            _remember(cluster)
-            return cluster
+            return _make(owner)
         except BaseException:
             say("deleting the half-made cluster")
             _delete()
@@ -165,7 +162,7 @@ def current() -> Cluster | None:
     """The cluster that runs, if any."""
     cluster = _remembered()
     if cluster and (cluster.how != "made here" or engine.running()):
-        find_or_build("kubectl")
+        find_or_build("kubectl")  # here, as its errors are not the API server's
         for _ in range(5):  # a busy API server may miss one
             with contextlib.suppress(RuntimeError):
                 cluster.kubectl("get", "--raw=/readyz", "--request-timeout=30s")
@@ -235,7 +232,7 @@ def push_checkout(cluster: Cluster, name: str = "hcm-db-migrations.git", revisio
         git("push", "--quiet", f"{cluster.git_url}/{name}", *refs)
 
 
-def _make() -> Cluster:
+def _make(owner: int) -> Cluster:
     env, how, images = _choose()
     STATE.mkdir(parents=True, exist_ok=True)
     if how == "made here":
@@ -261,7 +258,7 @@ def _make() -> Cluster:
     command += ["--kubeconfig", kubeconfig]
     kubeconfig.touch(mode=0o600)  # kind writes it late; _delete() looks for it
     run(command, "starting the kind cluster", "40 s", env=env, input=json.dumps(config))
-    cluster = Cluster(how, str(kubeconfig), address, ports, images, _new_passwords())
+    cluster = Cluster(how, str(kubeconfig), address, ports, images, _new_passwords(), owner)
     dns = "--namespace=kube-system", "deploy/coredns"
     # Begun before kube-proxy, it waits 30 s for an answer that cannot come.
     cluster.kubectl("rollout", "status", "--namespace=kube-system", "daemonset/kube-proxy", "--timeout=180s")
@@ -269,6 +266,7 @@ def _make() -> Cluster:
     _install_fixtures(cluster)
     cluster.kubectl("rollout", "status", *dns, "--timeout=180s")
     (STATE / "values.yaml").write_text(json.dumps({NAME: cluster.image_values()}, indent=2) + "\n")
+    _remember(cluster)
     return cluster
 
 

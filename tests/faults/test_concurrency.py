@@ -21,6 +21,7 @@ import pytest
 from sqlalchemy import URL
 
 from tests.conftest import CANARY
+from tests.migrations.audit import BLOCK
 from tests.migrations.helpers import Database, Project, fresh_database, until
 from tests.migrations.runner import Runner
 from tools.postgres import dsn, execute
@@ -28,7 +29,6 @@ from tools.postgres import dsn, execute
 RUNNERS = 10
 AT_ONCE = 3  # rounds; most of a round is waiting
 WAIT = 60  # each run's MIGRATION_WAIT_SECONDS: none may give up
-BLOCK = "with op.get_context().autocommit_block():\n    "
 
 # From 002 on every stamp leaves a row, in the transaction of the revision that it belongs to.
 AUDIT = '''

@@ -11,7 +11,7 @@ import psycopg2
 import pytest
 
 from tests.faults.conftest import namespace, pgbouncer, root_only
-from tests.migrations.audit import AUDIT, FILE, audit, audited, sleeping
+from tests.migrations.audit import AUDIT, FILE, audit, audited, sleeping, terminate
 from tests.migrations.helpers import Database, Project, until
 from tools.postgres import Postgres, dsn
 
@@ -234,7 +234,7 @@ def test_a_revisions_own_time_is_no_waiting(project: Project, database: Database
     running = project.popen("upgrade", "head", MIGRATION_WAIT_SECONDS="2")
     until(lambda: sleeping(database))
     time.sleep(2.5)
-    database.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep%'")
+    terminate(database)
     result = running.wait()
     assert (result.returncode, database.at, audit(database)) == (0, ["003"], ["003"]), result
     assert "waiting, up to 2 s more: revision 003 " in result.stderr

@@ -4,7 +4,20 @@ import signal
 
 import pytest
 
-from tests.migrations.audit import AGAIN, AUDIT, BUILD, FILE, audit, audited, idle, sleeping
+from tests.migrations.audit import (
+    AGAIN,
+    AUDIT,
+    BLOCK,
+    BUILD,
+    FILE,
+    SLEEP,
+    audit,
+    audited,
+    building,
+    idle,
+    sleeping,
+    terminate,
+)
 from tests.migrations.helpers import Database, Project, until
 
 ENDS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)]
@@ -83,12 +96,12 @@ def test_a_run_that_is_killed_while_it_waits_does_not_disturb_the_other(project:
 )
 def test_an_index_whose_building_was_killed_is_named_by_the_next_run(project: Project, database: Database) -> None:
     project.add("002", AUDIT)
-    project.add("003", "with op.get_context().autocommit_block():\n    " + BUILD)
+    project.add("003", BLOCK + BUILD)
     assert project.alembic("upgrade", "002").returncode == 0
     with database.session() as writer:
         writer.execute("INSERT INTO audit VALUES ('writer')")  # CREATE INDEX CONCURRENTLY waits for it to end
         running = project.popen("upgrade", "head")
-        until(lambda: database.scalar("SELECT count(*) FROM pg_stat_progress_create_index WHERE phase LIKE 'waiting%'"))
+        until(lambda: building(database))
         running.stop(signal.SIGKILL)
         idle(database)
     result = project.alembic("upgrade", "head")
@@ -111,7 +124,7 @@ def test_an_index_whose_building_was_killed_is_named_by_the_next_run(project: Pr
 def test_an_index_that_was_built_but_not_recorded_is_told_with_the_cure(project: Project, database: Database) -> None:
     project.add("002", AUDIT)
     kill = "import os\nos.kill(os.getpid(), signal.SIGKILL)"
-    path = project.add("003", f"with op.get_context().autocommit_block():\n    {BUILD}\n{kill}")
+    path = project.add("003", f"{BLOCK}{BUILD}\n{kill}")
     assert project.alembic("upgrade", "head").returncode == -9
     idle(database)
     path.write_text(path.read_text().replace("os.kill", "print"))
@@ -137,11 +150,10 @@ def test_an_index_that_was_built_but_not_recorded_is_told_with_the_cure(project:
 )
 def test_a_connection_that_breaks_in_an_autocommit_block_lists_what_stays(project: Project, database: Database) -> None:
     project.add("002", AUDIT)
-    body = f'    {BUILD}\n    op.execute("SELECT pg_sleep(60)")'
-    path = project.add("003", f"with op.get_context().autocommit_block():\n{body}")
+    path = project.add("003", f"{BLOCK}{BUILD}\n    {SLEEP}")
     running = project.popen("upgrade", "head")
     until(lambda: sleeping(database))
-    database.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep%'")
+    terminate(database)
     result = running.wait()
     assert (result.returncode, database.at) == (255, ["002"])
     assert result.failure == (

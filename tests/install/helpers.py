@@ -211,6 +211,11 @@ class Repository:
         """For pods."""
         return f"{self.cluster.git_in_cluster}/{self.name}.git"
 
+    @property
+    def remote(self) -> str:
+        """For this process, which may push."""
+        return f"{self.cluster.git_url}/{self.name}.git"
+
     def git(self, *words: str) -> str:
         environment = {"PATH": os.environ["PATH"], "HOME": str(self.folder.parent), "GIT_CONFIG_NOSYSTEM": "1"}
         who = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
@@ -220,7 +225,7 @@ class Repository:
         """Commit what is there and push it; return the commit."""
         self.git("add", "--all")
         self.git("commit", "--quiet", "--allow-empty", "--message=test")
-        self.git("push", "--quiet", "--force", f"{self.cluster.git_url}/{self.name}.git", f"HEAD:{ref}")
+        self.git("push", "--quiet", "--force", self.remote, f"HEAD:{ref}")
         return self.git("rev-parse", "HEAD")
 
     def revision(self, number: str, *upgrade: str, downgrade: str = "SELECT 1") -> Path:

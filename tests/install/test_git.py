@@ -36,7 +36,7 @@ def test_a_run_takes_exactly_the_ref_and_the_folder_that_are_named(
     if kind == "tag":
         git["branch"] = "v1.0"
         repository.git("tag", "--annotate", "--message=test", "v1.0")
-        repository.git("push", "--quiet", f"{repository.cluster.git_url}/{repository.name}.git", "v1.0")
+        repository.git("push", "--quiet", repository.remote, "v1.0")
     if kind == "commit":
         git["branch"] = commit
         repository.push("refs/heads/feature/chosen")

@@ -1,6 +1,8 @@
 """Revisions that leave a trace in the database, and what the database says about the runs."""
 
-from tests.migrations.helpers import Database, until
+import re
+
+from tests.migrations.helpers import Database, Result, until
 
 # Every revision of these tests writes its number here: a revision that ran twice has two rows, one that was
 # rolled back has none.
@@ -12,7 +14,8 @@ AGAIN = (
 )
 SLEEP = 'op.execute("SELECT pg_sleep(60)")'
 BUILD = 'op.execute("CREATE INDEX CONCURRENTLY slow ON audit (revision)")'
-BLOCK = "with op.get_context().autocommit_block():\n"
+BLOCK = "with op.get_context().autocommit_block():\n    "
+CUT_OFF = "interrupted by SIGTERM; it did not end by itself, so the database rolls back at 002; run again to go on"
 MEND = "mend it, then run again"
 
 
@@ -27,6 +30,23 @@ def audit(database: Database) -> list[str]:
 def sleeping(database: Database, words: str = "pg_sleep") -> bool:
     """Whether a run's statement with these words is at work."""
     return any(row.startswith("active: ") and words in row for row in database.activity())
+
+
+def building(database: Database) -> bool:
+    """Whether an index that is built concurrently waits for the transactions of others."""
+    return database.scalar("SELECT count(*) > 0 FROM pg_stat_progress_create_index WHERE phase LIKE 'waiting%'")
+
+
+def terminate(database: Database) -> None:
+    """End the session of the run that sleeps."""
+    database.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep%'")
+
+
+def follow(result: Result, database: Database) -> None:
+    """Run the statement that the message names."""
+    statements = re.findall(r"remove with: (.*?); rolled back", result.failure)
+    assert len(statements) == 1, result.failure
+    database.execute(statements[0])
 
 
 def idle(database: Database) -> None:

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.migrations.audit import AUDIT, FILE, SLEEP, audit, audited, sleeping
+from tests.migrations.audit import AUDIT, FILE, SLEEP, audit, audited, sleeping, terminate
 from tests.migrations.helpers import Database, Project, until
 from tools.postgres import Postgres, dsn
 
@@ -29,7 +29,7 @@ def test_a_backend_that_is_terminated_in_a_revision_is_tried_again(
     project.add("003", audited("003", f'{execute}("SELECT pg_sleep(2)")'))
     running = project.popen("upgrade", "head")
     until(lambda: sleeping(database))
-    database.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep%'")
+    terminate(database)
     result = running.wait()
     assert (result.returncode, database.at, audit(database)) == (0, ["003"], ["003"]), result
     assert "Traceback" not in result.stderr

@@ -1,12 +1,11 @@
 """Revisions that fail: one clear line says why, and what is left of them."""
 
-import re
 import time
 
 import pytest
 
-from tests.migrations.audit import AUDIT, BLOCK, FILE, MEND, audit, audited
-from tests.migrations.helpers import Database, Project, Result, until
+from tests.migrations.audit import AUDIT, BLOCK, FILE, MEND, audit, audited, building, follow
+from tests.migrations.helpers import Database, Project, until
 
 
 @pytest.mark.fault(
@@ -66,13 +65,6 @@ def test_a_constraint_that_fails_at_the_commit_keeps_nothing(project: Project, d
     )
 
 
-def follow(result: Result, database: Database) -> None:
-    """Run the statement that the message names."""
-    statements = re.findall(r"remove with: (.*?); rolled back", result.failure)
-    assert len(statements) == 1, result.failure
-    database.execute(statements[0])
-
-
 @pytest.mark.fault(
     "Partial work",
     fault="An `autocommit_block` fails half way",
@@ -85,7 +77,7 @@ def test_what_an_autocommit_block_did_before_it_failed_is_listed(project: Projec
     project.add("002", AUDIT)
     body = [
         audited("003").strip(),
-        BLOCK + '    op.execute("CREATE INDEX CONCURRENTLY one\\n ON audit (revision)")',
+        BLOCK + 'op.execute("CREATE INDEX CONCURRENTLY one\\n ON audit (revision)")',
         '    op.execute("CREATE INDEX CONCURRENTLY two ON audit (gone)")',
     ]
     path = project.add("003", "\n".join(body))
@@ -116,7 +108,7 @@ def test_what_an_autocommit_block_did_before_it_failed_is_listed(project: Projec
 def test_what_follows_an_autocommit_block_is_rolled_back_and_not_listed(project: Project, database: Database) -> None:
     project.add("002", AUDIT)
     database.execute(f'CREATE SCHEMA "re ports" AUTHORIZATION {database.role}')
-    create = """    op.execute('CREATE UNIQUE INDEX CONCURRENTLY "o ne" ON "re ports".b (x)')\n"""
+    create = """op.execute('CREATE UNIQUE INDEX CONCURRENTLY "o ne" ON "re ports".b (x)')\n"""
     block = f"""op.execute('CREATE TABLE IF NOT EXISTS "re ports".b (x text)')\n{BLOCK}{create}"""
     path = project.add("003", block + audited("003", 'op.execute("SELECT 1 / 0")'))
     result = project.alembic("upgrade", "head")
@@ -142,7 +134,7 @@ def test_what_follows_an_autocommit_block_is_rolled_back_and_not_listed(project:
 )
 def test_a_locked_table_in_an_autocommit_block_is_not_tried_again(project: Project, database: Database) -> None:
     project.add("002", AUDIT)
-    project.add("003", BLOCK + '    op.execute("ALTER TABLE hcm_report_metadata ADD COLUMN status text")')
+    project.add("003", BLOCK + 'op.execute("ALTER TABLE hcm_report_metadata ADD COLUMN status text")')
     assert project.alembic("upgrade", "002").returncode == 0
     with database.session() as reader:
         reader.execute("SELECT count(*) FROM hcm_report_metadata")
@@ -162,14 +154,14 @@ def test_a_locked_table_in_an_autocommit_block_is_not_tried_again(project: Proje
 )
 def test_an_index_that_is_built_concurrently_waits_for_all_transactions(project: Project, database: Database) -> None:
     project.add("002", AUDIT)
-    build = '    op.execute("CREATE INDEX CONCURRENTLY slow ON audit (revision)")\n'
+    build = 'op.execute("CREATE INDEX CONCURRENTLY slow ON audit (revision)")\n'
     after = "    op.execute(\"CREATE TABLE after AS SELECT current_setting('lock_timeout') AS lock_timeout\")"
     project.add("003", BLOCK + build + after)
     assert project.alembic("upgrade", "002").returncode == 0
     with database.session() as writer:
         writer.execute("INSERT INTO audit VALUES ('writer')")
         running = project.popen("upgrade", "head")
-        until(lambda: database.scalar("SELECT count(*) FROM pg_stat_progress_create_index WHERE phase LIKE 'waiting%'"))
+        until(lambda: building(database))
         time.sleep(4)  # lock_timeout is 3 s
         writer.connection.commit()
         result = running.wait()

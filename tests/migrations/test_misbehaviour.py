@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.migrations.audit import FILE
+from tests.migrations.audit import BLOCK, FILE
 from tests.migrations.helpers import Database, Project
 
 TABLE = 'op.execute("CREATE TABLE a (x int)")\n'
@@ -65,7 +65,7 @@ def test_words_that_end_a_transaction_elsewhere_do_not_end_it(project: Project, 
 def test_what_statements_quote_is_not_printed_and_of_many_only_the_ends(project: Project, database: Database) -> None:
     rows = "".join(f"    op.execute(\"INSERT INTO a VALUES ('{n}', 'jane@secret.org')\")\n" for n in range(50))  # noqa: S608
     table = 'op.execute("CREATE TABLE a (x text, y text)")\n'
-    project.add("002", "with op.get_context().autocommit_block():\n    " + table + rows + "    1 / 0")
+    project.add("002", BLOCK + table + rows + "    1 / 0")
     result = project.alembic("upgrade", "head")
     assert result.returncode == 255
     assert "secret" not in result.stderr
@@ -75,7 +75,7 @@ def test_what_statements_quote_is_not_printed_and_of_many_only_the_ends(project:
 
 def test_savepoints_and_autocommit_blocks_are_a_revisions_own(project: Project, database: Database) -> None:
     project.add("002", "with op.get_bind().begin_nested():\n    op.execute('CREATE TABLE a (x int)')")
-    block = "with op.get_context().autocommit_block():\n    op.execute('CREATE INDEX CONCURRENTLY b ON a (x)')\n"
+    block = f"{BLOCK}op.execute('CREATE INDEX CONCURRENTLY b ON a (x)')\n"
     project.add("003", f"op.execute('INSERT INTO a VALUES (1)')\n{block}op.execute('INSERT INTO a VALUES (2)')")  # noqa: S608
     result = project.alembic("upgrade", "head")
     assert (result.returncode, database.at, database.execute("SELECT x FROM a")) == (0, ["003"], [(1,), (2,)]), result

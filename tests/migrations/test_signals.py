@@ -2,12 +2,11 @@
 
 import signal
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 
-from tests.migrations.audit import AGAIN, BUILD, FILE, SLEEP, audit, audited, idle, sleeping
+from tests.migrations.audit import AGAIN, BLOCK, BUILD, CUT_OFF, FILE, SLEEP, audit, audited, building, idle, sleeping
 from tests.migrations.helpers import Database, Project, Result, until
 
 STOPS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
@@ -27,6 +26,11 @@ def interrupted(result: Result, seconds: float, number: signal.Signals, code: in
     assert result.returncode == code, result
     assert result.failure == f"interrupted by {number.name}{where}; {AGAIN}"
     assert seconds < 3
+
+
+def during(result: Result, revision: str, rest: str) -> str:
+    elapsed = result.failure.split(" after ")[1].split(" ")[0]
+    return f" in revision {revision} ({FILE.format(revision)}) after {elapsed} s; {rest}"
 
 
 @pytest.mark.fault(
@@ -58,9 +62,7 @@ def test_a_signal_in_a_revision_rolls_it_back(
     running = prepared.popen("upgrade", "head")
     until(lambda: any(begun in row for row in database.activity()))
     result, seconds = running.stop(number)
-    elapsed = result.failure.split(" after ")[1].split(" ")[0]
-    where = f" in revision 004 ({FILE.format('004')}) after {elapsed} s; rolled back at 003"
-    interrupted(result, seconds, number, code, where)
+    interrupted(result, seconds, number, code, during(result, "004", "rolled back at 003"))
     idle(database)
     assert (database.at, audit(database)) == (["003"], ["003"])
 
@@ -116,9 +118,7 @@ def test_a_signal_while_waiting_for_a_table(
         running = prepared.popen("upgrade", "head")
         until(lambda: sleeping(database, "LOCK TABLE"))
         result, seconds = running.stop(number)
-    elapsed = result.failure.split(" after ")[1].split(" ")[0]
-    where = f" in revision 003 ({FILE.format('003')}) after {elapsed} s; rolled back at 002"
-    interrupted(result, seconds, number, code, where)
+    interrupted(result, seconds, number, code, during(result, "003", "rolled back at 002"))
 
 
 @pytest.mark.fault(
@@ -133,18 +133,14 @@ def test_a_signal_while_waiting_for_a_table(
 def test_a_signal_while_an_index_is_built_concurrently_names_what_is_left(
     prepared: Project, database: Database, number: signal.Signals, code: int
 ) -> None:
-    prepared.add("003", "with op.get_context().autocommit_block():\n    " + BUILD)
+    prepared.add("003", BLOCK + BUILD)
     with database.session() as writer:
         writer.execute("INSERT INTO audit VALUES ('writer')")  # CREATE INDEX CONCURRENTLY waits for it to end
         running = prepared.popen("upgrade", "head")
-        until(lambda: database.scalar("SELECT count(*) FROM pg_stat_progress_create_index WHERE phase LIKE 'waiting%'"))
+        until(lambda: building(database))
         result, seconds = running.stop(number)
-    elapsed = result.failure.split(" after ")[1].split(" ")[0]
-    where = (
-        f" in revision 003 ({FILE.format('003')}) after {elapsed} s; INVALID, and of no use: public.slow; remove with:"
-        " DROP INDEX CONCURRENTLY public.slow; rolled back at 002"
-    )
-    interrupted(result, seconds, number, code, where)
+    left = "INVALID, and of no use: public.slow; remove with: DROP INDEX CONCURRENTLY public.slow; rolled back at 002"
+    interrupted(result, seconds, number, code, during(result, "003", left))
     database.execute("DROP INDEX CONCURRENTLY public.slow")
     assert prepared.alembic("upgrade", "head").returncode == 0
 
@@ -153,11 +149,11 @@ def test_a_signal_while_an_index_is_rebuilt_concurrently_names_the_new_one(
     prepared: Project, database: Database
 ) -> None:
     database.execute("CREATE INDEX slow ON audit (revision)")
-    prepared.add("003", 'with op.get_context().autocommit_block():\n    op.execute("REINDEX INDEX CONCURRENTLY slow")')
+    prepared.add("003", BLOCK + 'op.execute("REINDEX INDEX CONCURRENTLY slow")')
     with database.session() as writer:
         writer.execute("INSERT INTO audit VALUES ('writer')")
         running = prepared.popen("upgrade", "head")
-        until(lambda: database.scalar("SELECT count(*) FROM pg_stat_progress_create_index WHERE phase LIKE 'waiting%'"))
+        until(lambda: building(database))
         result, _ = running.stop(signal.SIGTERM)
     left = "INVALID, and of no use: public.slow_ccnew; remove with: DROP INDEX CONCURRENTLY public.slow_ccnew"
     assert (result.returncode, left in result.failure) == (143, True), result.failure
@@ -199,10 +195,7 @@ def test_a_revision_that_ignores_the_interruption_does_not_keep_the_run(prepared
     running = prepared.popen("upgrade", "head")
     until((prepared.folder / "begun").exists)
     result, seconds = running.stop(signal.SIGTERM)
-    assert (result.returncode, result.failure) == (
-        143,
-        "interrupted by SIGTERM; it did not end by itself, so the database rolls back at 002; run again to go on",
-    )
+    assert (result.returncode, result.failure) == (143, CUT_OFF)
     assert seconds < 3
     idle(database)
     assert (database.at, audit(database)) == (["002"], [])
@@ -219,8 +212,7 @@ def test_a_revision_that_ignores_the_interruption_does_not_keep_the_run(prepared
 def test_a_revision_that_ignores_the_interruption_outside_its_transaction_is_told_as_one(
     prepared: Project, before: str, told: str
 ) -> None:
-    block = "with op.get_context().autocommit_block():\n"
-    prepared.add("003", before + block + textwrap.indent(DEAF, "    "))
+    prepared.add("003", before + BLOCK + DEAF.replace("\n", "\n    "))
     running = prepared.popen("upgrade", "head")
     until((prepared.folder / "begun").exists)
     result, seconds = running.stop(signal.SIGTERM)

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from tests.migrations.audit import AUDIT, BUILD, FILE, SLEEP, audit, audited, idle, sleeping
+from tests.migrations.audit import AUDIT, BLOCK, BUILD, FILE, SLEEP, audit, audited, idle, sleeping
 from tests.migrations.helpers import Database, Project, until
 
 
@@ -19,7 +19,7 @@ from tests.migrations.helpers import Database, Project, until
 def test_runs_at_the_same_time_apply_each_revision_once(project: Project, database: Database, runners: int) -> None:
     project.add("002", AUDIT)
     project.add("003", audited("003", 'op.execute("SELECT pg_sleep(0.5)")'))
-    project.add("004", audited("004", "with op.get_context().autocommit_block():\n    " + BUILD))
+    project.add("004", audited("004", BLOCK + BUILD))
     project.add("005", audited("005"))
     results = [running.wait() for running in [project.popen("upgrade", "head") for _ in range(runners)]]
     assert [result.returncode for result in results] == [0] * runners, results
