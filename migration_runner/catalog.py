@@ -1,0 +1,324 @@
+"""What PostgreSQL's catalog says: the version table and who owns it, INVALID indexes, sessions.
+
+Each query runs with search_path = pg_catalog, or names that schema itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from migration_runner.sql import IndexBuild
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from migration_runner.database import RawConnection, Row
+
+
+class Asks(Protocol):
+    """A connection of the runner's own."""
+
+    def ask(self, query: str, *parameters: object) -> Sequence[Row]: ...
+
+
+# Whom the role trusts anyway: itself, the roles granted to it, the database's owner, superusers. A superuser is a member
+# of every role, so membership is read, not asked with pg_has_role().
+TRUSTED = """
+    WITH RECURSIVE granted AS (
+        SELECT oid FROM pg_roles WHERE rolname = session_user OR rolname = current_user
+        UNION SELECT m.roleid FROM pg_auth_members m JOIN granted g ON m.member = g.oid
+    ), trusted AS (
+        SELECT oid FROM granted
+        UNION SELECT datdba FROM pg_database WHERE datname = current_database()
+        UNION SELECT oid FROM pg_roles WHERE rolsuper OR rolname = 'pg_database_owner'
+    )
+"""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the role's search_path leads; names, or None."""
+
+    role: str
+    current_schema: str | None
+    schema_owner: str | None  # None where the role trusts it
+    table_schema: str | None  # where the version table stands already
+
+
+def find_place(raw: RawConnection, search_path: str, version_table: str) -> Place:
+    """Resolve names as a revision would, in the transaction that the caller ends."""
+    raw.ask("SELECT set_config('search_path', %s, true)", search_path)
+    role, schema, found = raw.ask(
+        "SELECT current_user::pg_catalog.text, pg_catalog.current_schema()::pg_catalog.text,"
+        " pg_catalog.to_regclass(pg_catalog.quote_ident(%s::pg_catalog.text))::pg_catalog.oid",
+        version_table,
+    )[0]
+    raw.ask("SELECT pg_catalog.set_config('search_path', 'pg_catalog', true)")
+    owner = raw.ask(
+        TRUSTED + "SELECT nspowner::regrole::text FROM pg_namespace"
+        " WHERE nspname = %s::name AND nspowner NOT IN (SELECT oid FROM trusted)",
+        schema,
+    )
+    table_schema = raw.ask("SELECT relnamespace::regnamespace::oid, n.nspname::text FROM pg_class c"
+                           " JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = %s", found)
+    return Place(role, schema, owner[0][0] if owner else None, table_schema[0][1] if table_schema else None)
+
+
+def others_who_may_create(raw: RawConnection, search_path: str) -> list[str]:
+    """`public (PUBLIC, report)`: schemas of the search_path in which others may make objects that revisions meet."""
+    raw.ask("SELECT set_config('search_path', %s, true)", search_path)
+    (schemas,) = raw.ask("SELECT pg_catalog.current_schemas(false)::pg_catalog.text[]")[0]
+    raw.ask("SELECT pg_catalog.set_config('search_path', 'pg_catalog', true)")
+    rows = raw.ask(
+        TRUSTED
+        + """
+        SELECT n.nspname::text, string_agg(DISTINCT coalesce(r.rolname, 'PUBLIC'), ', ' ORDER BY coalesce(r.rolname, 'PUBLIC'))
+        FROM pg_namespace n
+        CROSS JOIN LATERAL (
+            SELECT grantee FROM aclexplode(coalesce(n.nspacl, acldefault('n', n.nspowner)))
+            WHERE privilege_type = 'CREATE'
+            UNION SELECT n.nspowner
+        ) a
+        LEFT JOIN pg_roles r ON r.oid = a.grantee
+        WHERE n.nspname = ANY (%s::name[]) AND a.grantee NOT IN (SELECT oid FROM trusted)
+        GROUP BY 1 ORDER BY 1
+        """,
+        schemas,
+    )
+    return [f"{schema} ({roles})" for schema, roles in rows]
+
+
+KINDS = {"v": "view", "m": "materialized view", "f": "foreign table", "p": "partitioned table", "S": "sequence"}
+
+# Everything that runs when the table is written or read: what depends on it, and whose functions, operators and types
+# that is made of. Objects of the system itself have no entry in pg_depend.
+DEPENDENTS = """
+    dependents AS (
+        SELECT classid, objid FROM pg_depend WHERE refclassid = 'pg_class'::regclass AND refobjid = %(oid)s
+        UNION SELECT 'pg_class'::regclass, %(oid)s
+    ), used AS (
+        SELECT d.refclassid AS classid, d.refobjid AS objid
+        FROM pg_depend d JOIN dependents USING (classid, objid)
+    ), owned AS (
+        SELECT 'function ' || p.oid::regprocedure::text AS what, p.proowner AS owner
+        FROM pg_proc p WHERE p.oid IN (SELECT objid FROM used WHERE classid = 'pg_proc'::regclass)
+        UNION ALL
+        SELECT 'function ' || p.oid::regprocedure::text, p.proowner
+        FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid WHERE t.tgrelid = %(oid)s AND NOT t.tgisinternal
+        UNION ALL
+        SELECT 'operator ' || o.oid::regoperator::text, o.oprowner
+        FROM pg_operator o WHERE o.oid IN (SELECT objid FROM used WHERE classid = 'pg_operator'::regclass)
+        UNION ALL
+        SELECT 'type ' || t.oid::regtype::text, t.typowner
+        FROM pg_type t WHERE t.oid IN (SELECT objid FROM used WHERE classid = 'pg_type'::regclass)
+    )
+"""
+
+
+@dataclass(frozen=True)
+class VersionTable:
+    """The version table as it stands in the database."""
+
+    name: str  # quoted, with its schema
+    problem: str | None  # why it is refused
+    width: int | None  # of version_num, in characters; None: any
+
+
+def version_table(raw: RawConnection, schema: str, name: str) -> VersionTable | None:
+    """Look at the version table before anything reads or writes it; None where there is none yet."""
+    found = raw.ask(
+        TRUSTED
+        + """
+        SELECT c.oid, quote_ident(n.nspname) || '.' || quote_ident(c.relname), c.relkind::text,
+               CASE WHEN c.relowner NOT IN (SELECT oid FROM trusted) THEN c.relowner::regrole::text END,
+               format_type(a.atttypid, NULL), a.atttypmod
+        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+        LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = 'version_num' AND NOT a.attisdropped
+        WHERE n.nspname = %s::name AND c.relname = %s::name
+        """,
+        schema,
+        name,
+    )
+    if not found:
+        return None
+    oid, table, kind, owner, column, modifier = found[0]
+    problem = None
+    if kind != "r":
+        problem = f"is a {KINDS.get(kind, 'relation')}, no ordinary table"
+    elif owner:
+        problem = f"belongs to {owner}"
+    elif foreign := _foreign_code(raw, oid):
+        problem = f"runs the {foreign[0]}, which belongs to {foreign[1]}"
+    elif column not in ("character varying", "text", "character"):
+        has = f"has a version_num of type {column}" if column else "has no column version_num"
+        problem = f"{has}, so it is not Alembic's"
+    elif raw.ask(f"SELECT EXISTS (SELECT FROM {table} WHERE version_num IS NULL)")[0][0]:  # noqa: S608
+        problem = "has a row without a revision: DELETE FROM {} WHERE version_num IS NULL".format(table)
+    elif raw.ask(f"SELECT EXISTS (SELECT FROM {table} GROUP BY version_num HAVING count(*) > 1)")[0][0]:  # noqa: S608
+        problem = (
+            f"has a revision twice: DELETE FROM {table} a USING {table} b"
+            " WHERE a.version_num = b.version_num AND a.ctid > b.ctid"
+        )
+    width = modifier - 4 if column in ("character varying", "character") and modifier and modifier > 0 else None
+    return VersionTable(table, problem, width)
+
+
+def _foreign_code(raw: RawConnection, oid: int) -> tuple[str, str] | None:
+    query = (
+        TRUSTED.rstrip()
+        + f", {DEPENDENTS} SELECT what, owner::regrole::text FROM owned"
+        " WHERE owner NOT IN (SELECT oid FROM trusted) LIMIT 1"
+    )
+    with raw.cursor() as cursor:
+        rows = raw.ask(cursor.mogrify(query, {"oid": oid}))
+    return (rows[0][0], rows[0][1]) if rows else None
+
+
+@dataclass(frozen=True)
+class Index:
+    """An index; `name` is quoted, with its schema."""
+
+    oid: int
+    table: int
+    relname: str
+    name: str
+    valid: bool
+
+
+# An index that another session is building is INVALID meanwhile, and none of our business: its builder shows up in the
+# progress view and holds this lock on the table. Only ordinary indexes: a partitioned one may be INVALID by design,
+# until its parts are attached.
+INDEXES = """
+    SELECT c.oid, i.indrelid, c.relname::text, quote_ident(n.nspname) || '.' || quote_ident(c.relname), i.indisvalid
+    FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE (NOT i.indisvalid OR i.indrelid = ANY (%s::oid[])) AND c.relkind = 'i' AND n.nspname <> 'pg_toast'
+    AND NOT EXISTS (
+        SELECT FROM pg_locks l JOIN pg_stat_progress_create_index p USING (pid)
+        WHERE l.relation = i.indrelid AND l.mode = 'ShareUpdateExclusiveLock' AND l.pid <> pg_backend_pid())
+    ORDER BY 4
+"""
+
+
+def indexes(asks: Asks, tables: Sequence[int] = ()) -> list[Index]:
+    """The INVALID indexes of the database, and all indexes of these tables."""
+    return [Index(*row) for row in asks.ask(INDEXES, list(tables))]
+
+
+@dataclass(frozen=True)
+class ResolvedBuild:
+    """A statement that works on an index CONCURRENTLY, with the server's own names."""
+
+    build: IndexBuild
+    table: int | None  # None: a whole schema or database, or what does not exist
+    index: str | None  # folded and cut as the server does it
+    existed: bool = False
+
+    def left(self, index: Index, invalid_before: frozenset[int]) -> bool:
+        """Whether an INVALID index is this statement's."""
+        if self.table is None:
+            return index.oid not in invalid_before
+        named = self.build.rebuilds or index.relname == self.index
+        return index.table == self.table and (named or index.oid not in invalid_before)
+
+
+def resolve(raw: RawConnection, build: IndexBuild) -> ResolvedBuild:
+    """Let the server read the names, with the search_path that the statement will have."""
+    if build.table is None:
+        rows = raw.ask(
+            "SELECT i.indrelid, c.relname::pg_catalog.text FROM pg_catalog.pg_index i JOIN pg_catalog.pg_class c"
+            " ON c.oid OPERATOR(pg_catalog.=) i.indexrelid"
+            " WHERE c.oid OPERATOR(pg_catalog.=) pg_catalog.to_regclass(%s::pg_catalog.text)::pg_catalog.oid",
+            build.index,
+        )
+        return ResolvedBuild(build, *(rows[0] if rows else (None, None)), existed=True)
+    (table,) = raw.ask("SELECT pg_catalog.to_regclass(%s::pg_catalog.text)::pg_catalog.oid", build.table)[0]
+    if build.index is None:
+        return ResolvedBuild(build, table, None)
+    index, existed = raw.ask(
+        "SELECT s.name::pg_catalog.text, EXISTS (SELECT FROM pg_catalog.pg_index i JOIN pg_catalog.pg_class c"
+        " ON c.oid OPERATOR(pg_catalog.=) i.indexrelid WHERE i.indrelid OPERATOR(pg_catalog.=) %s::pg_catalog.oid"
+        " AND c.relname OPERATOR(pg_catalog.=) s.name)"
+        " FROM (SELECT ((pg_catalog.parse_ident(%s::pg_catalog.text))[1])::pg_catalog.name AS name) s",
+        table,
+        build.index,
+    )[0]
+    return ResolvedBuild(build, table, index, existed)
+
+
+WHO = (
+    "'pid ' || a.pid || ', ' || coalesce(nullif(a.application_name, ''), 'unnamed')"
+    " || ' as ' || coalesce(a.usename, '?') || coalesce(' from ' || host(a.client_addr), '')"
+)
+
+
+def lock_holder(asks: Asks, key: int) -> str | None:
+    """Who holds the advisory lock: `pid 71, hcm-db-migrations as app from 10.0.0.7`."""
+    rows = asks.ask(
+        f"SELECT {WHO} FROM pg_locks l JOIN pg_stat_activity a USING (pid)"  # noqa: S608
+        " WHERE l.locktype = 'advisory' AND l.granted"
+        " AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+        " AND l.objsubid = 1 AND (l.classid::bigint << 32 | l.objid::bigint) = %s",
+        key,
+    )
+    return str(rows[0][0]) if rows else None
+
+
+def blockers(asks: Asks, pid: int) -> list[str]:
+    """Whom the session waits for."""
+    query = f"SELECT {WHO} FROM pg_stat_activity a WHERE pid = ANY (pg_blocking_pids(%s)) ORDER BY pid"  # noqa: S608
+    return [str(name) for (name,) in asks.ask(query, pid)]
+
+
+def waiters(asks: Asks, pid: int) -> list[tuple[int, str]]:
+    """Who waits for the session: pids and names."""
+    rows = asks.ask(
+        f"SELECT a.pid, {WHO} FROM pg_stat_activity a"  # noqa: S608
+        " WHERE a.pid IN (SELECT pid FROM pg_locks WHERE NOT granted) AND %s = ANY (pg_blocking_pids(a.pid)) ORDER BY 1",
+        pid,
+    )
+    return [(int(other), str(name)) for other, name in rows]
+
+
+# Each view's phase, and how much of how much is done.
+PROGRESS = {
+    "create_index": ("phase", "coalesce(nullif(blocks_done, 0), tuples_done)",
+                     "coalesce(nullif(blocks_total, 0), tuples_total)"),
+    "cluster": ("phase", "heap_blks_scanned", "heap_blks_total"),
+    "vacuum": ("phase", "heap_blks_scanned", "heap_blks_total"),
+    "analyze": ("phase", "sample_blks_scanned", "sample_blks_total"),
+    "copy": ("command", "bytes_processed", "bytes_total"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Activity:
+    """What a session does now."""
+
+    statement: str | None  # None: none is running
+    waits_for: str | None  # `Lock: relation`
+    progress: str | None  # `building index: scanning table, 40 %`
+
+
+def activity(asks: Asks, pid: int) -> Activity:
+    """Ask what the session does, and how far it is."""
+    rows = asks.ask("SELECT state, query, wait_event_type, wait_event FROM pg_stat_activity WHERE pid = %s", pid)
+    if not rows or rows[0][0] != "active":
+        return Activity(None, None, None)
+    _, query, wait_type, wait = rows[0]
+    waits_for = f"{wait_type}: {wait}" if wait_type in ("Lock", "IO", "LWLock") else None
+    for view, (phase, done, total) in PROGRESS.items():
+        name = f"pg_stat_progress_{view}"
+        if not asks.ask("SELECT to_regclass(%s) IS NOT NULL", name)[0][0]:
+            continue
+        found = asks.ask(f"SELECT {phase}, {done}, {total} FROM {name} WHERE pid = %s", pid)  # noqa: S608
+        if found:
+            what, so_far, whole = found[0]
+            return Activity(query, waits_for, f"{what}, {100 * so_far // whole} %" if whole else str(what))
+    return Activity(query, waits_for, None)
+
+
+def transaction_status(asks: Asks, transaction_id: int) -> str | None:
+    """What became of a transaction: committed, aborted, in progress; None where it is too old to be known."""
+    status = asks.ask("SELECT txid_status(%s)", transaction_id)[0][0]
+    return str(status) if status else None

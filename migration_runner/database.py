@@ -1,0 +1,167 @@
+"""Connections to one database: how they are made, and the runner's own queries, which nobody's objects can divert."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import psycopg2.extensions
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.pool import NullPool
+
+from migration_runner.settings import Settings
+
+Row = tuple[Any, ...]
+
+# libpq's side: a connection whose other end is gone is noticed within about 10 s (the defaults: over an hour).
+CONNECT_ARGS = {
+    "connect_timeout": 5,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+    "fallback_application_name": "hcm-db-migrations",
+}
+
+
+class Observer(Protocol):
+    """Sees each statement of a connection, whoever sends it: `op`, SQLAlchemy, or the driver's own cursor."""
+
+    def before_statement(self, statement: str) -> None: ...
+
+    def after_statement(self, statement: str) -> None: ...
+
+
+class RawConnection(psycopg2.extensions.connection):
+    """The driver's connection, with somebody who may look on."""
+
+    observer: Observer | None = None
+    pid = 0  # of the server's process, by its own word: a pooler makes up another one for the driver
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether the server has a transaction open, as it said with its last answer."""
+        return self.info.transaction_status not in (
+            psycopg2.extensions.TRANSACTION_STATUS_IDLE,
+            psycopg2.extensions.TRANSACTION_STATUS_UNKNOWN,
+        )
+
+    def ask(self, query: str | bytes, *parameters: object) -> list[Row]:
+        """The rows of one of the runner's own queries, unseen by the observer and by SQLAlchemy."""
+        with self.cursor(cursor_factory=psycopg2.extensions.cursor) as cursor:
+            cursor.execute(query, parameters or None)
+            return cursor.fetchall() if cursor.description else []
+
+
+class RawCursor(psycopg2.extensions.cursor):
+    """The driver's cursor; each way to run a statement passes the connection's observer."""
+
+    def execute(self, query: Any, vars: Any = None) -> None:
+        observer = self.connection.observer  # type: ignore[attr-defined]
+        if observer is None:
+            return super().execute(query, vars)
+        statement = _text(query, self)
+        observer.before_statement(statement)
+        super().execute(query, vars)
+        observer.after_statement(statement)
+
+    def executemany(self, query: Any, vars_list: Any) -> None:
+        for row in vars_list:
+            self.execute(query, row)
+
+    def callproc(self, procname: Any, parameters: Any = None) -> None:
+        observer = self.connection.observer  # type: ignore[attr-defined]
+        if observer is None:
+            return super().callproc(procname, parameters)
+        observer.before_statement(f"SELECT {procname}")
+        super().callproc(procname, parameters)
+        observer.after_statement(f"SELECT {procname}")
+
+    def copy_expert(self, sql: Any, file: Any, size: int = 8192) -> None:
+        observer = self.connection.observer  # type: ignore[attr-defined]
+        if observer is None:
+            return super().copy_expert(sql, file, size)
+        observer.before_statement(_text(sql, self))
+        super().copy_expert(sql, file, size)
+        observer.after_statement(_text(sql, self))
+
+
+def _text(query: Any, cursor: psycopg2.extensions.cursor) -> str:
+    if isinstance(query, bytes):
+        return query.decode(errors="replace")
+    return query if isinstance(query, str) else str(query.as_string(cursor))
+
+
+class Database:
+    """The database of a run, and the connections to it that are open: the run's, and those of its revisions."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.connections: weakref.WeakSet[RawConnection] = weakref.WeakSet()
+        self.engine = self._engine()
+
+    @property
+    def pids(self) -> list[int]:
+        """The server's processes of these connections."""
+        return [connection.pid for connection in list(self.connections) if not connection.closed]
+
+    def _engine(self) -> Engine:
+        arguments: dict[str, Any] = {n: v for n, v in CONNECT_ARGS.items() if n not in self.settings.url.query}
+        arguments |= {"connection_factory": RawConnection, "cursor_factory": RawCursor}
+        # hide_parameters: the values of a failed statement are the campaigns' data, and the log is no place for them.
+        engine = create_engine(
+            self.settings.url, poolclass=NullPool, connect_args=arguments, hide_parameters=True
+        )
+
+        # Before SQLAlchemy's and psycopg2's own queries, whose functions and operators are not qualified ...
+        @event.listens_for(engine, "connect", insert=True)
+        def _begin(connection: RawConnection, _record: object) -> None:
+            rows = connection.ask("SET LOCAL search_path = pg_catalog; SELECT pg_backend_pid()")
+            connection.pid = rows[0][0]
+            self.connections.add(connection)
+
+        # ... and after them, for whoever uses the connection.
+        @event.listens_for(engine, "connect")
+        def _end(connection: RawConnection, _record: object) -> None:
+            connection.rollback()
+
+        return engine
+
+    def connect(self) -> Connection:
+        """A connection as the role and the database set it up; may raise DBAPIError, psycopg2.Error, UnicodeDecodeError."""
+        return self.engine.connect()
+
+    def side_connection(self) -> SideConnection:
+        """A connection for the runner's own questions, which counts for none of the run's."""
+        side = SideConnection(self.connect())
+        self.connections.discard(side.raw)
+        return side
+
+
+class SideConnection:
+    """A second connection beside the run's, in autocommit; a context manager that closes it."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.raw = raw(connection)
+        self.raw.autocommit = True
+        self.raw.ask("SET search_path = pg_catalog")
+
+    def ask(self, query: str, *parameters: object) -> Sequence[Row]:
+        return self.raw.ask(query, *parameters)
+
+    def __enter__(self) -> SideConnection:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.raw.close()
+        self.connection.invalidate()
+        self.connection.close()
+
+
+def raw(connection: Connection) -> RawConnection:
+    """The driver's connection of SQLAlchemy's."""
+    found = connection.connection.dbapi_connection
+    assert isinstance(found, RawConnection)
+    return found

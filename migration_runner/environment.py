@@ -1,0 +1,74 @@
+"""What env.py calls: `run()`, or the two functions that every Alembic user looks for there."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from alembic import context
+from alembic.util import CommandError
+
+from migration_runner import plan, revisions, settings
+from migration_runner.command import Command, Needs
+from migration_runner.runner import Runner
+
+log = logging.getLogger("migration_runner")
+
+
+def run() -> None:
+    """Run the command that Alembic was told, with or without a database."""
+    if context.is_offline_mode():
+        run_offline()
+    else:
+        run_online()
+
+
+def run_online() -> None:
+    """Run the command on the database that the environment names, with at most one line of failure."""
+    _set_up_logging()
+    command = Command.from_context()
+    revisions.validate(command.script)
+    if command.needs is Needs.NOTHING:
+        _run_without_database(command)
+        return
+    revisions.validate_runnable(command.script, command.destination)
+    Runner(command, settings.load(_env_file(command))).run()
+
+
+def run_offline() -> None:
+    """Write the SQL of `--sql`, all or nothing; a failure goes to standard error, as standard output is the plan."""
+    _set_up_logging()
+    try:
+        command = Command.from_context()
+        revisions.validate(command.script)
+        if command.needs is Needs.NOTHING:
+            _run_without_database(command)
+            return
+        revisions.validate_runnable(command.script, command.destination)
+        plan.write(command, settings.load(_env_file(command)))
+    except CommandError as error:
+        print(f"FAILED: {error}", file=sys.stderr)
+        raise SystemExit(255) from error
+
+
+def _run_without_database(command: Command) -> None:
+    context.configure(
+        dialect_name="postgresql", as_sql=True, process_revision_directives=revisions.assign_revision_id
+    )
+    context.run_migrations()
+
+
+def _env_file(command: Command) -> Path | None:
+    """`.env` beside alembic.ini."""
+    ini = command.environment.config.config_file_name
+    return Path(ini).resolve().parent / ".env" if ini else None
+
+
+def _set_up_logging() -> None:
+    """The run's report is seen whatever the project's alembic.ini says; Alembic's second copy of a failure is not."""
+    if log.level == logging.NOTSET:
+        log.setLevel(logging.INFO)
+    if not logging.getLogger().handlers and not log.handlers:
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("alembic.util.messaging").disabled = True

@@ -1,0 +1,196 @@
+"""What went wrong: what a server's error means, whether it passes, and how it is worded without data or secrets."""
+
+from __future__ import annotations
+
+import re
+import traceback
+
+import psycopg2
+from sqlalchemy.exc import DBAPIError, InterfaceError, PendingRollbackError, StatementError
+
+
+class Interrupted(BaseException):
+    """SIGTERM or SIGINT arrived; not an Exception, so that no revision catches it by accident."""
+
+
+class RetriesExhausted(SystemExit):
+    """The time to wait is up: one line on standard error and exit code 1, after which the Job is retried."""
+
+    def __init__(self, line: str) -> None:
+        super().__init__(f"FAILED: {line}")
+
+
+class OwnTransaction(Exception):  # noqa: N818  not an error of the program
+    """A revision committed or rolled back the transaction that is the runner's."""
+
+
+class LockLost(Exception):  # noqa: N818
+    """A revision released the lock that keeps other runs out, and another run has it now."""
+
+
+class Incomplete(Exception):  # noqa: N818
+    """A revision finished, and an index that it builds is INVALID."""
+
+
+# SQLSTATEs that are known to pass: connection, deadlock and serialization, resources (but no limit that is
+# configured, 534), a lock, a server that stops.
+TRANSIENT_SQLSTATES = re.compile("08|40|53[0-3]|55P03|57P0[1235]")
+
+# Of these, the time before the error was the revision's own work.
+RETRY_CLOCK_STOPS = re.compile("40|55P03")
+
+HINTS = {
+    "25006": "the server is read-only (a standby, or default_transaction_read_only): set DB_HOST to the primary",
+    "25P02": "an earlier statement failed and the revision caught its error; use op.get_bind().begin_nested()",
+    "42501": "grant what is missing, see 'Minimum privileges' in README.md",
+    "42P07": "created manually, or by a run that was killed before the revision was stamped: see 'Troubleshooting' in"
+    " README.md",
+    "53100": "the server's disk is full: free disk space",
+    "57014": "it was cancelled on the server",
+}
+
+# At connect the driver gives no SQLSTATE, so the text decides. Of these a retry is known to help ...
+TRANSIENT_CONNECT_ERRORS = re.compile(
+    "|".join(
+        [
+            # libpq: not listening, not resolvable for now, cut off
+            "connection refused",
+            "timeout expired",
+            "timed out",
+            "no route to host",
+            "(network|host) is (unreachable|down)",
+            "connection reset",
+            "broken pipe",
+            "software caused connection abort",
+            "could not translate host name",
+            "is the server running",
+            "server closed the connection unexpectedly",
+            "could not (receive data from|send data to) server",
+            "eof detected",
+            "unexpected eof",
+            # the server: starting, stopping, in recovery, full
+            "the database system is ",
+            "terminating connection",
+            "canceling authentication due to timeout",
+            "too many (clients|connections)",
+            "remaining connection slots are reserved",
+            "could not fork new process",
+            # failing over, seen by target_session_attrs or by a pooler
+            "server is (not )?in hot standby mode",
+            "session is (not )?read-only",
+            "no more connections allowed",
+            "server login has been failing",
+            "query_wait_timeout|client_login_timeout",
+            "server conn(ection)? crashed",
+            "connect failed",
+            "all backend nodes are down",
+        ]
+    ),
+    re.I,
+)
+
+# ... and of these the fix is known. Everything else fails at once as well, with the server's or libpq's own words.
+PERMANENT_CONNECT_ERRORS = {
+    "authentication failed": "check DB_USER and DB_PASSWORD",  # of a password, SASL, PAM, LDAP ...
+    "no password supplied": "set DB_PASSWORD",
+    "is not permitted to log in": "grant LOGIN to the role, or set another DB_USER",
+    "private key file": "set the key's mode to 0600, or to 0640 where root owns it (in the chart: 'defaultMode: 0440'"
+    " of the volume)",
+    "channel binding": "set PGCHANNELBINDING=prefer, or enable scram-sha-256 and TLS on the server",
+    "certificate": "set PGSSLROOTCERT to the CA's file, and the host to a name in the certificate",
+    "definition of service": "check PGSERVICE and PGSERVICEFILE",
+    "service file": "check PGSERVICE and PGSERVICEFILE",
+    "does not exist": "create it, or set another DB_NAME or DB_USER",
+    "no such database": "add it to the pooler, or set another DB_NAME",
+    "no such user": "add it to the pooler, or set another DB_USER",
+    "permission denied": "grant CONNECT on the database to the role",
+    "no encryption": "set PGSSLMODE=require, or allow it in pg_hba.conf",
+    "pg_hba.conf": "allow this client, role and database in pg_hba.conf",
+    "server does not support SSL": "set another PGSSLMODE, or turn TLS on in the server",
+    "authentication method requirement": "check PGREQUIREAUTH",
+    "GSSAPI": "set another PGGSSENCMODE",
+    "received invalid response": "what listens there is no PostgreSQL: check DB_HOST and DB_PORT, or the proxy",
+    "invalid": "check DATABASE_URL's query and the PG* variables",
+}
+
+
+def sqlstate(error: BaseException) -> str | None:
+    """The five characters that the server gave, or None where the connection broke."""
+    code = getattr(getattr(error, "orig", error), "pgcode", None)
+    return code if isinstance(code, str) else None
+
+
+def is_transient(error: BaseException, *, connection_lost: bool) -> bool:
+    """Whether a statement's error is known to pass; without an SQLSTATE, only where the connection is lost."""
+    if not isinstance(error, DBAPIError | psycopg2.Error):
+        return False
+    state = sqlstate(error)
+    if state == "XX000":  # two sessions that GRANT or ANALYZE at once
+        return "tuple concurrently updated" in str(error)
+    return bool(TRANSIENT_SQLSTATES.match(state)) if state else connection_lost
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """What broke the connection: leaving a transaction or an autocommit_block then fails, too, and hides it."""
+    hides = (PendingRollbackError, InterfaceError, psycopg2.InterfaceError)
+    while isinstance(error, hides) and isinstance(error.__context__, Exception):
+        error = error.__context__
+    return error
+
+
+def describe(error: BaseException) -> str:
+    """Any exception on one line, without a statement, a literal or a row."""
+    if isinstance(error, StatementError) and not isinstance(error, DBAPIError):
+        name = re.search(r"bind parameter '(.*?)'", str(error.orig))
+        if name:
+            return unbound_parameter(name[1])
+        return describe(error.orig) if error.orig else type(error).__name__
+    if isinstance(error, DBAPIError | psycopg2.Error):
+        hint = HINTS.get(sqlstate(error) or "")
+        return server_message(error) + (f" ({hint})" if hint else "")
+    return " ".join("".join(traceback.format_exception_only(type(error), error)[-1:]).split())
+
+
+def unbound_parameter(name: str) -> str:
+    """What is wrong with `:name` in the text of a statement."""
+    return (
+        f"SQLAlchemy reads ':{name}' in the statement as a bind parameter without a value; write '\\\\:' for a colon that is"
+        " a part of the SQL"
+    )
+
+
+def server_message(error: BaseException) -> str:
+    """What the server said, without the statement and without data; or what libpq said."""
+    if isinstance(error, UnicodeDecodeError):  # the words of a server that has another encoding
+        return _one_line(error.object.decode(errors="replace"))
+    said = getattr(error, "orig", None) or error
+    diag = getattr(said, "diag", None)
+    state = sqlstate(error) or ""
+    primary = getattr(diag, "message_primary", None)
+    if not primary:
+        return _one_line(str(said))
+    if state[:2] in ("22", "23"):  # the data is in the detail and, of class 22, between quotes of any language
+        if str(getattr(diag, "source_file", "")).startswith("pl"):  # RAISE: its text may be anything
+            return psycopg2.errors.lookup(state).__name__ if state in psycopg2.errors.sqlstate_errors else state
+        return _one_line(_unquoted(primary) if state.startswith("22") else primary)
+    if state == "42601":  # it quotes the statement
+        position = getattr(diag, "statement_position", None)
+        return _one_line(_unquoted(primary)) + (f" (character {position})" if position else "")
+    first, *others = [_one_line(part) for part in (primary, diag.message_detail, diag.message_hint) if part]
+    return first + "".join(f" ({other})" for other in others)
+
+
+def printable(text: str) -> str:
+    """The text with line ends and other control characters escaped, so that it cannot forge a line of the log."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+QUOTES = "\"'`«»‹›„“”‚‘’「」『』《》"
+
+
+def _unquoted(message: str) -> str:
+    return re.sub(f"[{QUOTES}].*[{QUOTES}]", '"..."', message, flags=re.S)
+
+
+def _one_line(message: str) -> str:
+    return " ".join(message.split()).rstrip(".")

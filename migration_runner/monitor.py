@@ -1,0 +1,86 @@
+"""A second connection that looks on: who is in the way, who waits for the run, and how far a long statement is."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+
+import psycopg2
+from sqlalchemy.exc import DBAPIError
+
+from migration_runner import catalog
+from migration_runner.database import Database, SideConnection
+from migration_runner.errors import printable
+from migration_runner.sql import summarize
+from migration_runner.step import StepRun
+
+log = logging.getLogger("migration_runner")
+
+# Seconds from one line of progress to the next: every 10 s in the first minute, then every minute.
+INTERVAL = 10
+LATER_INTERVAL = 60
+
+
+class Monitor:
+    """Samples the session each second, beginning after one; a run that ends within a second opens no connection.
+
+    Where no second connection is to be had, names and progress are missing, and nothing else.
+    """
+
+    def __init__(self, database: Database, pid: int, current: Callable[[], StepRun | None]) -> None:
+        self.database, self.pid, self.current = database, pid, current
+        self.blockers: set[str] = set()  # of the current step; after LOCK_TIMEOUT nobody can tell any more
+        self.waiters: set[str] = set()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Monitor:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=2)
+
+    def forget(self) -> None:
+        """Another step begins."""
+        self.blockers.clear()
+        self.waiters.clear()
+
+    def _run(self) -> None:
+        if self._stop.wait(1):
+            return
+        with suppress(DBAPIError, psycopg2.Error, UnicodeDecodeError), self.database.side_connection() as other:
+            logged: tuple[StepRun | None, float] = (None, 0.0)
+            while True:
+                step = self.current()
+                self.blockers.update(map(printable, catalog.blockers(other, self.pid)))
+                if step is not None:
+                    elapsed = step.elapsed
+                    last = logged[1] if logged[0] is step else 0.0
+                    if elapsed - last >= (INTERVAL if elapsed <= 6 * INTERVAL + 1 else LATER_INTERVAL):
+                        self._log_progress(other, step, elapsed)
+                        logged = (step, elapsed)
+                if self._stop.wait(1):
+                    return
+
+    def _log_progress(self, other: SideConnection, step: StepRun, elapsed: float) -> None:
+        doing = catalog.activity(other, self.pid)
+        parts = [summarize(doing.statement) if doing.statement else "no statement is running"]
+        if doing.progress:
+            parts.append(doing.progress)
+        blockers = [printable(name) for name in catalog.blockers(other, self.pid)]
+        if blockers:
+            parts.append(f"waiting for {' and '.join(blockers)}")
+        elif doing.waits_for:
+            parts.append(f"waiting for {doing.waits_for}")
+        names = []
+        for pid, name in catalog.waiters(other, self.pid):
+            own = ", a connection of the revision's own" if pid in self.database.pids else ""
+            names.append(printable(name) + own)
+        self.waiters.clear()
+        self.waiters.update(names)
+        parts += [f"{name} waits for this run" for name in names]
+        log.info("%s still running after %.0f s: %s", step.title, elapsed, "; ".join(parts))

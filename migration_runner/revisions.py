@@ -1,0 +1,267 @@
+"""The revision files: what is checked before a database is contacted, which are applied, and the next one's number."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import traceback
+import types
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from alembic.operations import MigrationScript
+from alembic.runtime.migration import MigrationContext
+from alembic.script import Script, ScriptDirectory
+from alembic.script.revision import RevisionError
+from alembic.util import CommandError, to_tuple
+
+from migration_runner.errors import describe
+
+SEE_README = "see 'Adding a migration' in README.md"
+
+
+def validate(script: ScriptDirectory) -> None:
+    """Load all revision files, once for the whole command, or raise CommandError naming the file and the fix.
+
+    Alembic itself only warns of two files with one revision id, and drops one of them; a link it follows, and where
+    that leads to no .py file, it passes over the revision.
+    """
+    for path in _paths(script):
+        if path.is_symlink() and (path.suffix == ".py" or path.is_dir()):
+            raise CommandError(f"{path.name} is a symlink; commit the file itself, {SEE_README}")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Revision .* is present more than once")
+            warnings.filterwarnings("error", message="Revision .* is not present")
+            warnings.filterwarnings("error", message="File .* loaded twice")
+            script.get_heads()
+    except UserWarning as warning:
+        raise CommandError(f"{_explain_warning(script, str(warning))}, {SEE_README}") from None
+    except RevisionError as error:
+        file = _file_with_wrong_id(script)
+        raise CommandError(
+            f"{file}; rename it, {SEE_README}"
+            if file
+            else f"{error}; fix the 'down_revision' of one of them, {SEE_README}"  # such as a circle
+        ) from None
+    except CommandError as error:
+        name = re.search(r"from filename (.*?\.py)", str(error))  # Alembic's cure is for files of its version 0.1
+        raise CommandError(
+            f"{name[1]} has no 'revision'; fix or delete the file, {SEE_README}" if name else str(error)
+        ) from None
+    except (Exception, SystemExit) as error:
+        raise revision_error(script, error) from error
+
+
+def validate_runnable(script: ScriptDirectory, destination: Iterable[str]) -> None:
+    """Refuse what Alembic would take for success or would find out only after connecting."""
+    if not script.get_heads():
+        raise CommandError(
+            f"no revisions found in {' and '.join(map(str, _locations(script)))}; nothing to do, treated as an error:"
+            " check the branch and the path of the checkout (in the chart: 'git.branch' and 'git.path')"
+        )
+    for revision in script.walk_revisions():
+        for name in ("upgrade", "downgrade"):
+            if not _takes_no_argument(getattr(revision.module, name, None)):
+                raise CommandError(f"{Path(revision.path).name} has no {name}(); fix the file, {SEE_README}")
+    for target in destination:
+        if target.startswith("head") and target != "heads":
+            validate_one_head(script)
+        elif target.isalnum() and target not in ("heads", "base"):
+            try:
+                script.get_revision(target)
+            except CommandError:
+                raise CommandError(f"there is no revision {target}; 'alembic history' lists them") from None
+
+
+def validate_one_head(script: ScriptDirectory) -> None:
+    """Refuse `head` as a destination where there are several."""
+    heads = script.get_heads()
+    if len(heads) > 1:
+        files = " and ".join(f"{head} ({_file(script, head)})" for head in sorted(heads))
+        raise CommandError(
+            f"there are {len(heads)} heads: {files}; make one revise the other by its 'down_revision', {SEE_README}"
+        )
+
+
+def assign_revision_id(context: MigrationContext, heads: tuple[str, ...], directives: list[MigrationScript]) -> None:
+    """Give a new revision the number after the highest one: 002 after 001, 100 after 099, 1000 after 999.
+
+    Alembic calls this as its `process_revision_directives` hook.
+    """
+    config, script = context.config, context.script
+    assert config is not None and script is not None
+    if getattr(config.cmd_opts, "head", None) in (None, "head"):
+        validate_one_head(script)
+    wanted = getattr(config.cmd_opts, "rev_id", None)
+    existing = {revision.revision: revision for revision in script.walk_revisions()}
+    if wanted in existing:
+        raise CommandError(
+            f"revision {wanted} already exists: {Path(existing[wanted].path).name}; choose another --rev-id"
+        )
+    if wanted and not re.fullmatch(r"\w[\w.]*", wanted):  # it becomes a part of the file's name
+        raise CommandError(f"--rev-id is '{wanted}'; use letters, digits, _ and . only")
+    if not wanted:
+        highest = max((int(number) for number in existing if number.isascii() and number.isdigit()), default=0)
+        directives[0].rev_id = f"{highest + 1:03}"
+
+
+def applied(script: ScriptDirectory, heads: Iterable[str]) -> set[str]:
+    """The revisions that a database at `heads` has: these, their ancestors, and what those depend on."""
+    found: set[str] = set()
+    waiting = list(heads)
+    while waiting:
+        if (name := waiting.pop()) not in found:
+            found.add(name)
+            revision = _get(script, name)
+            waiting += _parents(revision)
+            waiting += [_get(script, label).revision for label in to_tuple(revision.dependencies, default=())]
+    return found
+
+
+def branch_heads(script: ScriptDirectory, heads: Iterable[str]) -> set[Script]:
+    """What `alembic current` shows; as ScriptDirectory.get_all_current, in linear instead of quadratic time."""
+    found = {name: _get(script, name) for name in applied(script, heads)}
+    for revision in list(found.values()):
+        for parent in _parents(revision):
+            found.pop(parent, None)
+    return set(found.values())
+
+
+def code_heads(script: ScriptDirectory) -> list[str]:
+    """The heads, without those that another one depends on: these have no row of their own in the version table."""
+    heads = sorted(script.get_heads())
+    if len(heads) == 1:
+        return heads
+    return [head for head in heads if not any(head in applied(script, [other]) for other in heads if other != head)]
+
+
+def superseded(script: ScriptDirectory, heads: tuple[str, ...]) -> str | None:
+    """A row of the version table that another one makes stale, if there is one."""
+    for head in heads if len(heads) > 1 else ():
+        if any(head in applied(script, _parents(_get(script, other))) for other in heads if other != head):
+            return head
+    return None
+
+
+def revision_error(script: ScriptDirectory, error: BaseException) -> CommandError:
+    """What to raise for an error in a revision file."""
+    where = error_location(error, script) or _unreadable(script)
+    return CommandError(f"{where}: {describe(error)}; fix the file, {SEE_README}")
+
+
+def error_location(error: BaseException, script: ScriptDirectory) -> str | None:
+    """The revision file and line that an exception came from, as `x.py, line 3`."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{Path(error.filename).name}, line {error.lineno}"
+    locations = [location.resolve() for location in _locations(script)]
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if any(location in Path(frame.filename).resolve().parents for location in locations):
+            return f"{Path(frame.filename).name}, line {frame.lineno}"
+    return None
+
+
+def _get(script: ScriptDirectory, name: str) -> Script:
+    revision = script.get_revision(name)
+    assert revision is not None
+    return revision
+
+
+def _parents(revision: Script) -> tuple[str, ...]:
+    return to_tuple(revision.down_revision, default=())
+
+
+def _file(script: ScriptDirectory, name: str) -> str:
+    return Path(_get(script, name).path).name
+
+
+def _locations(script: ScriptDirectory) -> list[Path]:
+    """The folders of revisions; `ScriptDirectory.versions` knows one only."""
+    return [Path(location) for location in script._version_locations]
+
+
+def _paths(script: ScriptDirectory) -> Iterator[Path]:
+    for location in _locations(script):
+        yield from sorted(location.rglob("*") if script.recursive_version_locations else location.glob("*.py"))
+
+
+def _takes_no_argument(function: Any) -> bool:
+    if isinstance(function, types.FunctionType):  # nearly always; inspect.signature takes 20 times as long
+        code = function.__code__
+        if code.co_argcount == code.co_kwonlyargcount == 0 and not hasattr(function, "__wrapped__"):
+            return True
+    try:
+        inspect.signature(function).bind()
+    except TypeError:
+        return False
+    return True
+
+
+def _file_with_wrong_id(script: ScriptDirectory) -> str | None:
+    for path in _paths(script):
+        source = path.read_text(encoding="utf-8", errors="replace") if path.suffix == ".py" else ""
+        name = re.search(r"""^revision(?:\s*:[^=]+)?\s*=\s*(['"])(.*?)\1""", source, re.M)
+        if name and (wrong := sorted(set(name[2]) & set("-:@+"))):
+            return f"{path.name} has the revision id '{name[2]}', and an id must not contain {' or '.join(wrong)}"
+    return None
+
+
+def _unreadable(script: ScriptDirectory) -> str:
+    """The file at fault where the exception names none: it is no Python (UTF-16), or a link or id is of a wrong kind."""
+    known: set[str] = set()
+    wanted: list[tuple[str, str]] = []
+    for path in _paths(script):
+        if path.suffix != ".py":
+            continue
+        try:
+            compile(path.read_bytes(), path, "exec")
+        except (SyntaxError, ValueError):  # ValueError, too: Python 3.11 and older
+            return path.name
+        module = _fields(path)
+        for name in ("revision", "down_revision", "depends_on", "branch_labels"):
+            values = to_tuple(module.get(name), default=())
+            if name == "revision" and not isinstance(module.get(name), str):
+                return f"{path.name} has a 'revision' that is no string"
+            if not all(isinstance(value, str) for value in values):
+                return f"{path.name} has a '{name}' that is no string"
+            known |= {str(value) for value in values} if name in ("revision", "branch_labels") else set()
+            wanted += [(path.name, str(value)) for value in values] if name == "depends_on" else []
+    for file, name in wanted:
+        if name not in known:
+            return f"{file} has the 'depends_on' {name}, which does not exist"
+    return " and ".join(map(str, _locations(script)))
+
+
+def _fields(path: Path) -> dict[str, Any]:
+    """What the file assigns, whether or not it makes a revision."""
+    fields: dict[str, Any] = {}
+    exec(compile(path.read_bytes(), path, "exec"), fields)  # noqa: S102  the same file was just run by Alembic
+    return fields
+
+
+def _explain_warning(script: ScriptDirectory, warning: str) -> str:
+    """What Alembic warned of, with the files; reads them again, as only a failing run does."""
+    files: dict[str, list[str]] = defaultdict(list)
+    followers: dict[str, list[str]] = defaultdict(list)
+    for path in _paths(script):
+        fields = _fields(path) if path.suffix == ".py" else {}
+        if "revision" in fields:
+            files[fields["revision"]].append(path.name)
+            for parent in to_tuple(fields.get("down_revision"), default=()):
+                followers[parent].append(path.name)
+    for number, names in files.items():
+        if len(names) > 1:
+            return (
+                f"revision {number} is claimed by {' and '.join(names)}; give the later one the next free number"
+                " and the earlier one as its 'down_revision'"
+            )
+    for parent, names in followers.items():
+        if parent not in files:
+            return (
+                f"{' and '.join(names)} references down_revision {parent}, which does not exist; add the missing file,"
+                " or name the one that it follows"
+            )
+    return warning

@@ -1,0 +1,337 @@
+"""One command on one database: plans, applies each step, retries where that is safe, and ends with one line."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import psycopg2
+from alembic.runtime.migration import MigrationContext, MigrationStep, RevisionStep
+from alembic.script import ScriptDirectory
+from alembic.util import CommandError
+from sqlalchemy.exc import DBAPIError
+
+from migration_runner import catalog, revisions
+from migration_runner.command import Command, Needs
+from migration_runner.database import Database
+from migration_runner.errors import (
+    RETRY_CLOCK_STOPS,
+    Interrupted,
+    RetriesExhausted,
+    is_transient,
+    printable,
+    root_cause,
+    sqlstate,
+)
+from migration_runner.monitor import Monitor
+from migration_runner.outcome import DatabaseState, Outcome, read_state
+from migration_runner.retry import RetryBudget
+from migration_runner.session import Session, acquire_lock, describe, open_session
+from migration_runner.settings import Settings
+from migration_runner.signals import StopSignal, interruptible
+from migration_runner.step import StepRun
+
+log = logging.getLogger("migration_runner")
+
+
+class Progress:
+    """What is known over all tries: the first one's plan, and what was read of the database."""
+
+    def __init__(self, command: Command) -> None:
+        self.command = command
+        self.version_table: tuple[str, str] | None = None  # schema and name, once a session was begun
+        self.position: str | None = None  # where the database was last read to stand
+        self.steps: list[MigrationStep] | None = None
+        self.invalid_before: frozenset[int] = frozenset()
+        self.logged: set[str] = set()
+
+    def log(self, line: str, level: int = logging.INFO) -> None:
+        """Log a line that another try would repeat only once."""
+        if line not in self.logged:
+            self.logged.add(line)
+            log.log(level, "%s", line)
+
+    def remaining(self, heads: tuple[str, ...], migration: MigrationContext) -> list[MigrationStep]:
+        """The steps still to take: the first plan's, less what is applied, so that `+2` counts from where it began."""
+        if self.steps is None or not all(isinstance(step, RevisionStep) for step in self.steps):
+            self.steps = list(self.command.plan(heads, migration))
+            return self.steps
+        have = revisions.applied(self.command.script, heads)
+        steps = [s for s in self.steps if isinstance(s, RevisionStep) and (s.revision.revision in have) != s.is_upgrade]
+        if steps and not have.issuperset(steps[0].from_revisions):
+            raise CommandError(f"another run changed the database meanwhile, which is at {join(heads)} now; retry")
+        return list(steps)
+
+    @property
+    def resume(self) -> str:
+        """How to go on after an interruption; a relative destination would count from elsewhere then."""
+        last = self.steps[-1] if self.steps else None
+        if self.command.is_relative and isinstance(last, RevisionStep):
+            name = "upgrade" if last.is_upgrade else "downgrade"
+            return f"run 'alembic {name} {join(last.to_revisions_no_deps)}' to resume"
+        return "run again to resume"
+
+
+class Runner:
+    """Runs a command, over as many connections as it takes."""
+
+    def __init__(self, command: Command, settings: Settings) -> None:
+        self.command = command
+        self.database = Database(settings)
+        self.budget = RetryBudget(settings.wait_seconds)
+        self.stop = StopSignal()
+        self.progress = Progress(command)
+        self.attempt: Attempt | None = None
+
+    def run(self) -> None:
+        """Run the command; raise CommandError (no retry helps) or RetriesExhausted (one may) with one line."""
+        with interruptible(self.stop, self._cancel, self._interrupted_line, self._killed_line):
+            while not self._succeeds():
+                pass
+
+    def _succeeds(self) -> bool:
+        """Whether the command is done; False after a failure that is known to pass, and a wait."""
+        self.attempt = None
+        try:
+            with open_session(self.database, self.budget) as session:
+                self.attempt = Attempt(self, session)
+                self.attempt.run()
+        except (CommandError, RetriesExhausted, Interrupted):
+            self.stop.check()
+            raise
+        except (Exception, SystemExit, KeyboardInterrupt) as caught:
+            self.stop.check()
+            self._wait_or_raise(root_cause(caught))
+            return False
+        return True
+
+    def _wait_or_raise(self, error: BaseException) -> None:
+        step = self.attempt.step if self.attempt else None
+        if step and RETRY_CLOCK_STOPS.match(sqlstate(error) or ""):
+            self.budget.extend(step.elapsed)
+        outcome = self._outcome(error)
+        lost = self.attempt is None or self.attempt.lost
+        if (step and step.worked_outside) or not is_transient(error, connection_lost=lost):
+            raise CommandError(outcome.fix_line) from error
+        if not self.budget.wait(outcome.reason):
+            raise RetriesExhausted(outcome.timed_out_line(self.budget.seconds)) from error
+
+    def _outcome(self, error: BaseException | None, *, ask: bool = True) -> Outcome:
+        progress, attempt = self.progress, self.attempt
+        step = attempt.step if attempt else None
+        state = DatabaseState()
+        if ask:
+            state = read_state(self.database, step, progress.version_table, progress.invalid_before)
+        return Outcome(
+            error=error,
+            signal=self.stop.name,
+            step=step,
+            connected=progress.version_table is not None,
+            location=revisions.error_location(error, self.command.script) if error else None,
+            blockers=sorted(attempt.monitor.blockers) if attempt else (),
+            waiters=sorted(attempt.monitor.waiters) if attempt else (),
+            state=state,
+            position_before=progress.position,
+            resume=progress.resume,
+        )
+
+    def _interrupted_line(self) -> str:
+        return self._outcome(None).interrupted_line
+
+    def _killed_line(self) -> str:
+        return self._outcome(None, ask=False).killed_line  # there is no time, and maybe no network
+
+    def _cancel(self) -> None:
+        """Cancel what the run's connections do, the revision's own ones included, until the run is in control."""
+        with suppress(DBAPIError, psycopg2.Error, UnicodeDecodeError), self.database.side_connection() as other:
+            while not self.stop.in_control.wait(0.1):
+                other.ask("SELECT pg_cancel_backend(pid) FROM unnest(%s::int[]) AS pid", self.database.pids)
+
+
+class Attempt:
+    """One try on one session."""
+
+    def __init__(self, runner: Runner, session: Session) -> None:
+        self.runner, self.session = runner, session
+        self.monitor = Monitor(runner.database, session.raw.pid, lambda: self.step)
+        self.step: StepRun | None = None
+        self.heads: tuple[str, ...] = ()  # after the step that was last recorded
+        self.lost = False  # the connection, when the try ended
+        runner.progress.version_table = (session.schema, session.settings.version_table)
+
+    def run(self) -> None:
+        """Run Alembic's command in the session."""
+        try:
+            with self.monitor:
+                self._run()
+        finally:
+            self.lost = self.session.lost
+
+    def _run(self) -> None:
+        command, session, progress = self.runner.command, self.session, self.runner.progress
+        progress.log(describe(session))
+        if command.needs is Needs.WRITE:
+            acquire_lock(session, self.runner.budget)
+        self._warn_of_others()
+        table = catalog.version_table(session.raw, session.schema, session.settings.version_table)
+        session.raw.commit()
+        if table and table.problem:
+            raise CommandError(printable(
+                f"the version table {table.name} {table.problem}; fix that, or set ALEMBIC_VERSION_TABLE or DB_SCHEMA;"
+                " see 'Troubleshooting' in README.md"
+            ))
+        options: dict[str, Any] = {
+            "connection": session.connection,
+            "transaction_per_migration": True,
+            "version_table": session.settings.version_table,
+            "version_table_schema": session.schema,
+            "on_version_apply": self._on_version_apply,
+            "fn": functools.partial(self._plan, table),
+        }
+        if command.needs is Needs.READ:
+            options["dont_mutate"] = True  # else Alembic makes its version table for `history`, too
+            # Alembic's own takes quadratic time.
+            command.script.get_all_current = functools.partial(  # type: ignore[method-assign]
+                revisions.branch_heads, command.script
+            )
+        command.environment.configure(**options)
+        command.environment.run_migrations()
+        session.connection.commit()
+
+    def _warn_of_others(self) -> None:
+        others = catalog.others_who_may_create(self.session.raw, self.session.search_path)
+        self.session.raw.rollback()
+        if others:
+            self.runner.progress.log(
+                f"others may CREATE in {', '.join(map(printable, others))}, so that revisions may call what they put"
+                " there: see 'Minimum privileges' in README.md",
+                logging.WARNING,
+            )
+
+    def _plan(
+        self, table: catalog.VersionTable | None, heads: tuple[str, ...], migration: MigrationContext
+    ) -> Iterator[MigrationStep]:
+        """Yield Alembic's steps, each logged before it begins and after it is committed."""
+        command, progress, connection = self.runner.command, self.runner.progress, self.session.connection
+        script = command.script
+        progress.position = join(heads)
+        if not command.purges:
+            self._refuse_unknown(heads)
+        if command.needs is Needs.READ:
+            if command.shows_current and not self._at_head(heads):
+                revisions.validate_one_head(script)  # of two, `current` would call either one the head
+            if not heads:  # Alembic prints nothing then
+                log.info("at %s", self._described(heads))
+            list(command.plan(heads, migration))
+            return
+        steps = progress.remaining(heads, migration)
+        if not steps:
+            log.info("at %s: nothing to do", self._described(heads))
+            return
+        names = [_name(step) for step in steps[:10]] + ["..."] * (len(steps) > 10)
+        progress.log(f"at {self._described(heads)}; to do: {len(steps)} ({', '.join(names)})")
+        _refuse_long_names(steps, table)
+        self._note_invalid_indexes()
+        connection.commit()  # each step begins a transaction of its own
+        for step in steps:
+            yield self._begin(copy.copy(step), migration)
+            assert self.step
+            log.info("done in %.2f s", self.step.elapsed)
+            progress.position, self.step = join(self.heads), None
+            self.runner.budget.reset()
+        self._log_new_invalid_indexes()
+        log.info("now at %s", self._described(self.heads))
+
+    def _begin(self, step: MigrationStep, migration: MigrationContext) -> MigrationStep:
+        """The step with the run's doings around its function."""
+        log.info("running %s", step)
+        self.monitor.forget()
+        run = self.step = StepRun(self.session, step, self.runner.stop.check)
+        function, block = step.migration_fn, functools.partial(MigrationContext.autocommit_block, migration)
+        step.migration_fn = lambda **options: run.apply(
+            functools.partial(function, **options), self.runner.progress.invalid_before
+        )
+        migration.autocommit_block = functools.partial(run.autocommit_block, block)  # type: ignore[method-assign]
+        return step
+
+    def _on_version_apply(self, heads: set[str], **_: Any) -> None:
+        """Alembic's callback, before the commit."""
+        self.heads = tuple(sorted(heads))
+
+    def _refuse_unknown(self, heads: tuple[str, ...]) -> None:
+        """After `helm rollback` the database is ahead of the code; going back by itself would lose data."""
+        script = self.runner.command.script
+        if unknown := [head for head in heads if not _known(script, head)]:
+            raise CommandError(
+                f"the database is at {printable(join(tuple(unknown)))}, which this code (head"
+                f" {join(tuple(revisions.code_heads(script)))}) does not know; deploy the code that knows it, or, where"
+                " the version table is another project's, set ALEMBIC_VERSION_TABLE or DB_SCHEMA; see 'Troubleshooting'"
+                " in README.md"
+            )
+        if stale := revisions.superseded(script, heads):
+            raise CommandError(
+                f"the version table has {join(heads)}, and {stale} is an ancestor of another; delete the stale row:"
+                f" DELETE FROM {'.'.join(filter(None, self.runner.progress.version_table or ()))}"
+                f" WHERE version_num = '{stale}'"
+            )
+
+    def _at_head(self, heads: tuple[str, ...]) -> bool:
+        script = self.runner.command.script
+        wanted = revisions.code_heads(script)
+        return sorted(heads) == wanted or (len(wanted) > 1 and revisions.applied(script, heads).issuperset(wanted))
+
+    def _described(self, heads: tuple[str, ...]) -> str:
+        if self._at_head(heads):
+            return f"{join(heads)} (head)"
+        wanted = revisions.code_heads(self.runner.command.script)
+        return f"{join(heads)} (the {'heads are' if len(wanted) > 1 else 'head is'} {', '.join(wanted)})"
+
+    def _note_invalid_indexes(self) -> None:
+        invalid = catalog.indexes(self.session.raw)
+        self.runner.progress.invalid_before |= {index.oid for index in invalid}
+        if invalid:
+            names = ", ".join(index.name for index in invalid)
+            self.runner.progress.log(printable(f"ignoring pre-existing INVALID indexes: {names}"), logging.WARNING)
+
+    def _log_new_invalid_indexes(self) -> None:
+        # All is done, whatever comes of this.
+        with suppress(psycopg2.Error):
+            before = self.runner.progress.invalid_before
+            names = [index.name for index in catalog.indexes(self.session.raw) if index.oid not in before]
+            self.session.raw.rollback()
+            if names:
+                log.warning("became INVALID during the run, not caused by it: %s", printable(", ".join(names)))
+
+
+def join(heads: tuple[str, ...]) -> str:
+    """`001, b2`, or `base`."""
+    return ", ".join(sorted(heads)) or "base"
+
+
+def _known(script: ScriptDirectory, head: str) -> bool:
+    try:
+        found = script.get_revision(head)
+    except CommandError:
+        return False
+    return found is not None and found.revision == head
+
+
+def _name(step: MigrationStep) -> str:
+    revision = ", ".join(step.to_revisions if step.is_upgrade else step.from_revisions) or "base"
+    return f"{revision} {step.doc or ''}".rstrip()
+
+
+def _refuse_long_names(steps: list[MigrationStep], table: catalog.VersionTable | None) -> None:
+    width = table.width if table else 32  # Alembic's own
+    for step in steps:
+        for name in step.to_revisions_no_deps if width else ():
+            if len(name) > width:
+                widen = f", or widen the column: ALTER TABLE {table.name} ALTER version_num TYPE text" if table else ""
+                raise CommandError(
+                    f"revision {name} has {len(name)} characters, and the version table holds {width}; shorten it{widen};"
+                    f" {revisions.SEE_README}"
+                )

@@ -1,0 +1,224 @@
+"""The session that migrates: connects, waits, makes its settings, locks, and checks whose objects it would obey."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psycopg2
+from alembic.util import CommandError
+from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
+
+from migration_runner import catalog
+from migration_runner.database import Database, RawConnection, raw
+from migration_runner.errors import (
+    PERMANENT_CONNECT_ERRORS,
+    TRANSIENT_CONNECT_ERRORS,
+    RetriesExhausted,
+    printable,
+    server_message,
+)
+from migration_runner.retry import RetryBudget
+from migration_runner.settings import Settings, password_hint
+
+log = logging.getLogger("migration_runner")
+
+# How long one statement waits for a table. Everyone who comes after it waits behind it, so it is short; the
+# transaction is tried again.
+LOCK_TIMEOUT = "3s"
+
+# Set in the session because a pooler refuses them at connect. An orphan (its client was killed, or its node is lost and
+# sends no FIN) releases its locks within seconds. A role's own time limits are for applications: a migration's limit
+# is the Job's deadline. Names that the server's version lacks are left out.
+SERVER_SETTINGS = {
+    "lock_timeout": LOCK_TIMEOUT,
+    "statement_timeout": "0",
+    "transaction_timeout": "0",
+    "idle_in_transaction_session_timeout": "0",
+    "idle_session_timeout": "0",
+    "client_connection_check_interval": "2s",
+    "tcp_keepalives_idle": "5",
+    "tcp_keepalives_interval": "2",
+    "tcp_keepalives_count": "3",
+    "tcp_user_timeout": "10s",
+}
+
+# Between revisions nothing is looked up in a schema of the role's: Alembic's own SQL is not qualified either.
+SAFE_PATH = "pg_catalog"
+
+
+class Session:
+    """One connection, as long as it lasts."""
+
+    def __init__(self, connection: Connection, database: Database) -> None:
+        self.connection = connection
+        self.settings = database.settings
+        self.raw: RawConnection = raw(connection)
+        self.schema = ""  # of the version table; fixed for the run, since a revision may change the search_path
+        self.search_path = ""  # of the revisions
+        self.defaults: dict[str, str] = {}
+        self.lock_key: int | None = None
+
+    @property
+    def lost(self) -> bool:
+        """Whether the connection is broken, as the driver knows it."""
+        return self.connection.invalidated or bool(self.raw.closed)
+
+    @property
+    def reset_sql(self) -> bytes:
+        """The query that makes the session's settings anew; its first column says whether the run's lock is held."""
+        held = "true" if self.lock_key is None else f"pg_catalog.pg_try_advisory_lock({self.lock_key})"
+        calls = ", ".join(["pg_catalog.set_config(%s, %s, false)"] * len(self.defaults))
+        with self.raw.cursor() as cursor:
+            return bytes(cursor.mogrify(f"SELECT {held}, {calls}", [text for pair in self.defaults.items() for text in pair]))
+
+    def ask(self, query: str | bytes, *parameters: object) -> list[tuple[object, ...]]:
+        """Ask one of the runner's own questions in a transaction of its own, between revisions."""
+        rows = self.raw.ask(query, *parameters)
+        self.raw.commit()
+        return rows
+
+
+@contextmanager
+def open_session(database: Database, budget: RetryBudget) -> Iterator[Session]:
+    """Yield a session with its settings made, or raise CommandError or RetriesExhausted with one line."""
+    with _first_connection(database, budget) as connection:
+        session = Session(connection, database)
+        _reject_transaction_pooling(session, database)  # first: the settings would stay in the pool
+        _set_defaults(session)
+        _choose_schema(session)
+        try:
+            yield session
+        finally:
+            # Where the driver's own call found it broken, SQLAlchemy does not know that, and would roll back.
+            if not connection.invalidated and session.raw.closed:
+                connection.invalidate()
+
+
+def _first_connection(database: Database, budget: RetryBudget) -> Connection:
+    settings = database.settings
+    while True:
+        try:
+            return database.connect()
+        except (DBAPIError, psycopg2.Error, UnicodeDecodeError) as error:
+            reason = printable(settings.without_user(server_message(error)))
+            if not _is_transient(reason):
+                hint = _connect_hint(reason)
+                raise CommandError(f"cannot connect to {printable(settings.target)}: {reason}{hint}") from None
+            if not budget.wait(reason):
+                raise RetriesExhausted(
+                    f"could not connect to {printable(settings.target)} within {budget.seconds:.0f} s: {reason}; check"
+                    " that the server is up and DB_HOST, DB_PORT and the network, or raise MIGRATION_WAIT_SECONDS"
+                ) from None
+
+
+def _is_transient(reason: str) -> bool:
+    said = re.sub('"[^"]*"', "", reason)  # a host or a role may be called `invalid`
+    return not any(words in said for words in PERMANENT_CONNECT_ERRORS) and bool(TRANSIENT_CONNECT_ERRORS.search(said))
+
+
+def _connect_hint(reason: str) -> str:
+    said = re.sub('"[^"]*"', "", reason)
+    for words, hint in PERMANENT_CONNECT_ERRORS.items():
+        if words in said:
+            password = words in ("authentication failed", "no password supplied")
+            return f"; {hint}{password_hint() if password else ''}"
+    return "; not known to pass, so not retried: check the DB_* variables and the PG* variables, then retry"
+
+
+def _reject_transaction_pooling(session: Session, database: Database) -> None:
+    """A pooler in transaction mode hands out another backend for each transaction, so a session's lock guards nothing.
+
+    A pooler makes up the pid that the protocol gives the client. Only where that differs from the backend's own is a
+    second connection asked for: while it holds a transaction open, the first one gets another backend in transaction
+    mode and keeps its own in session mode.
+    """
+    if session.raw.info.backend_pid == session.raw.pid:
+        return
+    ask = "SELECT pg_catalog.pg_backend_pid()"
+    with database.connect() as other:
+        raw(other).ask(ask)
+        second = session.ask(ask)[0][0]
+    if second != session.raw.pid:
+        raise CommandError(
+            "the connection goes through a pooler in transaction mode (PgBouncer's pool_mode=transaction), where"
+            " session-level locks do not work; set DB_HOST and DB_PORT to the server itself, or to a pool in session"
+            " mode"
+        )
+
+
+def _set_defaults(session: Session) -> None:
+    """What each revision begins with: SERVER_SETTINGS, as far as the server has them, and the role's own."""
+    names = ["session_authorization", "role", *SERVER_SETTINGS]  # in this order: the first one resets the second
+    columns = ", ".join(f"pg_catalog.current_setting('{name}', true)" for name in ["search_path", *names])
+    path, *values = session.raw.ask(f"SELECT {columns}")[0]
+    session.search_path = str(path)
+    known = {name: str(value) for name, value in zip(names, values, strict=True) if value is not None}
+    session.defaults = known | {name: value for name, value in SERVER_SETTINGS.items() if name in known}
+    session.defaults["search_path"] = SAFE_PATH
+    session.ask(session.reset_sql)
+
+
+def _choose_schema(session: Session) -> None:
+    """Find the schemas of the run, and refuse those that somebody else has put in its way."""
+    wanted = session.settings.schema
+    if wanted:
+        if not session.ask("SELECT EXISTS (SELECT FROM pg_namespace WHERE nspname = %s::name)", wanted)[0][0]:
+            raise CommandError(f"DB_SCHEMA is '{wanted}', a schema that does not exist; create it, or set another")
+        session.search_path = str(session.raw.ask("SELECT quote_ident(%s)", wanted)[0][0])
+    place = catalog.find_place(session.raw, session.search_path, session.settings.version_table)
+    session.raw.commit()
+    if place.current_schema is None:
+        raise CommandError(
+            f"the role {printable(place.role)} has no USAGE privilege on any schema in its search_path"
+            f" ({printable(session.search_path)}); grant USAGE on one, set DB_SCHEMA, or fix the role's search_path"
+        )
+    if not wanted and place.current_schema == place.role and "$user" in session.search_path and place.schema_owner:
+        raise CommandError(
+            f"the schema {printable(place.current_schema)} comes first only because it is called as the role, and its"
+            f" owner is {printable(place.schema_owner)}; set DB_SCHEMA to the schema of the tables"
+        )
+    session.schema = wanted or place.table_schema or place.current_schema
+
+
+def describe(session: Session) -> str:
+    """`database app at db:5432 as app, schema public, PostgreSQL 18.1`: the server that answered."""
+    info = session.raw.info  # of several hosts in the URL, the one that answered
+    host = str(info.host)
+    if address := info.dsn_parameters.get("hostaddr"):
+        host += f" [{address}]"
+    version = session.ask("SELECT current_setting('server_version')")[0][0]
+    return printable(
+        f"database {info.dbname} at {host}:{info.port} as {info.user}, schema {session.schema}, PostgreSQL {version}"
+    )
+
+
+def acquire_lock(session: Session, budget: RetryBudget) -> None:
+    """Take the lock that keeps a second run of this schema and version table out, for the rest of the session.
+
+    It is polled, not waited for: a waiting statement holds a snapshot, which CREATE INDEX CONCURRENTLY in the first
+    run waits for. Each try is committed: what the caller begins next must be its own transaction, not ours.
+    """
+    key = lock_key(session.schema, session.settings)
+    while True:
+        taken = session.ask("SELECT pg_try_advisory_lock(%s)", key)[0][0]
+        if taken:
+            session.lock_key = key
+            return
+        holder = printable(catalog.lock_holder(session.raw, key) or "already finished")
+        session.raw.commit()
+        if not budget.wait(f"another migration is running ({holder})", max_delay=1):
+            raise RetriesExhausted(
+                f"another migration was still running after {budget.seconds:.0f} s ({holder}); wait for it to finish,"
+                " or terminate it with SELECT pg_terminate_backend(pid), or raise MIGRATION_WAIT_SECONDS"
+            )
+
+
+def lock_key(schema: str, settings: Settings) -> int:
+    """Of the version table: two projects in one database do not wait for each other."""
+    digest = hashlib.sha256(f"{schema}.{settings.version_table}".encode()).digest()
+    return int.from_bytes(digest[:8], "big", signed=True)

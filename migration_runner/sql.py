@@ -1,0 +1,164 @@
+"""SQL as far as the runner must read it: comments, literals and names are told apart, nothing is guessed from words.
+
+What a statement did is asked of the server; here is only what it is: its verb and object for the log, and whether it
+builds an index concurrently.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Token(NamedTuple):
+    kind: str  # word, name (quoted), literal, symbol
+    text: str
+
+
+_TOKEN = re.compile(
+    r"""
+    (?P<space>\s+|--[^\n]*)
+  | (?P<comment>/\*)
+  | (?P<literal>[eE]'(?:[^'\\]|\\.|'')*(?:'|\Z) | (?:[bBxXnN]|[uU]&)?'(?:[^']|'')*(?:'|\Z) | \d[\w.]*
+      | \$\$.*?(?:\$\$|\Z) | \$(?P<tag>[^\W\d]\w*)\$.*?(?:\$(?P=tag)\$|\Z))
+  | (?P<name>(?:[uU]&)?"(?:[^"]|"")*(?:"|\Z))
+  | (?P<word>[^\W\d][\w$]*)
+  | (?P<symbol>.)
+    """,
+    re.X | re.S,
+)
+
+
+def tokens(statement: str) -> Iterator[Token]:
+    """The statement's tokens without white space and comments, which nest in PostgreSQL."""
+    position = 0
+    while match := _TOKEN.match(statement, position):
+        position = match.end()
+        if match["comment"]:
+            position = _end_of_comment(statement, position)
+        elif not match["space"]:
+            kind = next(kind for kind in ("literal", "name", "word", "symbol") if match[kind] is not None)
+            yield Token(kind, match[0])
+
+
+def _end_of_comment(statement: str, position: int) -> int:
+    depth = 1
+    for mark in re.compile(r"/\*|\*/").finditer(statement, position):
+        depth += 1 if mark[0] == "/*" else -1
+        if depth == 0:
+            return mark.end()
+    return len(statement)
+
+
+# After these words come values, columns or another statement.
+_ENDS = frozenset("VALUES SET AS WHERE USING ADD IS PASSWORD ENCRYPTED WITH LIKE RETURNING".split())
+
+
+def summarize(statement: str) -> str:
+    """Verb and object, as `CREATE INDEX CONCURRENTLY a_x ON a`: no literal, no value, no comment.
+
+    Of a script, up to four statements. Only the first 10,000 characters are looked at.
+    """
+    summaries: list[str] = [""]
+    ended = False
+    for token in tokens(statement[:10_000]):
+        if token.text == ";":
+            if summaries[-1]:
+                summaries.append("")
+            if len(summaries) > 4:
+                summaries[-1] = "..."
+                break
+            ended = False
+        elif not ended:
+            part = summaries[-1]
+            names = token.kind in ("word", "name")
+            if token.text == "." and part:
+                summaries[-1] += "."
+            elif names and not (part and token.text.upper() in _ENDS) and len(part) < 120:
+                summaries[-1] += token.text if not part or part.endswith(".") else f" {token.text}"
+            else:
+                ended = True
+    return "; ".join(filter(None, summaries))
+
+
+@dataclass(frozen=True)
+class IndexBuild:
+    """A statement that builds, rebuilds or drops an index concurrently; names as written, for the server to resolve."""
+
+    index: str | None
+    table: str | None
+    rebuilds: bool = False  # REINDEX
+
+
+class _Reader:
+    def __init__(self, statement: str) -> None:
+        self.tokens = tokens(statement)
+        self.next()
+
+    def next(self) -> str:
+        """Move on; the token that was current."""
+        before = getattr(self, "text", "")
+        token = next(self.tokens, Token("end", ""))
+        self.kind, self.text = token
+        return before
+
+    def takes(self, *words: str) -> bool:
+        """Move past these words where they come next; those after the first must then follow."""
+        for word in words:
+            if self.kind != "word" or self.text.upper() != word:
+                return False
+            self.next()
+        return True
+
+    def name(self) -> str | None:
+        """A name as it is written, schema included."""
+        if self.kind not in ("word", "name"):
+            return None
+        name = self.next()
+        while self.text == ".":
+            self.next()
+            name += f".{self.next()}"
+        return name
+
+
+def index_build(statement: str) -> IndexBuild | None:
+    """What the statement builds, rebuilds or drops CONCURRENTLY; None where it is no such statement."""
+    read = _Reader(statement)
+    while read.text == ";":
+        read.next()
+    if read.takes("CREATE"):
+        read.takes("UNIQUE")
+        if not (read.takes("INDEX") and read.takes("CONCURRENTLY")):
+            return None
+        read.takes("IF", "NOT", "EXISTS")
+        name = None if read.kind == "word" and read.text.upper() == "ON" else read.name()
+        read.takes("ON")
+        read.takes("ONLY")
+        return IndexBuild(name, read.name())
+    if read.takes("DROP"):
+        if not (read.takes("INDEX") and read.takes("CONCURRENTLY")):
+            return None
+        read.takes("IF", "EXISTS")
+        return IndexBuild(read.name(), None)
+    if not read.takes("REINDEX"):
+        return None
+    concurrently = False
+    if read.text == "(":
+        while read.text not in (")", ""):
+            concurrently |= read.kind == "word" and read.text.upper() == "CONCURRENTLY"
+            read.next()
+        read.next()
+    kind = read.next().upper()
+    concurrently |= read.takes("CONCURRENTLY")
+    if not concurrently:
+        return None
+    name = read.name()
+    return IndexBuild(name if kind == "INDEX" else None, name if kind == "TABLE" else None, rebuilds=True)
+
+
+def sets_lock_timeout(statement: str) -> bool:
+    """Whether the statement is `SET lock_timeout`."""
+    read = _Reader(statement)
+    return read.takes("SET") and (read.takes("SESSION") or read.takes("LOCAL") or True) and read.takes("LOCK_TIMEOUT")

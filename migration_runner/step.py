@@ -1,0 +1,193 @@
+"""One revision being applied: what it runs, what of that stays, and whether its transaction is still the runner's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import psycopg2
+from alembic.runtime.migration import MigrationStep, RevisionStep
+from psycopg2.extensions import TRANSACTION_STATUS_INERROR, TRANSACTION_STATUS_INTRANS
+from sqlalchemy.exc import DBAPIError
+
+from migration_runner import catalog, sql
+from migration_runner.errors import Incomplete, LockLost, OwnTransaction
+from migration_runner.session import LOCK_TIMEOUT, Session
+
+# In the step's own transaction and in no other: releasing it, or rolling back to it where the transaction has failed,
+# is how the server says whether the transaction is still the same one. The plan (--sql) has the same statements.
+SAVEPOINT = "migration_runner"
+
+BEGIN_SQL = f"""SAVEPOINT {SAVEPOINT};
+SELECT CASE WHEN pg_catalog.pg_is_in_recovery() THEN NULL ELSE pg_catalog.txid_current() END,
+ pg_catalog.set_config('search_path', coalesce(%s, pg_catalog.current_setting('search_path')), false)"""
+
+
+class StatementLog:
+    """Summaries of the statements that finished: the first three and the last, however many there were."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first: list[str] = []
+        self.last = ""
+        self.committed = ""  # the same as one text, at the last commit
+
+    def add(self, statement: str) -> None:
+        self.count += 1
+        if self.count <= 3:
+            self.first.append(sql.summarize(statement))
+        else:
+            self.last = statement
+
+    def commit(self) -> None:
+        """All that finished so far stays."""
+        self.committed = self.text()
+
+    def text(self) -> str:
+        """`CREATE TABLE a; INSERT INTO a; INSERT INTO a; 47 more; INSERT INTO a`."""
+        parts = [*self.first]
+        if self.count > 4:
+            parts.append(f"{self.count - 4} more")
+        if self.count > 3:
+            parts.append(sql.summarize(self.last))
+        return "; ".join(parts)
+
+
+class StepRun:
+    """A step of one try; each try makes another object."""
+
+    def __init__(self, session: Session, step: MigrationStep, check_stopped: Callable[[], None]) -> None:
+        self.session, self.step, self.check_stopped = session, step, check_stopped
+        self.started = time.monotonic()
+        self.statements = StatementLog()
+        self.transaction_id: int | None = None
+        self.builds: list[catalog.ResolvedBuild] = []
+        self.in_block = False  # in an autocommit_block
+        self.recorded = False  # all that is left is the commit
+
+    @property
+    def title(self) -> str:
+        """`revision 002 (20251202_..._002_add.py)`; a stamp runs no file."""
+        return title(self.step)
+
+    @property
+    def worked_outside(self) -> bool:
+        """Whether something stays that the step did, whatever becomes of its transaction."""
+        return self.in_block or bool(self.statements.committed or self.builds)
+
+    def apply(self, function: Callable[[], None], invalid_before: frozenset[int]) -> None:
+        """Run the revision's function; raise what it raises, or OwnTransaction, LockLost or Incomplete."""
+        self._begin(self.session.search_path)
+        self.session.raw.observer = self
+        try:
+            function()
+        except BaseException:
+            self._refuse_own_transaction_after_failure()
+            raise
+        finally:
+            self.session.raw.observer = None
+        self._end()
+        if self.builds:
+            if self.left_invalid(catalog.indexes(self.session.raw), invalid_before):
+                raise Incomplete
+        self.recorded = True
+
+    @contextmanager
+    def autocommit_block(self, block: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+        """Alembic's own, which commits: what came before stays from here on, and what follows is a new transaction."""
+        self._require_own_transaction(self.session.raw.ask, f"RELEASE SAVEPOINT {SAVEPOINT}")
+        self.in_block = True
+        self.statements.commit()
+        try:
+            with block():
+                yield
+        finally:
+            self.in_block = False
+            if not self.session.lost:
+                self._begin(search_path=None)
+
+    def left_invalid(self, indexes: list[catalog.Index], before: frozenset[int]) -> list[catalog.Index]:
+        """The INVALID indexes that this step's statements left, or met."""
+        return [i for i in indexes if not i.valid and any(build.left(i, before) for build in self.builds)]
+
+    def built(self, indexes: list[catalog.Index]) -> list[catalog.Index]:
+        """The valid indexes that this step built outside its transaction."""
+        new = {(build.table, build.index) for build in self.builds if not build.existed}
+        return [index for index in indexes if index.valid and (index.table, index.relname) in new]
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since it began."""
+        return time.monotonic() - self.started
+
+    def before_statement(self, statement: str) -> None:
+        """Called by the connection."""
+        self.check_stopped()
+        raw = self.session.raw
+        if not self.in_block and not raw.in_transaction and not raw.closed:
+            raise OwnTransaction
+        # Concurrent builds hold up no reader and no writer, and wait for all transactions.
+        if (build := sql.index_build(statement)) and not raw.in_transaction:
+            self.builds.append(catalog.resolve(raw, build))
+            if raw.ask("SHOW lock_timeout")[0][0] == LOCK_TIMEOUT:
+                raw.ask("SET lock_timeout = 0")
+
+    def after_statement(self, statement: str) -> None:
+        """Called by the connection."""
+        raw = self.session.raw
+        self.statements.add(statement)
+        if not raw.in_transaction:
+            self.statements.commit()
+            if not self.in_block:
+                raise OwnTransaction
+            if self.builds and sql.index_build(statement) and raw.ask("SHOW lock_timeout")[0][0] == "0":
+                raw.ask(f"SET lock_timeout = '{LOCK_TIMEOUT}'")
+
+    def _begin(self, search_path: str | None) -> None:
+        """Know the transaction again: by a savepoint, and by its id for whoever asks after the connection broke."""
+        ((self.transaction_id, _),) = self.session.raw.ask(BEGIN_SQL, search_path)
+
+    def _end(self) -> None:
+        """The transaction must be the one that began; then the settings are made anew, before Alembic's own SQL."""
+        query = f"RELEASE SAVEPOINT {SAVEPOINT}; ".encode() + self.session.reset_sql
+        held, *_ = self._require_own_transaction(self.session.raw.ask, query)[0]
+        if not held:
+            raise LockLost
+
+    def _require_own_transaction(
+        self, ask: Callable[..., list[tuple[object, ...]]], query: str | bytes
+    ) -> list[tuple[object, ...]]:
+        try:
+            return ask(query)
+        except psycopg2.Error as error:
+            if error.pgcode in ("3B001", "25P01"):  # no such savepoint; no transaction
+                raise OwnTransaction from error
+            raise
+
+    def _refuse_own_transaction_after_failure(self) -> None:
+        """A failed transaction answers no question but this one."""
+        raw = self.session.raw
+        if self.session.lost:
+            return
+        if raw.info.transaction_status in (TRANSACTION_STATUS_INERROR, TRANSACTION_STATUS_INTRANS):
+            try:
+                self._require_own_transaction(raw.ask, f"ROLLBACK TO SAVEPOINT {SAVEPOINT}")
+            except (DBAPIError, psycopg2.Error):
+                return
+        elif not self.in_block:
+            raise OwnTransaction
+
+
+def title(step: MigrationStep) -> str:
+    """The step, as a person would name it."""
+    if not isinstance(step, RevisionStep):
+        return "the stamp"
+    revision = step.revision
+    return f"{'' if step.is_upgrade else 'the downgrade of '}revision {revision.revision} ({Path(revision.path).name})"
+
+
+def drop_with(names: list[str]) -> str:
+    """The statements that remove these indexes."""
+    return "drop with: " + "; ".join(f"DROP INDEX CONCURRENTLY {name}" for name in names)
