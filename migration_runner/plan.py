@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NoReturn, cast
 
 from alembic import context
@@ -24,7 +26,7 @@ from migration_runner.settings import Settings
 from migration_runner.step import SAVEPOINT, title
 
 
-class NeedsConnection(Exception):  # noqa: N818  not an error of the program
+class NeedsConnection(AttributeError):  # noqa: N818  what SQLAlchemy and Alembic expect where something is missing
     """A revision asks the database, and a plan has none."""
 
 
@@ -89,6 +91,8 @@ class _Plan:
         dialect: Any = migration.dialect
         dialect.statement_compiler = type("PlanCompiler", (_RefusesUnbound, dialect.statement_compiler), {})
         migration.connection = migration.impl.connection = cast("Any", _PlanConnection(migration))
+        block = functools.partial(MigrationContext.autocommit_block, migration)
+        migration.autocommit_block = functools.partial(self._autocommit_block, block)  # type: ignore[method-assign]
         context.run_migrations()
 
     def _on_version_apply(self, heads: set[str], **_: Any) -> None:
@@ -108,6 +112,14 @@ class _Plan:
             self.step = step
             step.migration_fn = self._around(step.migration_fn, table, _settings(self.settings, quote))
             yield step
+
+    @contextmanager
+    def _autocommit_block(self, block: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+        """As StepRun.autocommit_block."""
+        self.output.emit(f"RELEASE SAVEPOINT {SAVEPOINT};")
+        with block():
+            yield
+        self.output.emit(f"SAVEPOINT {SAVEPOINT};")
 
     def _around(self, function: Callable[..., None], table: str, settings: list[str]) -> Callable[..., None]:
         """As StepRun.apply: the same savepoint, the settings made anew, the same look at what an index became."""
@@ -139,6 +151,7 @@ class _Statements(io.StringIO):
         super().write("\n".join(lines) + "\n\n")
 
     def write(self, statement: str) -> int:
+        statement = _terminated(statement)
         self.own_lock_timeout |= sql.sets_lock_timeout(statement)
         build = sql.index_build(statement)
         if build is None:
@@ -148,6 +161,16 @@ class _Statements(io.StringIO):
             return super().write(statement)
         # It holds up no reader and no writer, and waits for all transactions.
         return super().write(f"SET lock_timeout = 0;\n{statement.rstrip()}\nSET lock_timeout = '{LOCK_TIMEOUT}';\n\n")
+
+
+def _terminated(statement: str) -> str:
+    """The statement with its semicolon, which Alembic writes into a comment where the SQL ends with one."""
+    text = statement.rstrip()
+    if text.endswith(";") and "--" in text.rsplit("\n", 1)[-1]:
+        last = [token.text for token in sql.tokens(text)][-1:]
+        if last not in ([], [";"]):
+            return f"{text[:-1]}\n;\n\n"
+    return statement
 
 
 class _RefusesUnbound:
@@ -192,12 +215,12 @@ class _PlanConnection(MockConnection):
         return _NoResult()
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise AttributeError(name) if name.startswith("__") else NeedsConnection(name)
+        raise NeedsConnection(name)
 
 
 class _NoResult:
     def __getattr__(self, name: str) -> NoReturn:
-        raise AttributeError(name) if name.startswith("__") else NeedsConnection(name)
+        raise NeedsConnection(name)
 
     def __iter__(self) -> NoReturn:
         raise NeedsConnection

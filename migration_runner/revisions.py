@@ -149,8 +149,9 @@ def superseded(script: ScriptDirectory, heads: tuple[str, ...]) -> str | None:
 
 def revision_error(script: ScriptDirectory, error: BaseException) -> CommandError:
     """What to raise for an error in a revision file."""
-    where = error_location(error, script) or _unreadable(script)
-    return CommandError(f"{where}: {describe(error)}; fix the file, {SEE_README}")
+    where = error_location(error, script)
+    what = f"{where}: {describe(error)}" if where else _explain_error(script, error)
+    return CommandError(f"{what}; fix the file, {SEE_README}")
 
 
 def error_location(error: BaseException, script: ScriptDirectory) -> str | None:
@@ -209,7 +210,7 @@ def _file_with_wrong_id(script: ScriptDirectory) -> str | None:
     return None
 
 
-def _unreadable(script: ScriptDirectory) -> str:
+def _explain_error(script: ScriptDirectory, error: BaseException) -> str:
     """The file at fault where the exception names none: it is no Python (UTF-16), or a link or id is of a wrong kind."""
     known: set[str] = set()
     wanted: list[tuple[str, str]] = []
@@ -217,22 +218,22 @@ def _unreadable(script: ScriptDirectory) -> str:
         if path.suffix != ".py":
             continue
         try:
-            compile(path.read_bytes(), path, "exec")
+            fields = _fields(path)
         except (SyntaxError, ValueError):  # ValueError, too: Python 3.11 and older
-            return path.name
-        module = _fields(path)
-        for name in ("revision", "down_revision", "depends_on", "branch_labels"):
-            values = to_tuple(module.get(name), default=())
-            if name == "revision" and not isinstance(module.get(name), str):
-                return f"{path.name} has a 'revision' that is no string"
+            return f"{path.name}: {describe(error)}"
+        if not isinstance(fields.get("revision"), str):
+            return f"{path.name} has a 'revision' that is no string"
+        for name in ("down_revision", "depends_on", "branch_labels"):
+            values = to_tuple(fields.get(name), default=())
             if not all(isinstance(value, str) for value in values):
                 return f"{path.name} has a '{name}' that is no string"
-            known |= {str(value) for value in values} if name in ("revision", "branch_labels") else set()
-            wanted += [(path.name, str(value)) for value in values] if name == "depends_on" else []
+            known |= set(values) if name == "branch_labels" else set()
+            wanted += [(path.name, value) for value in values] if name == "depends_on" else []
+        known.add(fields["revision"])
     for file, name in wanted:
         if name not in known:
             return f"{file} has the 'depends_on' {name}, which does not exist"
-    return " and ".join(map(str, _locations(script)))
+    return f"{' and '.join(map(str, _locations(script)))}: {describe(error)}"
 
 
 def _fields(path: Path) -> dict[str, Any]:

@@ -29,21 +29,23 @@ class Settings:
     schema: str | None
     version_table: str
     wait_seconds: float
+    hides_user: bool = False  # the user of DATABASE_URL may be a token; DB_USER is none
 
     @property
     def target(self) -> str:
-        """`database unifieddevdb at db:5432`: of a URL's parts the only ones that a message may quote."""
+        """`database unifieddevdb at db:5432 as postgres`: of a URL's parts the only ones that a message may quote."""
         url = self.url
         host = url.host or _text(url.query.get("host"))
         address = _text(url.query.get("hostaddr")) or os.environ.get("PGHOSTADDR")
         # libpq takes the port from a service file before PGPORT, and only it reads that.
         port = url.port or (None if os.environ.get("PGSERVICE") else os.environ.get("PGPORT") or 5432)
-        return f"database {url.database} at {host}{f' [{address}]' if address else ''}{f':{port}' if port else ''}"
+        user = "" if self.hides_user else f" as {url.username}"
+        return f"database {url.database} at {host}{f' [{address}]' if address else ''}{f':{port}' if port else ''}{user}"
 
     def without_user(self, message: str) -> str:
-        """The message without the role of DATABASE_URL, where a token may stand; DB_USER is no secret."""
+        """The server's words without the user, where that may be a token."""
         user = self.url.username
-        return message.replace(f'"{user}"', '"..."') if user and os.environ.get("DATABASE_URL") else message
+        return message.replace(f'"{user}"', '"..."') if user and self.hides_user else message
 
 
 def load(env_file: Path | None = None) -> Settings:
@@ -53,8 +55,10 @@ def load(env_file: Path | None = None) -> Settings:
         # Python hides bytes that are no UTF-8 in these characters.
         if _is_ours(name) and re.search("[\udc80-\udcff]", value):
             raise CommandError(f"{name} is not UTF-8; set it as UTF-8, {SEE_ENV_EXAMPLE}")
+    given = bool(os.environ.get("DATABASE_URL"))
     return Settings(
-        url=_url_from_database_url() if os.environ.get("DATABASE_URL") else _url_from_parts(),
+        url=_url_from_database_url() if given else _url_from_parts(),
+        hides_user=given,
         schema=_identifier("DB_SCHEMA", 63),
         # Its primary key is called as the table, with _pkc behind it.
         version_table=_identifier("ALEMBIC_VERSION_TABLE", 59) or "alembic_version",

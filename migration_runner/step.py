@@ -97,16 +97,21 @@ class StepRun:
     @contextmanager
     def autocommit_block(self, block: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
         """Alembic's own, which commits: what came before stays from here on, and what follows is a new transaction."""
-        self._require_own_transaction(self.session.raw.ask, f"RELEASE SAVEPOINT {SAVEPOINT}")
-        self.in_block = True
-        self.statements.commit()
+        raw = self.session.raw
+        self._require_own_transaction(raw.ask, f"RELEASE SAVEPOINT {SAVEPOINT}")
+        raw.observer = None  # Alembic's own statements are not the revision's
         try:
             with block():
-                yield
+                self.statements.commit()
+                self.in_block, raw.observer = True, self
+                try:
+                    yield
+                finally:
+                    self.in_block, raw.observer = False, None
         finally:
-            self.in_block = False
             if not self.session.lost:
-                self._begin(search_path=None)
+                self._begin(None)
+            raw.observer = self
 
     def left_invalid(self, indexes: list[catalog.Index], before: frozenset[int]) -> list[catalog.Index]:
         """The INVALID indexes that this step's statements left, or met."""

@@ -194,7 +194,7 @@ def down(owner: int = 0) -> None:
 def install(cluster: Cluster) -> None:
     """Install or upgrade the chart as a user does. Show the Job's log and the table."""
     push_checkout(cluster)
-    code = ["migrations", "alembic.ini", "requirements.txt"]
+    code = ["migrations", "migration_runner", "alembic.ini", "requirements.txt"]
     if changed := run(["git", "-C", ROOT, "status", "--porcelain", "--", *code]):
         say(f"not committed, and so not in the cluster:\n{changed.rstrip()}")
     values = ["-f", "environments/kind.yaml"]

@@ -74,12 +74,12 @@ def test_every_link_within_the_repository_leads_somewhere(path: Path) -> None:
 
 def test_every_heading_that_a_message_names_exists() -> None:
     """A message of a run ends with where to read."""
-    sources = [*(ROOT / "migrations").glob("*.py"), *(CHART / "files").glob("*.sh")]
+    sources = [*(ROOT / "migration_runner").glob("*.py"), *(CHART / "files").glob("*.sh")]
     named = {
         (document, heading)
         for source in sources
         for heading, document in re.findall(r"'([A-Z][\w ]+)' in (README\.md)", source.read_text())
     }
-    assert {heading for _, heading in named} >= {"Adding a migration", "Least grants", "Troubleshooting"}
+    assert {heading for _, heading in named} >= {"Adding a migration", "Minimum privileges", "Troubleshooting"}
     for document, heading in named:
         assert heading.lower().replace(" ", "-") in _anchors(ROOT / document), heading

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import namespace, root_only
-from tests.migrations.audit import AUDIT, CUT_OFF, FILE, SLEEP, audited
+from tests.migrations.audit import AUDIT, KILLED, FILE, SLEEP, audited
 from tests.migrations.helpers import ALEMBIC, Project, Running, until
 from tools.postgres import Postgres, dsn
 
@@ -77,7 +77,7 @@ def cable(files: Project, own_server: Postgres) -> Iterator[Cable]:
     "Network",
     fault="The node or the network dies without a word (half-open connection) in a revision",
     sees="Within 25 s `waiting, ...: revision 003 (...) failed: could not receive data from server: ...`, then"
-    " `no connection to database ... in N s`, exit 1",
+    " `could not connect to database ... within N s`, exit 1",
     state="Finished revisions stay; the server ends the orphaned session and its lock within 20 s",
     do="Mend the network, deploy again",
 )
@@ -97,7 +97,7 @@ def test_a_half_open_connection_is_noticed_on_both_sides_and_the_next_run_finish
     assert time.monotonic() - start < 40
     assert result.returncode == 1
     assert f"revision 003 ({FILE.format('003')}) failed: could not receive data from server: " in result.stderr
-    assert result.failure.startswith("no connection to database postgres at 192.0.2.1:")
+    assert result.failure.startswith("could not connect to database postgres at 192.0.2.1:")
     assert cable.execute("SELECT version_num FROM alembic_version") == [("002",)]
     cable.plug("up")
     path.write_text(path.read_text().replace("pg_sleep(60)", "1"))
@@ -120,7 +120,7 @@ def test_sigterm_on_a_dead_network_ends_the_run_at_once(cable: Cable) -> None:
     until(lambda: cable.execute("SELECT 1 FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep%'"))
     cable.plug("down")
     result, seconds = running.stop(signal.SIGTERM)
-    assert (result.returncode, result.failure) == (143, CUT_OFF)
+    assert (result.returncode, result.failure) == (143, KILLED)
     assert seconds < 3
     until(lambda: not cable.held(), 20 - seconds)
     assert cable.execute("SELECT version_num FROM alembic_version") == [("002",)]

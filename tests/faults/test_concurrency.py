@@ -139,7 +139,7 @@ class Round:
         told = [line for line in text.splitlines() if line.startswith("FAILED: ")]
         assert len(told) == 1, (code, struck, text)
         # psycopg2 prints, and swallows, what is raised while it decodes the server's words; the run ends all the same.
-        assert text.count("Traceback") == text.count("\nmigrations.run.Interrupted\nFAILED: "), text
+        assert text.count("Traceback") == text.count("\nmigration_runner.errors.Interrupted\nFAILED: "), text
         # A run that was not struck may meet an index that one that was struck has left.
         left = re.search(r"revision 00[58] .*(already exists|INVALID|outside its|cancel|closed|terminat)", told[0])
         cancelled = "pg_cancel_backend" in struck and "cancel" in told[0]

@@ -38,7 +38,7 @@ def enlarge(disk: tuple[Path, list[str]]) -> None:
     "Database",
     fault="The server's disk is full",
     sees="`revision 002 (...) failed: could not extend file ...: No space left on device ... (the server's disk is"
-    " full: make room); rolled back at 001; gave up after N s`, exit 1",
+    " full: free disk space); rolled back; the database is at revision 001; timed out after N s`, exit 1",
     state="Finished revisions stay, this one is rolled back",
     do="Make room, deploy again",
 )
@@ -58,8 +58,8 @@ def test_a_full_disk_is_named_and_with_more_room_the_next_run_finishes(
     assert result.returncode == 1
     assert result.failure.startswith(f"revision 002 ({FILE.format('002')}) failed: could not extend file ")
     assert "No space left on device" in result.failure
-    assert "(the server's disk is full: make room)" in result.failure
-    assert result.failure.endswith("; rolled back at 001; gave up after 2 s, run again later")
+    assert "(the server's disk is full: free disk space)" in result.failure
+    assert result.failure.endswith("; rolled back; the database is at revision 001; timed out after 2 s; retry later")
     enlarge(small_disk)
     assert files.alembic("upgrade", "head").returncode == 0
     assert own_server.execute("SELECT version_num FROM alembic_version", database="reports") == [("002",)]
@@ -70,7 +70,7 @@ def test_a_full_disk_is_named_and_with_more_room_the_next_run_finishes(
     "Database",
     fault="The disk of the server's write-ahead log is full, so the server crashes",
     sees="`waiting, ...: revision 002 (...) failed: server closed the connection unexpectedly`, then `FAILED` with that"
-    " reason or `no connection to database ...`, exit 1",
+    " reason or `could not connect to database ...`, exit 1",
     state="Finished revisions stay, this one is rolled back by the server's recovery",
     do="Make room, start the server, deploy again",
 )
@@ -130,7 +130,7 @@ def test_a_server_without_a_free_connection_is_waited_for_and_one_is_enough(file
 @pytest.mark.fault(
     "Database",
     fault="The host is a read-only standby",
-    sees="`cannot execute ... in a read-only transaction (the server only reads (a standby, or"
+    sees="`cannot execute ... in a read-only transaction (the server is read-only (a standby, or"
     " default_transaction_read_only): set DB_HOST to the primary)`, exit 255; with nothing to do, exit 0",
     state="Nothing was changed",
     do="Set the host to the primary's address",
@@ -151,15 +151,14 @@ def test_a_standby_is_named_and_a_run_with_nothing_to_do_passes_there(files: Pro
         255,
         f"revision 002 ({path.name}) failed: cannot execute CREATE TABLE in a read-only transaction (the server only"
         " reads (a standby, or default_transaction_read_only): set DB_HOST to the primary), at"
-        f" {path.name}, line 7; rolled back at 001; mend it, then run again",
+        f" {path.name}, line 7; rolled back; the database is at revision 001; fix it, then retry",
     )
 
 
 @pytest.mark.fault(
     "Database",
     fault="PgBouncer in transaction mode between the run and the server",
-    sees="`the connection goes through a pooler in transaction mode (PgBouncer's pool_mode=transaction), where no lock"
-    " holds; set DB_HOST and DB_PORT to the server itself, or to a pool in session mode`, exit 255",
+    sees="`the connection goes through a pooler in transaction mode (PgBouncer's pool_mode=transaction), where session-level locks do not work; set DB_HOST and DB_PORT to the server itself, or to a pool in session mode`, exit 255",
     state="Nothing was changed, and no setting of the run stays in the pool",
     do="Set host and port to the server or to a pool in session mode",
 )

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import text
 
-from migrations import session
-from migrations import settings as of_migrations
+from migration_runner import database as databases
+from migration_runner import settings as of_the_run
 from tests.conftest import CANARY
 from tests.migrations.helpers import Database, Project
 from tests.migrations.runner import Runner
@@ -31,18 +31,17 @@ often = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Callable[..., of_migrations.Settings]:
+def load(monkeypatch: pytest.MonkeyPatch) -> Callable[..., of_the_run.Settings]:
     """`settings.load()` with these variables and no others."""
     for name in [name for name in os.environ if name == "DATABASE_URL" or name.startswith(("DB_", "PG"))]:
         monkeypatch.delenv(name)
-    monkeypatch.setattr(of_migrations, "ENV_FILE", Path("none"))
 
-    def load(**variables: str | None) -> of_migrations.Settings:
+    def load(**variables: str | None) -> of_the_run.Settings:
         with monkeypatch.context() as here:
             for name, value in variables.items():
                 if value is not None:
                     here.setenv(name, value)
-            return of_migrations.load()
+            return of_the_run.load()
 
     return load
 
@@ -66,8 +65,8 @@ def test_any_password_opens_the_database(load: Callable, database: Database) -> 
         url = dsn(database.url.set(password=password))
         for variables in (parts(database) | {"DB_PASSWORD": password}, {"DATABASE_URL": url}):
             loaded = load(**variables)
-            assert CANARY not in f"{loaded!r} {session.where(loaded)}"
-            with session.engine(loaded).connect() as connection:
+            assert CANARY not in f"{loaded!r} {loaded.target}"
+            with databases.Database(loaded).connect() as connection:
                 assert connection.scalar(text("SELECT current_user")) == database.role
 
     check()

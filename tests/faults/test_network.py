@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.faults.conftest import Proxy
-from tests.migrations.audit import AUDIT, CUT_OFF, FILE, SLEEP, audit, audited, idle, sleeping
+from tests.migrations.audit import AUDIT, KILLED, FILE, SLEEP, audit, audited, idle, sleeping
 from tests.migrations.helpers import Database, Project, Running, until
 from tools.postgres import dsn
 
-UNDECIDED = "whether that is committed cannot be told now: see 'alembic current'"
+UNDECIDED = "commit status unknown: check with 'alembic current'"
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_a_signal_while_the_server_commits_does_not_say_rolled_back_where_that_i
     result, seconds = committing.stop(signal.SIGTERM)
     assert (result.returncode, result.failure) == (
         143,
-        f"interrupted by SIGTERM; it did not end by itself, {UNDECIDED}; run again to go on",
+        f"interrupted by SIGTERM; it did not end by itself, {UNDECIDED}; run again to resume",
     )
     assert seconds < 3
     proxy.cut()
@@ -123,7 +123,7 @@ def test_a_commit_whose_answer_is_lost_is_not_done_again(
 @pytest.mark.fault(
     "Network",
     fault="The connection is cut in a revision, and the network stays away",
-    sees="`no connection to database ... in N s: ...`, exit 1, N s (`MIGRATION_WAIT_SECONDS`) after the cut",
+    sees="`could not connect to database ... within N s: ...`, exit 1, N s (`MIGRATION_WAIT_SECONDS`) after the cut",
     state="Finished revisions stay; the orphaned session and its lock are gone within seconds",
     do="Mend the network, deploy again",
 )
@@ -138,7 +138,7 @@ def test_a_network_that_stays_away_ends_the_run_and_the_next_one_finishes(
     result = running.wait()
     assert time.monotonic() - start < 15
     assert result.returncode == 1
-    assert result.failure.startswith(f"no connection to database {database.name} at ")
+    assert result.failure.startswith(f"could not connect to database {database.name} at ")
     idle(database)
     assert (database.at, audit(database)) == (["002"], [])
     proxy.mend()
@@ -150,7 +150,7 @@ def test_a_network_that_stays_away_ends_the_run_and_the_next_one_finishes(
 @pytest.mark.fault(
     "Network",
     fault="A load balancer takes the connection and nothing comes back",
-    sees="`no connection to database ... in N s: ... timeout expired`, exit 1",
+    sees="`could not connect to database ... within N s: ... timeout expired`, exit 1",
     state="Nothing was begun",
     do="Mend what stands behind the load balancer, deploy again",
 )
@@ -160,7 +160,7 @@ def test_a_connection_that_never_answers_is_an_error(proxied: Project, database:
     result = proxied.alembic("upgrade", "head", MIGRATION_WAIT_SECONDS="2")
     assert time.monotonic() - start < 20
     assert result.returncode == 1
-    assert result.failure.startswith(f"no connection to database {database.name} at ")
+    assert result.failure.startswith(f"could not connect to database {database.name} at ")
     assert "timeout expired" in result.failure
     assert database.relations == []
     proxy.reset()
@@ -181,7 +181,7 @@ def test_a_connection_that_is_swallowed_ends_with_sigterm(proxied: Project, data
     until(lambda: sleeping(database))
     proxy.toxic("timeout", timeout=0)
     result, seconds = running.stop(signal.SIGTERM)
-    assert (result.returncode, result.failure) == (143, CUT_OFF)
+    assert (result.returncode, result.failure) == (143, KILLED)
     assert seconds < 3
     proxy.cut()
     idle(database)

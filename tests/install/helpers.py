@@ -202,7 +202,8 @@ class Repository:
         made.git("init", "--quiet", "--initial-branch=main")
         for file in ("alembic.ini", "requirements.txt"):
             shutil.copy(ROOT / file, folder)
-        shutil.copytree(ROOT / "migrations", folder / "migrations", ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("migrations", "migration_runner"):
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         made.push()
         return made
 

@@ -24,7 +24,7 @@ def assert_applied_once(database: Database) -> None:
 @pytest.mark.fault(
     "Concurrency",
     fault="Two releases on one database are upgraded at once, in one namespace or in two",
-    sees="One works, the other says `waiting, ...: another run is at work (pid ...)`, then `nothing to do`; exit 0",
+    sees="One works, the other says `waiting, ...: another migration is running (pid ...)`, then `nothing to do`; exit 0",
     state="Each revision applied once",
     do="Nothing",
 )
@@ -39,7 +39,7 @@ def test_of_two_releases_at_once_one_works_and_the_other_waits_for_it(
 ) -> None:
     other = api if where == "one namespace" else namespaces()
     both = [releases(api).upgrading(), releases(other, name="second").upgrading()]
-    waiting = f"more: another run is at work (pid N, hcm-db-migrations as {database.role} from "
+    waiting = f"more: another migration is running (pid N, hcm-db-migrations as {database.role} from "
     jobs = [(api, JOB), (other, "second-hcm-db-migration-1")]
     until(lambda: any(waiting in log for namespace, job in jobs for log in namespace.logs(job)))
     let_go(database)
@@ -120,7 +120,7 @@ def test_a_pod_that_is_cut_off_in_a_revision_is_followed_by_one_that_finishes_it
 @pytest.mark.fault(
     "Concurrency",
     fault="The same pod runs twice at once, as Kubernetes may do it",
-    sees="One works, the other says `waiting, ...: another run is at work (pid ...)`, then `nothing to do`; exit 0",
+    sees="One works, the other says `waiting, ...: another migration is running (pid ...)`, then `nothing to do`; exit 0",
     state="Each revision applied once",
     do="Nothing",
 )
@@ -132,7 +132,7 @@ def test_of_the_same_pod_twice_at_once_one_works_and_the_other_waits_for_it(
     (pod,) = api.pods(JOB)
     pod.metadata = client.V1ObjectMeta(name="twin", annotations=pod.metadata.annotations)
     api.core.create_namespaced_pod(api.namespace, pod)
-    until(lambda: "another run is at work" in api.log(pod))
+    until(lambda: "another migration is running" in api.log(pod))
     let_go(database)
     result = upgrade.wait()
     assert result.returncode == 0, result.text

@@ -117,11 +117,11 @@ def test_a_database_that_never_comes_is_given_up_in_bounded_time(release: Releas
     result = release.upgrade(values)
     assert (result.returncode, api.seconds_to_failure(JOB) < 30) == (1, True)
     result.line(
-        "FAILED: no connection to database ",
+        "FAILED: could not connect to database ",
         f" at {gate.host}:5432 ",
         " in 2 s: ",
         "Connection refused",
-        "; check that the server runs and DB_HOST, DB_PORT and the network, or raise MIGRATION_WAIT_SECONDS",
+        "; check that the server is up and DB_HOST, DB_PORT and the network, or raise MIGRATION_WAIT_SECONDS",
     )
     assert api.conditions(JOB)["Failed"] == "BackoffLimitExceeded"
 

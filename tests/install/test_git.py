@@ -30,7 +30,7 @@ def test_a_run_takes_exactly_the_ref_and_the_folder_that_are_named(
         git["path"] = "services/reports/schema"
         folder = repository.folder / git["path"]
         folder.mkdir(parents=True)
-        for name in ("alembic.ini", "migrations", "requirements.txt"):
+        for name in ("alembic.ini", "migrations", "migration_runner", "requirements.txt"):
             shutil.move(repository.folder / name, folder)
     commit = repository.push("refs/heads/feature/chosen")
     if kind == "tag":

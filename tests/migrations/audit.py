@@ -9,14 +9,17 @@ from tests.migrations.helpers import Database, Result, until
 AUDIT = 'op.execute("CREATE TABLE audit (revision text)")'
 FILE = "20251202_143000_{}_add.py"
 AGAIN = (
-    "run again to go on, and where the Job's time was up raise 'job.activeDeadlineSeconds' and Helm's --timeout"
+    "run again to resume; if the Job's deadline was exceeded, raise 'job.activeDeadlineSeconds' and Helm's --timeout"
     " together"
 )
 SLEEP = 'op.execute("SELECT pg_sleep(60)")'
 BUILD = 'op.execute("CREATE INDEX CONCURRENTLY slow ON audit (revision)")'
 BLOCK = "with op.get_context().autocommit_block():\n    "
-CUT_OFF = "interrupted by SIGTERM; it did not end by itself, so the database rolls back at 002; run again to go on"
-MEND = "mend it, then run again"
+KILLED = (
+    "interrupted by SIGTERM; did not stop in time and was killed; the database was at revision 002 before: check with"
+    " 'alembic current'; run again to resume"
+)
+FIX = "fix it, then retry"
 
 
 def audited(number: str, body: str = "") -> str:
@@ -44,7 +47,7 @@ def terminate(database: Database) -> None:
 
 def follow(result: Result, database: Database) -> None:
     """Run the statement that the message names."""
-    statements = re.findall(r"remove with: (.*?); rolled back", result.failure)
+    statements = re.findall(r"drop with: (.*?); the database is at", result.failure)
     assert len(statements) == 1, result.failure
     database.execute(statements[0])
 
@@ -52,6 +55,11 @@ def follow(result: Result, database: Database) -> None:
 def idle(database: Database) -> None:
     """Nothing of any run is left on the server within seconds: no session, and so no lock."""
     until(lambda: database.activity() == [], 6)
+
+
+def target(database: Database) -> str:
+    """As a failure names the test's database: of DATABASE_URL's parts, host, port and database."""
+    return place(database).rsplit(" as ", 1)[0]
 
 
 def place(database: Database) -> str:

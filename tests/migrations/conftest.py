@@ -42,7 +42,8 @@ def own_server() -> Iterator[Postgres]:
 def files(tmp_path: Path) -> Iterator[Project]:
     """A project without a database: nothing listens where it looks."""
     folder = tmp_path / "project"
-    shutil.copytree(ROOT / "migrations", folder / "migrations", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("migrations", "migration_runner"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "alembic.ini", folder)
     home = tmp_path / "home"
     home.mkdir()

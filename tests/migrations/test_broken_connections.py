@@ -35,7 +35,7 @@ def test_a_backend_that_is_terminated_in_a_revision_is_tried_again(
     assert "Traceback" not in result.stderr
     waited = next(line for line in result.lines if " waiting, " in line)
     assert f"revision 003 ({FILE.format('003')}) failed: server closed the connection unexpectedly" in waited
-    assert waited.endswith("; rolled back at 002")
+    assert waited.endswith("; rolled back; the database is at revision 002")
 
 
 @pytest.mark.fault(
@@ -82,7 +82,7 @@ def test_a_server_that_is_killed_in_a_revision_and_restarted_is_migrated(files: 
 @pytest.mark.fault(
     "Database",
     fault="The server is killed (-9) in a revision, and stays away",
-    sees="`no connection to database ... in N s: ...`, exit 1",
+    sees="`could not connect to database ... within N s: ...`, exit 1",
     state="Finished revisions stay, this one is rolled back",
     do="Start the server, deploy again",
 )
@@ -93,7 +93,7 @@ def test_a_server_that_is_killed_in_a_revision_and_stays_away_is_an_error(files:
     own_server.kill()
     result = running.wait()
     assert result.returncode == 1
-    where = f"database postgres at 127.0.0.1:{own_server.port} as postgres"
-    assert result.failure.startswith(f"no connection to {where} in 2 s: ")
+    where = f"database postgres at 127.0.0.1:{own_server.port}"
+    assert result.failure.startswith(f"could not connect to {where} within 2 s: ")
     own_server.start()
     assert own_server.execute("SELECT * FROM alembic_version") == [("001",)]

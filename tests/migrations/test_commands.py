@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.migrations.helpers import Database, Project, normalize
+from tests.migrations.helpers import Database, Project
 
 ADD_STATUS = (
     'op.execute("ALTER TABLE hcm_report_metadata ADD COLUMN status VARCHAR(50)")',
@@ -118,10 +118,9 @@ def test_the_sql_of_an_upgrade_does_what_the_upgrade_does(
         "upgrade", "head", "--sql", DATABASE_URL="postgresql://nobody@127.0.0.1:1/x", DB_SCHEMA=schema
     )
     assert plan.returncode == 0, plan
-    assert plan.stdout.splitlines()[:3:2] == [
-        "-- Run it with psql --set=ON_ERROR_STOP=1: after an error, the rest must not be done;",
-        "SET lock_timeout = '3s';",
-    ]
+    assert plan.stdout.startswith(
+        "-- Run it with psql --set=ON_ERROR_STOP=1: after an error, the rest must not be applied\n"
+    )
     if schema:
         database.execute(f'CREATE SCHEMA "{schema}" AUTHORIZATION {database.role}')
     empty = database.dump()
@@ -140,7 +139,7 @@ def test_sql_that_could_not_be_written_whole_is_not_to_be_run(files: Project) ->
         command = [Path(sys.executable).with_name("alembic"), "upgrade", "head", "--sql"]
         done = subprocess.run(command, cwd=files.folder, env={}, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 255
-    assert normalize(done.stderr) == "HH:MM:SS ERROR the SQL is not whole, do not run it: No space left on device\n"
+    assert done.stderr == "FAILED: the SQL output is incomplete, do not run it: No space left on device\n"
 
 
 def test_the_sql_of_a_downgrade_undoes_the_upgrade(project: Project, database: Database) -> None:

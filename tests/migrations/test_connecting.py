@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from tests.migrations.audit import place
+from tests.migrations.audit import target
 from tests.migrations.helpers import PASSWORD, Database, Project
 from tools.postgres import Postgres, dsn
 
@@ -24,8 +24,8 @@ def test_a_wrong_password_fails_at_once(project: Project, database: Database) ->
     assert time.monotonic() - start < 15  # of 90
     assert result.returncode == 255
     assert re.fullmatch(
-        rf"cannot connect to {place(database)}: connection to server at \S+ port \d+ failed: FATAL: password"
-        rf' authentication failed for user "{database.role}"; check DB_USER and DB_PASSWORD',
+        rf"cannot connect to {target(database)}: connection to server at \S+ port \d+ failed: FATAL: password"
+        rf' authentication failed for user "\.\.\."; check DB_USER and DB_PASSWORD',
         result.failure,
     )
 
@@ -65,7 +65,7 @@ def test_what_no_waiting_mends_fails_at_once(
 @pytest.mark.fault(
     "Network",
     fault="The host is unknown, or nothing listens on the port",
-    sees="`no connection to database ... in N s: ...; check that the server runs and DB_HOST, DB_PORT and the "
+    sees="`could not connect to database ... within N s: ...; check that the server is up and DB_HOST, DB_PORT and the "
     "network, or raise MIGRATION_WAIT_SECONDS`, exit 1",
     state="Nothing was changed",
     do="What the line says, deploy again",
@@ -79,9 +79,9 @@ def test_a_database_that_cannot_be_reached_is_waited_for_in_vain(files: Project,
     assert 2 < time.monotonic() - start < 8
     assert result.returncode == 1
     assert result.lines[0].startswith("HH:MM:SS INFO waiting, up to 2 s more: ")
-    assert result.failure.startswith(f"no connection to database db at {host}:1 as me in 2 s: ")
+    assert result.failure.startswith(f"could not connect to database db at {host}:1 within 2 s: ")
     assert result.failure.endswith(
-        "; check that the server runs and DB_HOST, DB_PORT and the network, or raise MIGRATION_WAIT_SECONDS"
+        "; check that the server is up and DB_HOST, DB_PORT and the network, or raise MIGRATION_WAIT_SECONDS"
     )
 
 
@@ -116,4 +116,4 @@ def test_a_database_that_takes_no_more_connections_is_waited_for(project: Projec
     database.execute(f"ALTER ROLE {database.role} CONNECTION LIMIT -1")
     result = running.wait()
     assert (result.returncode, database.at) == (0, ["001"]), result
-    assert f'FATAL: too many connections for role "{database.role}"' in result.lines[0]
+    assert "FATAL: too many connections for role " in result.lines[0]

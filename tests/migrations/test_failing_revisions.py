@@ -4,14 +4,14 @@ import time
 
 import pytest
 
-from tests.migrations.audit import AUDIT, BLOCK, FILE, MEND, audit, audited, building, follow
+from tests.migrations.audit import AUDIT, BLOCK, FILE, FIX, audit, audited, building, follow
 from tests.migrations.helpers import Database, Project, until
 
 
 @pytest.mark.fault(
     "Code and settings",
     fault="A statement of a revision fails",
-    sees="`revision 003 (...) failed: <the server's words>, at <file>, line 8; rolled back at 002; mend it, then "
+    sees="`revision 003 (...) failed: <the server's words>, at <file>, line 8; rolled back; the database is at revision 002; mend it, then "
     "run again`, exit 255",
     state="Finished revisions stay, this one is rolled back",
     do="Mend the revision, push, deploy again",
@@ -24,14 +24,14 @@ def test_a_revision_that_fails_keeps_what_was_finished_before(project: Project, 
     assert (result.returncode, database.at, audit(database)) == (255, ["002"], [])
     name = FILE.format("003")
     assert result.failure == (
-        f'revision 003 ({name}) failed: relation "gone" does not exist, at {name}, line 8; rolled back at 002; {MEND}'
+        f'revision 003 ({name}) failed: relation "gone" does not exist, at {name}, line 8; rolled back; the database is at revision 002; {FIX}'
     )
 
 
 @pytest.mark.fault(
     "Code and settings",
     fault="A downgrade fails",
-    sees="`the downgrade of revision 002 (...) failed: ...; rolled back at 002; ...`, exit 255",
+    sees="`the downgrade of revision 002 (...) failed: ...; rolled back; the database is at revision 002; ...`, exit 255",
     state="The schema before it",
     do="Mend the downgrade, deploy again",
 )
@@ -43,14 +43,14 @@ def test_a_downgrade_that_fails_is_named_as_one(project: Project, database: Data
     name = FILE.format("002")
     assert result.failure == (
         f"the downgrade of revision 002 ({name}) failed: RuntimeError: two rows would be lost, at {name}, line 9;"
-        f" rolled back at 002; {MEND}"
+        f" rolled back; the database is at revision 002; {FIX}"
     )
 
 
 @pytest.mark.fault(
     "Code and settings",
     fault="A deferred constraint fails at a revision's commit",
-    sees="`revision 003 (...) failed: duplicate key value ...; rolled back at 002; ...`, exit 255",
+    sees="`revision 003 (...) failed: duplicate key value ...; rolled back; the database is at revision 002; ...`, exit 255",
     state="Finished revisions stay, this one is rolled back",
     do="Mend the data or the revision, deploy again",
 )
@@ -61,15 +61,15 @@ def test_a_constraint_that_fails_at_the_commit_keeps_nothing(project: Project, d
     assert (result.returncode, database.at, database.execute("SELECT * FROM a")) == (255, ["002"], [])
     assert result.failure == (
         f"revision 003 ({FILE.format('003')}) failed: duplicate key value violates unique constraint"
-        f' "a_x_key"; rolled back at 002; {MEND}'
+        f' "a_x_key"; rolled back; the database is at revision 002; {FIX}'
     )
 
 
 @pytest.mark.fault(
     "Partial work",
     fault="An `autocommit_block` fails half way",
-    sees="`revision 003 (...) failed: ...; outside its transaction it had done, and this stays: ...; remove with: DROP"
-    " INDEX CONCURRENTLY one; rolled back at 002; ...`, exit 255",
+    sees="`revision 003 (...) failed: ...; committed outside the transaction and not rolled back: ...; drop with: DROP"
+    " INDEX CONCURRENTLY public.one; the database is at revision 002; ...`, exit 255",
     state="What the line lists; finished revisions",
     do="Run that statement, undo the rest of the list, mend the revision, deploy again",
 )
@@ -85,10 +85,10 @@ def test_what_an_autocommit_block_did_before_it_failed_is_listed(project: Projec
     assert (result.returncode, database.at, audit(database)) == (255, ["002"], ["003"])
     name = FILE.format("003")
     failed = f'revision 003 ({name}) failed: column "gone" does not exist, at {name}, line 10'
-    stays = "INSERT INTO audit VALUES ('...'); CREATE INDEX CONCURRENTLY one ON audit (revision)"
+    stays = "INSERT INTO audit; CREATE INDEX CONCURRENTLY one ON audit"
     assert result.failure == (
-        f"{failed}; outside its transaction it had done, and this stays: {stays}; remove with: DROP INDEX CONCURRENTLY"
-        f" one; rolled back at 002; {MEND}"
+        f"{failed}; committed outside the transaction and not rolled back: {stays}; drop with: DROP INDEX CONCURRENTLY"
+        f" public.one; the database is at revision 002; {FIX}"
     )
     assert "waiting" not in result.stderr
     path.write_text(path.read_text().replace("(gone)", "(revision)"))
@@ -115,9 +115,10 @@ def test_what_follows_an_autocommit_block_is_rolled_back_and_not_listed(project:
     assert (result.returncode, database.at, audit(database)) == (255, ["002"], [])
     name = FILE.format("003")
     assert result.failure == (
-        f"revision 003 ({name}) failed: division by zero, at {name}, line 11; outside its transaction it had done, and"
-        ' this stays: CREATE TABLE IF NOT EXISTS "re ports".b (x text); CREATE UNIQUE INDEX CONCURRENTLY "o ne" ON'
-        f' "re ports".b (x); remove with: DROP INDEX CONCURRENTLY "re ports"."o ne"; rolled back at 002; {MEND}'
+        f"revision 003 ({name}) failed: division by zero, at {name}, line 11; committed outside the"
+        ' transaction and not rolled back: CREATE TABLE IF NOT EXISTS "re ports".b; CREATE UNIQUE INDEX CONCURRENTLY'
+        ' "o ne" ON "re ports".b; drop with: DROP INDEX CONCURRENTLY "re ports"."o ne"; the database is at revision 002;'
+        f" {FIX}"
     )
     path.write_text(path.read_text().replace("1 / 0", "1 / 1"))
     follow(result, database)
@@ -187,7 +188,7 @@ def test_two_grants_at_once_are_tried_again(project: Project, database: Database
     "Database",
     fault="`pg_cancel_backend` in a revision",
     sees="`revision 002 (...) failed: canceling statement due to user request (it was cancelled on the server)...;"
-    " rolled back at 001; mend it, then run again`, exit 255",
+    " rolled back; the database is at revision 001; fix it, then retry`, exit 255",
     state="Finished revisions stay, this one is rolled back",
     do="Ask who cancelled it, deploy again",
 )
@@ -197,7 +198,7 @@ def test_a_statement_that_is_cancelled_on_the_server_is_not_tried_again(project:
     assert (result.returncode, result.failure, database.at) == (
         255,
         f"revision 002 ({FILE.format('002')}) failed: canceling statement due to user request (it was cancelled on the"
-        f" server), at {FILE.format('002')}, line 7; rolled back at 001; {MEND}",
+        f" server), at {FILE.format('002')}, line 7; rolled back; the database is at revision 001; {FIX}",
         ["001"],
     )
 

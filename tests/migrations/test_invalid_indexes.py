@@ -5,11 +5,11 @@ import threading
 import psycopg2
 import pytest
 
-from tests.migrations.audit import AUDIT, BLOCK, FILE, MEND, audit, audited, follow, sleeping
+from tests.migrations.audit import AUDIT, BLOCK, FILE, FIX, audit, audited, follow, sleeping
 from tests.migrations.helpers import Database, Project, until
 
 UNIQUE = 'CREATE UNIQUE INDEX CONCURRENTLY {}"Only" ON audit (revision)'
-DROP = 'INVALID, and of no use: public."Only"; remove with: DROP INDEX CONCURRENTLY public."Only"'
+DROP = 'left INVALID: public."Only"; drop with: DROP INDEX CONCURRENTLY public."Only"; the database is at revision 002'
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def duplicates(project: Project, database: Database) -> Project:
 @pytest.mark.fault(
     "Partial work",
     fault="`CREATE UNIQUE INDEX CONCURRENTLY` meets duplicates",
-    sees="`...; INVALID, and of no use: <index>; remove with: DROP INDEX CONCURRENTLY <index>; rolled back at 002;"
+    sees="`...; left INVALID: <index>; drop with: DROP INDEX CONCURRENTLY <index>; the database is at revision 002;"
     " ...`, exit 255",
     state="An INVALID index; finished revisions",
     do="Mend the rows, run the statement that the line shows, deploy again",
@@ -37,13 +37,13 @@ def test_an_index_that_fails_on_duplicates_is_named_and_following_the_message_re
     name = FILE.format("003")
     assert result.failure == (
         f'revision 003 ({name}) failed: could not create unique index "Only",'
-        f" at {name}, line 8; {DROP}; rolled back at 002; {MEND}"
+        f" at {name}, line 8; {DROP}; {FIX}"
     )
     again = duplicates.alembic("upgrade", "head")  # the message not followed
     assert again.failure.startswith(
-        f'revision 003 ({name}) failed: relation "Only" already exists (made by hand, or by '
+        f'revision 003 ({name}) failed: relation "Only" already exists (created manually, or by '
     )
-    assert f"; {DROP}; rolled back at 002; " in again.failure
+    assert f"; {DROP}; " in again.failure
     database.execute("DELETE FROM audit")
     follow(result, database)
     assert duplicates.alembic("upgrade", "head").returncode == 0
@@ -54,7 +54,7 @@ def test_an_index_that_fails_on_duplicates_is_named_and_following_the_message_re
 @pytest.mark.fault(
     "Partial work",
     fault="`CREATE INDEX CONCURRENTLY IF NOT EXISTS` on the INVALID remains of an earlier run",
-    sees="`revision 003 (...) is not done: INVALID, and of no use: ...; remove with: ...`, exit 255",
+    sees="`revision 003 (...) is incomplete; ...; left INVALID: ...; drop with: ...`, exit 255",
     state="The INVALID index; the revision is not recorded",
     do="Run the statement that the line shows, deploy again",
 )
@@ -66,8 +66,11 @@ def test_an_index_that_is_invalid_already_does_not_pass_by_if_not_exists(
     database.execute("DELETE FROM audit")
     result = duplicates.alembic("upgrade", "head")
     assert (result.returncode, database.at) == (255, ["002"])
-    assert 'WARNING INVALID already, and not looked at further: public."Only"' in result.stderr
-    assert result.failure == (f"revision 003 ({path.name}) is not done: {DROP}; then run again, the database is at 002")
+    assert 'WARNING ignoring pre-existing INVALID indexes: public."Only"' in result.stderr
+    assert result.failure == (
+        f"revision 003 ({path.name}) is incomplete; committed outside the transaction and not rolled back: CREATE UNIQUE"
+        f' INDEX CONCURRENTLY IF NOT EXISTS "Only" ON audit; {DROP}; {FIX}'
+    )
     database.execute('DROP INDEX CONCURRENTLY public."Only"')
     assert duplicates.alembic("upgrade", "head").returncode == 0
 
@@ -75,7 +78,7 @@ def test_an_index_that_is_invalid_already_does_not_pass_by_if_not_exists(
 @pytest.mark.fault(
     "Partial work",
     fault="An INVALID index of somebody else",
-    sees="`WARNING INVALID already, and not looked at further: ...`, exit 0",
+    sees="`WARNING ignoring pre-existing INVALID indexes: ...`, exit 0",
     state="All done",
     do="Nothing",
 )
@@ -87,7 +90,7 @@ def test_an_invalid_index_of_others_is_mentioned_and_does_not_fail_the_run(
     duplicates.add("003", audited("003"))
     result = duplicates.alembic("upgrade", "head")
     assert (result.returncode, database.at) == (0, ["003"])
-    assert 'HH:MM:SS WARNING INVALID already, and not looked at further: public."Only"' in result.lines
+    assert 'HH:MM:SS WARNING ignoring pre-existing INVALID indexes: public."Only"' in result.lines
 
 
 @pytest.mark.fault(
@@ -119,7 +122,7 @@ def test_an_index_that_another_session_builds_meanwhile_is_not_blamed(project: P
 @pytest.mark.fault(
     "Partial work",
     fault="An index of another service becomes INVALID meanwhile",
-    sees="`WARNING INVALID by now, and in no statement of this run: ...`, exit 0",
+    sees="`WARNING became INVALID during the run, not caused by it: ...`, exit 0",
     state="All done",
     do="Tell its owner",
 )
@@ -139,6 +142,6 @@ def test_an_index_that_becomes_invalid_elsewhere_meanwhile_is_not_blamed(project
     assert (result.returncode, database.at) == (0, ["003"]), result
     assert database.execute("SELECT indexrelid::regclass::text FROM pg_index WHERE NOT indisvalid") == [("theirs_x",)]
     assert result.lines[-2:] == [
-        "HH:MM:SS WARNING INVALID by now, and in no statement of this run: public.theirs_x",
+        "HH:MM:SS WARNING became INVALID during the run, not caused by it: public.theirs_x",
         "HH:MM:SS INFO now at 003 (head)",
     ]

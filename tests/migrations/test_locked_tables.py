@@ -5,7 +5,11 @@ import time
 
 import pytest
 
-from migrations import session, settings
+from migration_runner.database import Database as RunDatabase
+from migration_runner.monitor import Monitor
+from migration_runner.retry import RetryBudget
+from migration_runner.session import open_session
+from migration_runner.settings import Settings
 from tests.migrations.audit import AUDIT, FILE, SLEEP, audit, audited, sleeping
 from tests.migrations.helpers import Database, Project, until
 
@@ -35,7 +39,7 @@ def test_a_locked_table_is_tried_again_until_it_is_free_and_nobody_waits_long(
     waited = [line for line in result.lines if " waiting, " in line]
     assert waited[0].endswith(
         f" s more: revision 003 ({FILE.format('003')}) failed: canceling statement due to lock timeout, at"
-        f" {FILE.format('003')}, line 8; blocked by pid N, report as postgres; rolled back at 002"
+        f" {FILE.format('003')}, line 8; blocked by pid N, report as postgres; rolled back; the database is at revision 002"
     )
     assert result.lines[-1] == "HH:MM:SS INFO now at 003 (head)"
 
@@ -44,7 +48,7 @@ def test_a_locked_table_is_tried_again_until_it_is_free_and_nobody_waits_long(
     "Database",
     fault="A table stays locked",
     sees="`... canceling statement due to lock timeout ...; blocked by pid N, report as postgres; rolled back at "
-    "002; gave up after N s, run again later`, exit 1",
+    "002; timed out after N s; retry later`, exit 1",
     state="Finished revisions stay, this one is rolled back",
     do="End that session, or deploy at a quieter time",
 )
@@ -56,21 +60,20 @@ def test_a_table_that_stays_locked_fails_the_run_and_names_who_holds_it(prepared
     assert result.returncode == 1
     assert result.failure == (
         f"revision 003 ({FILE.format('003')}) failed: canceling statement due to lock timeout, at {FILE.format('003')},"
-        " line 8; blocked by pid N, report as postgres; rolled back at 002; gave up after 4 s, run again"
-        " later"
+        " line 8; blocked by pid N, report as postgres; rolled back; the database is at revision 002; timed out after 4 s; retry later"
     )
     assert (database.at, audit(database)) == (["002"], [])
 
 
 def test_the_watch_for_who_blocks_outlives_the_connection(database: Database) -> None:
     """Ten runs at once, killed at random, found that it ended with a traceback, once in 920 rounds."""
-    where = settings.Settings(database.url.set(drivername="postgresql+psycopg2"), None, "alembic_version", 5)
-    names: set[str] = set()
-    with session.connect(where, session.Patience(5)) as connection:
-        with session.watch_blockers(where, connection, names):
-            connection.invalidate()
+    settings = Settings(database.url.set(drivername="postgresql+psycopg2"), None, "alembic_version", 5)
+    run = RunDatabase(settings)
+    with open_session(run, RetryBudget(5)) as session:
+        with Monitor(run, session.raw.pid, lambda: None) as monitor:
+            session.connection.invalidate()
             time.sleep(1.5)
-        assert names == set()
+        assert monitor.blockers == set()
 
 
 def test_a_relative_upgrade_is_tried_again_and_goes_no_further(prepared: Project, database: Database) -> None:
@@ -84,21 +87,22 @@ def test_a_relative_upgrade_is_tried_again_and_goes_no_further(prepared: Project
     assert (result.returncode, database.at, audit(database)) == (0, ["003"], ["003"]), result
 
 
-def test_a_relative_upgrade_that_got_on_is_not_tried_again(prepared: Project, database: Database) -> None:
+def test_a_relative_upgrade_that_got_on_is_tried_again_from_where_it_began(
+    prepared: Project, database: Database
+) -> None:
     """From 003, where the first try came to, `+2` would go to 005."""
     prepared.add("003", audited("003"))
-    prepared.add("004", 'op.execute("SELECT pg_terminate_backend(pg_backend_pid())")')
-    prepared.add("005")
-    result = prepared.alembic("upgrade", "+2")
-    assert (result.returncode, result.failure, database.at) == (
-        255,
-        "the first try brought the database from 002 to 003, and '+2' would now count from there; name the revision to"
-        " go to",
-        ["003"],
-    )
+    prepared.add("004", audited("004", 'op.execute("LOCK TABLE hcm_report_metadata")'))
+    prepared.add("005", audited("005"))
+    with database.session() as reader:
+        reader.execute("SELECT count(*) FROM hcm_report_metadata")
+        running = prepared.popen("upgrade", "+2")
+        running.says("; blocked by pid ")
+    result = running.wait()
+    assert (result.returncode, database.at, audit(database)) == (0, ["004"], ["003", "004"]), result
 
 
-def test_a_relative_downgrade_that_was_interrupted_is_not_run_again_as_it_is(
+def test_a_relative_downgrade_that_was_interrupted_names_the_revision_to_go_to(
     project: Project, database: Database
 ) -> None:
     """From 002, where it stopped, `-2` would go to base."""
@@ -109,7 +113,7 @@ def test_a_relative_downgrade_that_was_interrupted_is_not_run_again_as_it_is(
     until(lambda: sleeping(database))
     result, _ = running.stop(signal.SIGTERM)
     assert (result.returncode, database.at) == (143, ["002"])
-    assert "; rolled back at 002; '-2' would count from there, so name the revision to go to, and" in result.failure
+    assert "; rolled back; the database is at revision 002; run 'alembic downgrade 001' to resume; " in result.failure
 
 
 @pytest.mark.fault(

@@ -62,7 +62,7 @@ def test_a_name_given_by_rev_id_wins_and_does_not_count(files: Project) -> None:
 
 def test_a_name_that_exists_is_refused(files: Project) -> None:
     result = files.alembic("revision", "-m", "again", "--rev-id", "001")
-    assert (result.returncode, result.failure) == (255, f"revision 001 exists: {FIRST}; choose another --rev-id")
+    assert (result.returncode, result.failure) == (255, f"revision 001 already exists: {FIRST}; choose another --rev-id")
     assert files.files() == [FIRST]
 
 
@@ -167,7 +167,7 @@ def test_a_revision_after_two_heads_is_refused(files: Project) -> None:
 @pytest.mark.fault(
     "Code and settings",
     fault="A revision's parent is missing",
-    sees="`... has the 'down_revision' ..., which no file has; ...`, exit 255",
+    sees="`... references down_revision ..., which does not exist; ...`, exit 255",
     state="The database is not contacted",
     do="What the line says",
 )
@@ -176,7 +176,7 @@ def test_a_missing_parent_is_named_with_the_file_that_wants_it(files: Project) -
     result = files.alembic("upgrade", "head")
     assert (result.returncode, result.failure) == (
         255,
-        f"{path.name} has the 'down_revision' 002, which no file has; add the missing file, or name the one that it"
+        f"{path.name} references down_revision 002, which does not exist; add the missing file, or name the one that it"
         f" follows, {RULES}",
     )
 
@@ -187,14 +187,14 @@ def test_a_circle_is_refused(files: Project) -> None:
     result = files.alembic("upgrade", "head")
     assert result.returncode == 255
     assert result.failure == (
-        f"Cycle is detected in revisions (002, 003); mend the 'down_revision' of one of them, {RULES}"
+        f"Cycle is detected in revisions (002, 003); fix the 'down_revision' of one of them, {RULES}"
     )
 
 
 @pytest.mark.fault(
     "Code and settings",
     fault="A revision file has a syntax error or a failing import",
-    sees="`<file>, line N: <error>; mend the file, ...`, exit 255",
+    sees="`<file>, line N: <error>; fix the file, ...`, exit 255",
     state="The database is not contacted",
     do="Mend the file, push, deploy again",
 )
@@ -221,13 +221,13 @@ def test_a_file_that_does_not_load_is_named_with_its_line(
     result = files.alembic(*arguments)
     assert result.returncode == 255
     assert result.failure.startswith(f"{path.name}, {said}")
-    assert result.failure.endswith(f"; mend the file, {RULES}")
+    assert result.failure.endswith(f"; fix the file, {RULES}")
 
 
 @pytest.mark.fault(
     "Code and settings",
     fault="A revision file of 0 bytes",
-    sees="`... has no 'revision'; mend or delete the file, ...`, exit 255",
+    sees="`... has no 'revision'; fix or delete the file, ...`, exit 255",
     state="The database is not contacted",
     do="What the line says",
 )
@@ -238,7 +238,7 @@ def test_a_file_without_a_revision_is_named(files: Project, content: str) -> Non
     result = files.alembic("upgrade", "head")
     assert (result.returncode, result.failure) == (
         255,
-        f"{path.name} has no 'revision'; mend or delete the file, {RULES}",
+        f"{path.name} has no 'revision'; fix or delete the file, {RULES}",
     )
 
 
@@ -251,21 +251,21 @@ def test_a_file_without_both_functions_is_named_before_connecting(
     path = files.add("002")
     path.write_text(path.read_text().replace(f"def {name}()", instead.format(name)))
     result = files.alembic(*arguments)
-    assert (result.returncode, result.failure) == (255, f"{path.name} has no {name}(); mend the file, {RULES}")
+    assert (result.returncode, result.failure) == (255, f"{path.name} has no {name}(); fix the file, {RULES}")
 
 
 def test_an_error_of_a_revision_in_sql_mode_is_one_line(files: Project) -> None:
     path = files.add("002", "1 / 0")
     result = files.alembic("upgrade", "head", "--sql")
-    failure = f"{path.name}, line 7: ZeroDivisionError: division by zero; mend the file, {RULES}"
-    assert (result.returncode, result.failure) == (255, failure)
-    assert result.stdout == f"FAILED: {failure}\n"  # no SQL of 001: the first half of a plan would look like one
+    failure = f"{path.name}, line 7: ZeroDivisionError: division by zero; fix the file, {RULES}"
+    assert (result.returncode, result.stderr) == (255, f"FAILED: {failure}\n")
+    assert result.stdout == ""  # no SQL of 001: the first half of a plan would look like one
 
 
 @pytest.mark.fault(
     "Code and settings",
     fault="No revisions (wrong branch or path)",
-    sees="`no revisions found in ...; nothing was done: check the branch and the path of the checkout ...`, exit 255",
+    sees="`no revisions found in ...; nothing to do, treated as an error: check the branch and the path of the checkout ...`, exit 255",
     state="The database is not contacted",
     do="Set `git.branch` or `git.path`, deploy again",
 )
@@ -275,7 +275,7 @@ def test_an_empty_folder_is_an_error_before_connecting(files: Project, arguments
     result = files.alembic(*arguments)
     assert (result.returncode, result.failure) == (
         255,
-        f"no revisions found in {files.versions}; nothing was done: check the branch and the path of the checkout (in"
+        f"no revisions found in {files.versions}; nothing to do, treated as an error: check the branch and the path of the checkout (in"
         " the chart: 'git.branch' and 'git.path')",
     )
 

@@ -23,7 +23,7 @@ def test_the_least_grants_are_enough_and_the_application_gets_its_own(project: P
     database.execute(f"ALTER DATABASE {database.name} OWNER TO CURRENT_USER")
     database.execute(f"CREATE ROLE {application} LOGIN PASSWORD 'unused'")
     try:
-        for statement in _sql("Least grants", database):
+        for statement in _sql("Minimum privileges", database):
             database.execute(statement)
         database.execute(f"ALTER ROLE {migrations} PASSWORD 'unused'")
         url = database.url.set(username=migrations, password="unused")  # noqa: S106

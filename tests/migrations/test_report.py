@@ -63,8 +63,8 @@ def test_a_failure_ends_with_the_reason_and_the_cure(project: Project, first: st
     path = project.add("002", 'op.execute("SELECT 1 / 0")')
     result = project.alembic("upgrade", "head")
     reason = (
-        f"revision 002 ({path.name}) failed: division by zero, at {path.name}, line 7; rolled back at 001; mend it,"
-        " then run again"
+        f"revision 002 ({path.name}) failed: division by zero, at {path.name}, line 7; rolled back; the database is at"
+        " revision 001; fix it, then retry"
     )
     assert (result.returncode, result.stdout) == (255, f"FAILED: {reason}\n")
     assert result.lines == [

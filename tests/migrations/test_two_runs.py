@@ -4,14 +4,14 @@ import signal
 
 import pytest
 
-from tests.migrations.audit import AUDIT, BLOCK, BUILD, FILE, SLEEP, audit, audited, idle, sleeping
+from tests.migrations.audit import AUDIT, BLOCK, BUILD, FILE, FIX, SLEEP, audit, audited, idle, sleeping
 from tests.migrations.helpers import Database, Project, until
 
 
 @pytest.mark.fault(
     "Concurrency",
     fault="Two or ten runs at once (two releases, two clusters, the same pod twice)",
-    sees="One works, the others say `waiting, ...: another run is at work (pid ...)`, then `nothing to do`; all exit 0",
+    sees="One works, the others say `waiting, ...: another migration is running (pid ...)`, then `nothing to do`; all exit 0",
     state="Each revision applied once",
     do="Nothing",
 )
@@ -33,7 +33,7 @@ def test_runs_at_the_same_time_apply_each_revision_once(project: Project, databa
 @pytest.mark.fault(
     "Concurrency",
     fault="Another run does not end",
-    sees="`another run was still at work after N s (pid ...); let it end, or end it with SELECT "
+    sees="`another migration was still running after N s (pid ...); wait for it to finish, or terminate it with SELECT "
     "pg_terminate_backend(pid), or raise MIGRATION_WAIT_SECONDS`, exit 1",
     state="The other run's work",
     do="What the line says",
@@ -45,8 +45,8 @@ def test_a_second_run_says_whom_it_waits_for_and_gives_up(prepared: Project, dat
     second = prepared.alembic("upgrade", "head", MIGRATION_WAIT_SECONDS="1")
     holder = f"pid N, hcm-db-migrations as {database.role} from 127.0.0.1"
     assert second.lines[1:] == [
-        f"HH:MM:SS INFO waiting, up to 1 s more: another run is at work ({holder})",
-        f"FAILED: another run was still at work after 1 s ({holder}); let it end, or end it with SELECT"
+        f"HH:MM:SS INFO waiting, up to 1 s more: another migration is running ({holder})",
+        f"FAILED: another migration was still running after 1 s ({holder}); wait for it to finish, or terminate it with SELECT"
         " pg_terminate_backend(pid), or raise MIGRATION_WAIT_SECONDS",
     ]
     assert second.returncode == 1
@@ -92,7 +92,7 @@ while not ask("{key}").all(): time.sleep(0.05)"""
         result = running.wait()
     assert (result.returncode, result.failure) == (
         255,
-        f"the revision before revision 004 ({FILE.format('004')}) let go of the run's lock, and another run has it;"
-        " leave advisory locks of the session alone, the database is at 003",
+        f"revision 003 ({FILE.format('003')}) released the migration lock, which another run has acquired; do not release"
+        f" session-level advisory locks; rolled back; the database is at revision 002; {FIX}",
     )
-    assert (database.at, audit(database)) == (["003"], ["003"])
+    assert (database.at, audit(database)) == (["002"], [])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.migrations.audit import AUDIT, MEND, audit, audited
+from tests.migrations.audit import AUDIT, FIX, audit, audited
 from tests.migrations.helpers import Database, Project
 
 TROUBLE = "see 'Troubleshooting' in README.md"
@@ -50,18 +50,18 @@ def test_another_projects_version_table_is_left_alone_under_another_name(project
 @pytest.mark.fault(
     "Database",
     fault="`default_transaction_read_only` is on",
-    sees="`cannot execute CREATE TABLE in a read-only transaction (the server only reads ...): set DB_HOST to the "
+    sees="`cannot execute CREATE TABLE in a read-only transaction (the server is read-only ...): set DB_HOST to the "
     "primary)`, exit 255",
     state="Nothing was changed",
-    do="Set the host to the primary's address, or mend the role",
+    do="Set the host to the primary's address, or fix the role",
 )
 def test_a_server_that_only_reads_is_named(project: Project, database: Database) -> None:
     database.execute(f"ALTER ROLE {database.role} SET default_transaction_read_only = on")
     result = project.alembic("upgrade", "head")
     assert (result.returncode, result.failure) == (
         255,
-        "cannot execute CREATE TABLE in a read-only transaction (the server only reads (a standby, or"
-        " default_transaction_read_only): set DB_HOST to the primary); the database is at base; " + MEND,
+        "cannot execute CREATE TABLE in a read-only transaction (the server is read-only (a standby, or"
+        " default_transaction_read_only): set DB_HOST to the primary); the database is at revision base; " + FIX,
     )
     assert project.alembic("current").returncode == 0
 
@@ -69,7 +69,7 @@ def test_a_server_that_only_reads_is_named(project: Project, database: Database)
 @pytest.mark.fault(
     "Database",
     fault="No CREATE privilege on the schema (PostgreSQL 15's `public`)",
-    sees="`permission denied for schema public (grant what is missing, see 'Least grants' in README.md)`, exit 255",
+    sees="`permission denied for schema public (grant what is missing, see 'Minimum privileges' in README.md)`, exit 255",
     state="Nothing was changed",
     do="Grant it, deploy again",
 )
@@ -79,8 +79,8 @@ def test_a_role_that_may_not_create_is_named(project: Project, database: Databas
     result = project.alembic("upgrade", "head")
     assert (result.returncode, result.failure) == (
         255,
-        "permission denied for schema public (grant what is missing, see 'Least grants' in README.md);"
-        f" the database is at base; {MEND}",
+        "permission denied for schema public (grant what is missing, see 'Minimum privileges' in README.md);"
+        f" the database is at revision base; {FIX}",
     )
 
 

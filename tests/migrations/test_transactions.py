@@ -1,0 +1,259 @@
+"""Transactions are the runner's: a revision that ends its own is refused, whatever the way, and an honest one is not.
+
+The plan (--sql) must do to a database what the run does, or be refused as the run is.
+"""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+from tests.migrations.audit import BLOCK, FILE, FIX
+from tests.migrations.helpers import PASSWORD, Database, Project
+from tools.postgres import programs
+
+TABLE = 'op.execute("CREATE TABLE a (x int)")\n'
+RAW = "raw = op.get_bind().connection.dbapi_connection\n"
+CURSOR = "cursor = op.get_bind().connection.cursor()\n"
+FAILS = 'op.execute("SELECT 1 / 0")'
+
+# What ends the transaction; which tables stay; which statements are listed to be checked.
+ENDERS = {
+    "COMMIT": (TABLE + 'op.execute("COMMIT")', ["a"], "CREATE TABLE a; COMMIT"),
+    "END": (TABLE + 'op.execute("end work")', ["a"], "CREATE TABLE a; end work"),
+    "ROLLBACK": (TABLE + 'op.execute("ROLLBACK")', [], "CREATE TABLE a; ROLLBACK"),
+    "ABORT": (TABLE + 'op.execute("ABORT")', [], "CREATE TABLE a; ABORT"),
+    "ROLLBACK; BEGIN": (TABLE + 'op.execute("ROLLBACK; BEGIN")', [], "CREATE TABLE a; ROLLBACK; BEGIN"),
+    "COMMIT AND CHAIN": (TABLE + 'op.execute("commit and chain")', ["a"], "CREATE TABLE a; commit and chain"),
+    "COMMIT AND CHAIN, then an error": (
+        TABLE + f'op.execute("commit and chain")\n{FAILS}',
+        ["a"],
+        "CREATE TABLE a; commit and chain",
+    ),
+    "COMMIT and an error in one message": (TABLE + 'op.execute("COMMIT; SELECT 1 / 0")', ["a"], "CREATE TABLE a"),
+    "ROLLBACK, a table and an error in one message": (
+        'op.execute("ROLLBACK; BEGIN; CREATE TABLE public.a (x int); COMMIT; BEGIN; SELECT 1 / 0")',
+        ["a"],
+        "nothing that was seen",
+    ),
+    "BEGIN and COMMIT": (
+        f'op.execute("BEGIN; CREATE TABLE a (x int); COMMIT")\n{FAILS}',
+        ["a"],
+        "BEGIN; CREATE TABLE a; COMMIT",
+    ),
+    "a comment before COMMIT": (TABLE + 'op.execute("/* x */ COMMIT -- y")', ["a"], "CREATE TABLE a; COMMIT"),
+    "get_bind().commit()": (TABLE + "op.get_bind().commit()", ["a"], "CREATE TABLE a"),
+    "get_bind().rollback()": (TABLE + "op.get_bind().rollback()", [], "CREATE TABLE a"),
+    "get_bind().commit(), then a statement": (
+        TABLE + 'op.get_bind().commit()\nop.execute("CREATE TABLE b ()")',
+        ["a"],
+        "CREATE TABLE a",
+    ),
+    "get_transaction().commit()": (TABLE + "op.get_bind().get_transaction().commit()", ["a"], "CREATE TABLE a"),
+    "commit() of the driver": (TABLE + RAW + "raw.commit()", ["a"], "CREATE TABLE a"),
+    "rollback() of the driver": (TABLE + RAW + "raw.rollback()", [], "CREATE TABLE a"),
+    "the driver's cursor": (TABLE + CURSOR + 'cursor.execute("COMMIT")', ["a"], "CREATE TABLE a; COMMIT"),
+    "the driver's cursor, then a new transaction": (
+        TABLE + CURSOR + 'cursor.execute("COMMIT; BEGIN")',
+        ["a"],
+        "CREATE TABLE a; COMMIT; BEGIN",
+    ),
+    "the driver's cursor, then an error": (
+        CURSOR + 'cursor.execute("CREATE TABLE a (x int); COMMIT; BEGIN")\ncursor.execute("SELECT 1 / 0")',
+        ["a"],
+        "CREATE TABLE a; COMMIT; BEGIN",
+    ),
+    "set_isolation_level(0)": (
+        TABLE + RAW + 'raw.set_isolation_level(0)\nop.execute("CREATE TABLE b ()")\nraw.set_isolation_level(1)',
+        [],
+        "CREATE TABLE a",
+    ),
+    "COMMIT whose refusal is caught": (
+        TABLE + 'try:\n    op.execute("COMMIT")\nexcept Exception:\n    pass',
+        ["a"],
+        "CREATE TABLE a; COMMIT",
+    ),
+    "commit() before an autocommit_block": (
+        TABLE + f'op.get_bind().commit()\n{BLOCK}op.execute("CREATE TABLE b ()")',
+        ["a"],
+        "CREATE TABLE a",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ENDERS)
+def test_a_revision_that_ends_its_transaction_is_refused(project: Project, database: Database, name: str) -> None:
+    body, stays, listed = ENDERS[name]
+    assert project.alembic("upgrade", "head").returncode == 0
+    before = set(database.relations)
+    project.add("002", body)
+    result = project.alembic("upgrade", "head")
+    assert (result.returncode, database.at, sorted(set(database.relations) - before)) == (255, ["001"], stays), result
+    failure = result.failure.replace("/* x */ COMMIT -- y", "COMMIT")
+    file = FILE.format("002")
+    start = (
+        f"revision 002 ({file}) committed or rolled back its own transaction (COMMIT or ROLLBACK, commit() or"
+        " rollback()); transactions are managed by the runner: use op.get_context().autocommit_block()"
+    )
+    assert failure.startswith(start)
+    assert failure.endswith(
+        f"; check which of these were committed: {listed}; the database is at revision 001; {FIX}"
+    ), failure
+    assert "rolled back; " not in failure
+    assert "waiting" not in result.stderr
+
+
+NESTED = "try:\n    with op.get_bind().begin_nested():\n        op.execute('SELECT 1 / 0')\nexcept Exception: pass\n"
+FUNCTION = "CREATE FUNCTION f() RETURNS int LANGUAGE plpgsql AS $$ BEGIN RETURN 1; END $$"
+LOCKED = 'op.execute("SET LOCAL lock_timeout = 100")\n'
+
+# What leaves the transaction alone; the tables that it makes.
+HONEST = {
+    "a savepoint of SQLAlchemy": (NESTED + TABLE, ["a"]),
+    "a savepoint in SQL": (
+        'op.execute("SAVEPOINT s; CREATE TABLE gone (); ROLLBACK TO s; RELEASE s")\n' + TABLE,
+        ["a"],
+    ),
+    "PL/pgSQL's END": (f'op.execute("{FUNCTION}")\n{TABLE}op.execute("INSERT INTO a VALUES (f())")', ["a"]),
+    "a DO block that catches an error": (
+        TABLE + "op.execute(\"DO 'BEGIN PERFORM 1 / 0; EXCEPTION WHEN OTHERS THEN NULL; END'\")",
+        ["a"],
+    ),
+    "the words in a comment and in a string": (
+        TABLE + "op.execute(\"SELECT 'x; COMMIT; ROLLBACK' -- COMMIT; CREATE INDEX CONCURRENTLY\\n/* ROLLBACK; */\")",
+        ["a"],
+    ),
+    "an autocommit_block in the middle": (
+        f'{TABLE}{BLOCK}op.execute("CREATE TABLE b ()")\nop.execute("CREATE TABLE c ()")',
+        ["a", "b", "c"],
+    ),
+    "an autocommit_block whose error is caught": (
+        f"{TABLE}try:\n    {BLOCK}    {FAILS}\nexcept Exception:\n    pass\n" + 'op.execute("CREATE TABLE c ()")',
+        ["a", "c"],
+    ),
+    "two autocommit_blocks": (
+        f'{BLOCK}op.execute("CREATE TABLE a ()")\n{BLOCK}op.execute("CREATE TABLE b ()")',
+        ["a", "b"],
+    ),
+    "SET ROLE and settings": (
+        TABLE + 'op.execute("SET ROLE other_{role}; SET search_path = pg_catalog; SET statement_timeout = 1; RESET ALL")',
+        ["a"],
+    ),
+    "a second connection": (
+        TABLE + "with op.get_bind().engine.begin() as other:\n    other.exec_driver_sql('CREATE TABLE b ()')",
+        ["a", "b"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_an_honest_revision_is_recorded(project: Project, database: Database, name: str) -> None:
+    body, makes = HONEST[name]
+    database.execute(f"CREATE ROLE other_{database.role} ROLE {database.role}")
+    try:
+        project.add("002", body.replace("{role}", database.role))
+        assert project.alembic("upgrade", "001").returncode == 0
+        before = set(database.relations)
+        result = project.alembic("upgrade", "head")
+        assert (result.returncode, database.at) == (0, ["002"]), result
+        assert sorted(set(database.relations) - before) == makes
+    finally:
+        database.execute(f"DROP ROLE other_{database.role}")
+
+
+def test_a_failure_after_an_honest_block_says_what_stays_and_not_rolled_back(
+    project: Project, database: Database
+) -> None:
+    assert project.alembic("upgrade", "head").returncode == 0
+    project.add("002", f'{TABLE}{BLOCK}op.execute("CREATE TABLE b ()")\nop.execute("CREATE TABLE c ()")\n{FAILS}')
+    result = project.alembic("upgrade", "head")
+    file = FILE.format("002")
+    assert (result.returncode, result.failure) == (
+        255,
+        f"revision 002 ({file}) failed: division by zero, at {file}, line 11; committed outside the transaction and not"
+        f" rolled back: CREATE TABLE a; CREATE TABLE b; the database is at revision 001; {FIX}",
+    )
+
+
+def test_an_error_that_a_revision_swallows_is_the_revisions_failure(project: Project, database: Database) -> None:
+    assert project.alembic("upgrade", "head").returncode == 0
+    project.add("002", f"{TABLE}try:\n    {FAILS}\nexcept Exception:\n    pass")
+    result = project.alembic("upgrade", "head")
+    assert (result.returncode, database.at) == (255, ["001"])
+    assert result.failure == (
+        f"revision 002 ({FILE.format('002')}) failed: current transaction is aborted, commands ignored until end of"
+        " transaction block (an earlier statement failed and the revision caught its error; use"
+        f" op.get_bind().begin_nested()); rolled back; the database is at revision 001; {FIX}"
+    )
+
+
+def state(database: Database) -> tuple[list[str], list[str], list[tuple]]:
+    """What a run or a plan made of the database."""
+    indexes = "SELECT indexrelid::regclass::text, indisvalid FROM pg_index WHERE NOT indisvalid"
+    return database.at, database.relations, database.execute(indexes)
+
+
+def psql(database: Database, plan: str) -> subprocess.CompletedProcess[str]:
+    url = database.url
+    environment = {"PGHOST": str(url.host), "PGPORT": str(url.port or 5432), "PGDATABASE": database.name}
+    environment |= {"PGUSER": database.role, "PGPASSWORD": PASSWORD}
+    command = [programs() / "psql", "--no-psqlrc", "--quiet", "--set=ON_ERROR_STOP=1"]
+    return subprocess.run(command, input=plan, env=environment, capture_output=True, text=True)
+
+
+INDEX = f'{BLOCK}op.execute("CREATE UNIQUE INDEX CONCURRENTLY IF NOT EXISTS UX_Twice ON twice (x)")'
+PLANNED = {
+    **{name: body for name, (body, *_) in {**ENDERS, **HONEST}.items()},
+    "a statement that fails": TABLE + FAILS,
+    "an error in Python": TABLE + "1 / 0",
+    "a colon that looks like a parameter": "op.execute('SELECT $${\"days\":28}$$')",
+    "an index that fails on duplicates": INDEX,
+    "an index that is INVALID already": f"op.execute(\"DELETE FROM twice\")\n{INDEX}",
+    "a search_path that is not put back": 'op.execute("CREATE SCHEMA s; SET search_path = s; CREATE TABLE a ()")',
+    "a role that is not put back": 'op.execute("SET ROLE other_{role}")',
+    "a concurrent index in the transaction": 'op.execute("CREATE INDEX CONCURRENTLY x ON twice (x)")',
+    "a parameter": "import sqlalchemy as sa\nop.get_bind().execute(sa.text('INSERT INTO twice VALUES (:x)'), {'x': 3})",
+    "a percent sign": "op.execute(\"CREATE TABLE a AS SELECT format('100%% of %s', 1) AS x\")",
+}
+
+
+# psql stops at an error, which a revision's Python may catch: that cannot be known without a database.
+del PLANNED["an autocommit_block whose error is caught"]
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_the_plan_does_what_the_run_does_or_is_refused_as_the_run_is(
+    project: Project, database: Database, name: str
+) -> None:
+    database.execute(f"CREATE ROLE other_{database.role} ROLE {database.role}")
+    try:
+        assert project.alembic("upgrade", "head").returncode == 0
+        database.execute(f"CREATE TABLE twice AS SELECT 1 AS x FROM generate_series(1, 2);"
+                         f"ALTER TABLE twice OWNER TO {database.role}")
+        if "already" in name:
+            with pytest.raises(Exception, match="could not create unique index"):
+                database.execute("CREATE UNIQUE INDEX CONCURRENTLY UX_Twice ON twice (x)")
+        database.execute(f"CREATE DATABASE {database.name}_plan TEMPLATE {database.name} OWNER {database.role}")
+        copy = Database(
+            database.admin.set(database=f"{database.name}_plan"),
+            database.url.set(database=f"{database.name}_plan"),
+            f"{database.name}_plan",
+            database.role,
+        )
+        try:
+            project.add("002", PLANNED[name].replace("{role}", database.role))
+            project.add("003", 'op.execute("CREATE TABLE afterwards ()")')
+            plan = project.alembic("upgrade", "001:head", "--sql")
+            run = project.alembic("upgrade", "head")
+            assert run.returncode in (0, 255)
+            if plan.returncode == 255:  # nothing to apply; the run may do what cannot be planned, or is refused, too
+                assert plan.stdout == ""
+                assert run.returncode == 255 or "there is no plan of it" in plan.failure, (plan, run)
+                return
+            done = psql(copy, plan.stdout)
+            assert (done.returncode == 0, state(copy)) == (run.returncode == 0, state(database)), (plan, done, run)
+        finally:
+            database.execute(f"DROP DATABASE {copy.name} WITH (FORCE)")
+    finally:
+        database.execute(f"DROP OWNED BY other_{database.role}; DROP ROLE other_{database.role}")
