@@ -156,7 +156,9 @@ class Outcome:
         if drops := [*state.invalid, *state.built]:
             parts.append(drop_with(drops))
         if state.position is None:
-            return [*parts, f"where the database stands is not known: {UNKNOWN}"]
+            committing = step is not None and step.recorded
+            unknown = "commit status unknown" if committing else "where the database stands is not known"
+            return [*parts, f"{unknown}: {UNKNOWN}"]
         position = f"the database is at revision {state.position}"
         if not step:
             return [*parts, position]

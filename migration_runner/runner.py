@@ -30,7 +30,7 @@ from migration_runner.errors import (
 from migration_runner.monitor import Monitor
 from migration_runner.outcome import DatabaseState, Outcome, read_state
 from migration_runner.retry import RetryBudget
-from migration_runner.session import Session, acquire_lock, describe, open_session
+from migration_runner.session import SAFE_PATH, Session, acquire_lock, describe, open_session
 from migration_runner.settings import Settings
 from migration_runner.signals import StopSignal, interruptible
 from migration_runner.step import StepRun
@@ -120,7 +120,7 @@ class Runner:
         if not self.budget.wait(outcome.reason):
             raise RetriesExhausted(outcome.timed_out_line(self.budget.seconds)) from error
 
-    def _outcome(self, error: BaseException | None, *, ask: bool = True) -> Outcome:
+    def _outcome(self, error: BaseException | None, *, signal: str | None = None, ask: bool = True) -> Outcome:
         progress, attempt = self.progress, self.attempt
         step = attempt.step if attempt else None
         state = DatabaseState()
@@ -128,7 +128,7 @@ class Runner:
             state = read_state(self.database, step, progress.version_table, progress.invalid_before)
         return Outcome(
             error=error,
-            signal=self.stop.name,
+            signal=signal or self.stop.name,
             step=step,
             connected=progress.version_table is not None,
             location=revisions.error_location(error, self.command.script) if error else None,
@@ -142,8 +142,8 @@ class Runner:
     def _interrupted_line(self) -> str:
         return self._outcome(None).interrupted_line
 
-    def _killed_line(self) -> str:
-        return self._outcome(None, ask=False).killed_line  # there is no time, and maybe no network
+    def _killed_line(self, signal: str) -> str:
+        return self._outcome(None, signal=signal, ask=False).killed_line  # there is no time, and maybe no network
 
     def _cancel(self) -> None:
         """Cancel what the run's connections do, the revision's own ones included, until the run is in control."""
@@ -198,6 +198,9 @@ class Attempt:
             command.script.get_all_current = functools.partial(  # type: ignore[method-assign]
                 revisions.branch_heads, command.script
             )
+        if command.purges:  # the version table's own triggers, if it has any
+            session.use_search_path(session.search_path)
+            session.raw.commit()
         command.environment.configure(**options)
         command.environment.run_migrations()
         session.connection.commit()
@@ -240,9 +243,10 @@ class Attempt:
         for step in steps:
             yield self._begin(copy.copy(step), migration)
             assert self.step
-            log.info("done in %.2f s", self.step.elapsed)
+            elapsed = self.step.elapsed
             progress.position, self.step = join(self.heads), None
             self.runner.budget.reset()
+            log.info("done in %.2f s", elapsed)
         self._log_new_invalid_indexes()
         log.info("now at %s", self._described(self.heads))
 
@@ -300,6 +304,7 @@ class Attempt:
     def _log_new_invalid_indexes(self) -> None:
         # All is done, whatever comes of this.
         with suppress(psycopg2.Error):
+            self.session.use_search_path(SAFE_PATH)
             before = self.runner.progress.invalid_before
             names = [index.name for index in catalog.indexes(self.session.raw) if index.oid not in before]
             self.session.raw.rollback()

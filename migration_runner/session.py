@@ -70,11 +70,24 @@ class Session:
 
     @property
     def reset_sql(self) -> bytes:
-        """The query that makes the session's settings anew; its first column says whether the run's lock is held."""
+        """The query that makes the session's settings anew.
+
+        Its first column says whether the run's lock is held, the second one whether the version table has triggers.
+        """
         held = "true" if self.lock_key is None else f"pg_catalog.pg_try_advisory_lock({self.lock_key})"
+        triggers = (
+            "(SELECT c.relhastriggers FROM pg_catalog.pg_class c WHERE c.oid OPERATOR(pg_catalog.=)"
+            " pg_catalog.to_regclass(%s::pg_catalog.text)::pg_catalog.oid)"
+        )
         calls = ", ".join(["pg_catalog.set_config(%s, %s, false)"] * len(self.defaults))
+        quoted = ".".join('"{}"'.format(name.replace('"', '""')) for name in (self.schema, self.settings.version_table))
+        values = [text for pair in self.defaults.items() for text in pair]
         with self.raw.cursor() as cursor:
-            return bytes(cursor.mogrify(f"SELECT {held}, {calls}", [text for pair in self.defaults.items() for text in pair]))
+            return bytes(cursor.mogrify(f"SELECT {held}, {triggers}, {calls}", [quoted, *values]))
+
+    def use_search_path(self, path: str) -> None:
+        """Resolve names as the revisions do, or as the runner does."""
+        self.raw.ask("SELECT pg_catalog.set_config('search_path', %s, false)", path)
 
     def ask(self, query: str | bytes, *parameters: object) -> list[tuple[object, ...]]:
         """Ask one of the runner's own questions in a transaction of its own, between revisions."""

@@ -45,7 +45,7 @@ class Settings:
     def without_user(self, message: str) -> str:
         """The server's words without the user, where that may be a token."""
         user = self.url.username
-        return message.replace(f'"{user}"', '"..."') if user and self.hides_user else message
+        return message.replace(f'"{user}"', '"..."') if self.hides_user and user not in (None, self.url.database) else message
 
 
 def load(env_file: Path | None = None) -> Settings:

@@ -43,11 +43,12 @@ class StopSignal:
 
 @contextmanager
 def interruptible(
-    stop: StopSignal, cancel: Callable[[], None], last_line: Callable[[], str], killed_line: Callable[[], str]
+    stop: StopSignal, cancel: Callable[[], None], last_line: Callable[[], str], killed_line: Callable[[str], str]
 ) -> Iterator[None]:
     """Let a stop signal end the block: `cancel` (in a thread) interrupts what waits in C, then `last_line` is printed.
 
-    Where the block does not end within SHUTDOWN_GRACE_SECONDS, the process prints `killed_line` and exits.
+    Where the block does not end within SHUTDOWN_GRACE_SECONDS, the process prints `killed_line` of the signal's name,
+    which the handler may not have seen, and exits.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -96,7 +97,7 @@ def interruptible(
 
 
 def _watch(
-    reader: socket.socket, ended: threading.Event, cancel: Callable[[], None], killed_line: Callable[[], str]
+    reader: socket.socket, ended: threading.Event, cancel: Callable[[], None], killed_line: Callable[[str], str]
 ) -> None:
     """The thread: wait for a signal, cancel what runs, and end the process if nothing else does."""
     with reader:  # open to the end: a second signal is written, too
@@ -107,5 +108,5 @@ def _watch(
             return
         threading.Thread(target=cancel, daemon=True).start()
         if not ended.wait(SHUTDOWN_GRACE_SECONDS):
-            print(f"FAILED: {killed_line()}", file=sys.stderr, flush=True)
+            print(f"FAILED: {killed_line(signal.Signals(number[0]).name)}", file=sys.stderr, flush=True)
             os._exit(128 + number[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from enum import Enum
 from pathlib import Path
 
 import psycopg2
@@ -55,6 +56,14 @@ class StatementLog:
         return "; ".join(parts)
 
 
+class Block(Enum):
+    """Whether the step has an autocommit_block: none so far, one that is open, one that is past."""
+
+    NONE = "none"
+    OPEN = "open"
+    PAST = "past"
+
+
 class StepRun:
     """A step of one try; each try makes another object."""
 
@@ -64,7 +73,7 @@ class StepRun:
         self.statements = StatementLog()
         self.transaction_id: int | None = None
         self.builds: list[catalog.ResolvedBuild] = []
-        self.in_block = False  # in an autocommit_block
+        self.block = Block.NONE
         self.recorded = False  # all that is left is the commit
 
     @property
@@ -74,8 +83,8 @@ class StepRun:
 
     @property
     def worked_outside(self) -> bool:
-        """Whether something stays that the step did, whatever becomes of its transaction."""
-        return self.in_block or bool(self.statements.committed or self.builds)
+        """Whether the step left its transaction, so that something may stay whatever becomes of that."""
+        return self.block is not Block.NONE
 
     def apply(self, function: Callable[[], None], invalid_before: frozenset[int]) -> None:
         """Run the revision's function; raise what it raises, or OwnTransaction, LockLost or Incomplete."""
@@ -88,10 +97,7 @@ class StepRun:
             raise
         finally:
             self.session.raw.observer = None
-        self._end()
-        if self.builds:
-            if self.left_invalid(catalog.indexes(self.session.raw), invalid_before):
-                raise Incomplete
+        self._end(invalid_before)
         self.recorded = True
 
     @contextmanager
@@ -103,11 +109,11 @@ class StepRun:
         try:
             with block():
                 self.statements.commit()
-                self.in_block, raw.observer = True, self
+                self.block, raw.observer = Block.OPEN, self
                 try:
                     yield
                 finally:
-                    self.in_block, raw.observer = False, None
+                    self.block, raw.observer = Block.PAST, None
         finally:
             if not self.session.lost:
                 self._begin(None)
@@ -131,7 +137,7 @@ class StepRun:
         """Called by the connection."""
         self.check_stopped()
         raw = self.session.raw
-        if not self.in_block and not raw.in_transaction and not raw.closed:
+        if self.block is not Block.OPEN and not raw.in_transaction and not raw.closed:
             raise OwnTransaction
         # Concurrent builds hold up no reader and no writer, and wait for all transactions.
         if (build := sql.index_build(statement)) and not raw.in_transaction:
@@ -145,7 +151,7 @@ class StepRun:
         self.statements.add(statement)
         if not raw.in_transaction:
             self.statements.commit()
-            if not self.in_block:
+            if self.block is not Block.OPEN:
                 raise OwnTransaction
             if self.builds and sql.index_build(statement) and raw.ask("SHOW lock_timeout")[0][0] == "0":
                 raw.ask(f"SET lock_timeout = '{LOCK_TIMEOUT}'")
@@ -154,12 +160,16 @@ class StepRun:
         """Know the transaction again: by a savepoint, and by its id for whoever asks after the connection broke."""
         ((self.transaction_id, _),) = self.session.raw.ask(BEGIN_SQL, search_path)
 
-    def _end(self) -> None:
+    def _end(self, invalid_before: frozenset[int]) -> None:
         """The transaction must be the one that began; then the settings are made anew, before Alembic's own SQL."""
         query = f"RELEASE SAVEPOINT {SAVEPOINT}; ".encode() + self.session.reset_sql
-        held, *_ = self._require_own_transaction(self.session.raw.ask, query)[0]
+        held, triggers, *_ = self._require_own_transaction(self.session.raw.ask, query)[0]
         if not held:
             raise LockLost
+        if self.builds and self.left_invalid(catalog.indexes(self.session.raw), invalid_before):
+            raise Incomplete
+        if triggers:  # of an audit, say, whose names are resolved as the revisions' are
+            self.session.use_search_path(self.session.search_path)
 
     def _require_own_transaction(
         self, ask: Callable[..., list[tuple[object, ...]]], query: str | bytes
@@ -181,7 +191,7 @@ class StepRun:
                 self._require_own_transaction(raw.ask, f"ROLLBACK TO SAVEPOINT {SAVEPOINT}")
             except (DBAPIError, psycopg2.Error):
                 return
-        elif not self.in_block:
+        elif self.block is not Block.OPEN:
             raise OwnTransaction
 
 

@@ -149,8 +149,8 @@ def test_a_standby_is_named_and_a_run_with_nothing_to_do_passes_there(files: Pro
     result = files.alembic("upgrade", "head")
     assert (result.returncode, result.failure) == (
         255,
-        f"revision 002 ({path.name}) failed: cannot execute CREATE TABLE in a read-only transaction (the server only"
-        " reads (a standby, or default_transaction_read_only): set DB_HOST to the primary), at"
+        f"revision 002 ({path.name}) failed: cannot execute CREATE TABLE in a read-only transaction (the server is"
+        " read-only (a standby, or default_transaction_read_only): set DB_HOST to the primary), at"
         f" {path.name}, line 7; rolled back; the database is at revision 001; fix it, then retry",
     )
 
@@ -167,8 +167,8 @@ def test_pgbouncer_in_transaction_mode_is_refused_and_keeps_no_setting(project: 
         result = project.alembic("upgrade", "head", DATABASE_URL=dsn(url))
         assert (result.returncode, result.failure) == (
             255,
-            "the connection goes through a pooler in transaction mode (PgBouncer's pool_mode=transaction), where no"
-            " lock holds; set DB_HOST and DB_PORT to the server itself, or to a pool in session mode",
+            "the connection goes through a pooler in transaction mode (PgBouncer's pool_mode=transaction), where"
+            " session-level locks do not work; set DB_HOST and DB_PORT to the server itself, or to a pool in session mode",
         )
         assert database.relations == []
         settings = set()

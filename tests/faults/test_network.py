@@ -91,7 +91,7 @@ def test_a_signal_while_the_server_commits_does_not_say_rolled_back_where_that_i
     result, seconds = committing.stop(signal.SIGTERM)
     assert (result.returncode, result.failure) == (
         143,
-        f"interrupted by SIGTERM; it did not end by itself, {UNDECIDED}; run again to resume",
+        f"interrupted by SIGTERM; did not stop in time and was killed; {UNDECIDED}; run again to resume",
     )
     assert seconds < 3
     proxy.cut()
@@ -101,7 +101,7 @@ def test_a_signal_while_the_server_commits_does_not_say_rolled_back_where_that_i
 @pytest.mark.fault(
     "Network",
     fault="The connection is cut while the server commits a revision",
-    sees="`waiting, ...: revision 003 (...) failed: ...; whether that is committed cannot be told now: see 'alembic"
+    sees="`waiting, ...: revision 003 (...) failed: ...; commit status unknown: check with 'alembic"
     " current'`, then `nothing to do`, or the revision again; after SIGTERM, the same words",
     state="All done, each revision once",
     do="Nothing",
@@ -171,7 +171,7 @@ def test_a_connection_that_never_answers_is_an_error(proxied: Project, database:
     "Network",
     fault="A load balancer keeps the connection up in a revision, and nothing comes back any more",
     sees="Nothing until the Job's deadline (`job.activeDeadlineSeconds`): it looks like a long statement. Then, within"
-    " 2 s: `interrupted by SIGTERM; it did not end by itself, so the database rolls back at 002`, exit 143",
+    " 2 s: `interrupted by SIGTERM; did not stop in time and was killed; ...`, exit 143",
     state="Finished revisions stay; the orphaned session ends when the load balancer lets go",
     do="Mend the load balancer, deploy again",
 )

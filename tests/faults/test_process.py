@@ -37,7 +37,7 @@ logging.getLogger("migration_runner").addFilter(filter)
 @pytest.mark.fault(
     "Process and pod",
     fault="SIGTERM, SIGINT or SIGKILL between two revisions, or after the last one before the exit",
-    sees="`FAILED: interrupted by SIGTERM; the database is at 003; run again to resume, ...`, exit 143 (SIGINT: 130);"
+    sees="`FAILED: interrupted by SIGTERM; the database is at revision 003; run again to resume, ...`, exit 143 (SIGINT: 130);"
     " SIGKILL: nothing, exit 137",
     state="Finished revisions stay, each applied once; no lock",
     do="Deploy again",
@@ -57,7 +57,7 @@ def test_a_run_that_ends_between_two_revisions_has_done_whole_ones(
     result = project.alembic("upgrade", "head")
     assert result.returncode == code, result
     if number != signal.SIGKILL:
-        assert result.failure == f"interrupted by {number.name}; the database is at {at}; {AGAIN}"
+        assert result.failure == f"interrupted by {number.name}; the database is at revision {at}; {AGAIN}"
     idle(database)
     assert (database.at, audit(database)) == ([at], ["003", "004"][: int(at) - 2])
     path.write_text(path.read_text().replace("os.kill", "print"))
@@ -90,7 +90,7 @@ def test_a_run_that_is_killed_while_it_waits_does_not_disturb_the_other(project:
     "Partial work",
     fault="SIGKILL while an index is built concurrently",
     sees="The next run: `... already exists ...; left INVALID: public.slow;"
-    " drop with: DROP INDEX CONCURRENTLY public.slow; rolled back; the database is at revision 002`, exit 255",
+    " drop with: DROP INDEX CONCURRENTLY public.slow; the database is at revision 002`, exit 255",
     state="An INVALID index; finished revisions stay",
     do="Run the statement that the line shows, deploy again",
 )
@@ -107,7 +107,7 @@ def test_an_index_whose_building_was_killed_is_named_by_the_next_run(project: Pr
     result = project.alembic("upgrade", "head")
     drop = "DROP INDEX CONCURRENTLY public.slow"
     assert (result.returncode, database.at) == (255, ["002"])
-    assert f"; left INVALID: public.slow; drop with: {drop}; rolled back; the database is at revision 002; " in result.failure
+    assert f"; left INVALID: public.slow; drop with: {drop}; the database is at revision 002; " in result.failure
     database.execute(drop)
     assert project.alembic("upgrade", "head").returncode == 0
     assert database.scalar("SELECT indisvalid FROM pg_index WHERE indexrelid = 'slow'::regclass") is True
@@ -116,8 +116,8 @@ def test_an_index_whose_building_was_killed_is_named_by_the_next_run(project: Pr
 @pytest.mark.fault(
     "Partial work",
     fault="SIGKILL after an index was built concurrently and before its revision was recorded",
-    sees="The next run: `revision 003 (...) failed: relation ... already exists (made by hand, or by a run that was"
-    " killed before it was recorded: see 'Troubleshooting' in README.md)`, exit 255",
+    sees="The next run: `revision 003 (...) failed: relation ... already exists (created manually, or by a run that"
+    " was killed before the revision was stamped: see 'Troubleshooting' in README.md)`, exit 255",
     state="A valid index; finished revisions stay",
     do="`DROP INDEX CONCURRENTLY` it, deploy again",
 )
@@ -131,8 +131,8 @@ def test_an_index_that_was_built_but_not_recorded_is_told_with_the_cure(project:
     result = project.alembic("upgrade", "head")
     assert (result.returncode, database.at) == (255, ["002"])
     assert result.failure == (
-        f'revision 003 ({FILE.format("003")}) failed: relation "slow" already exists (made by hand, or by a run that'
-        f" was killed before it was recorded: see 'Troubleshooting' in README.md), at {FILE.format('003')}, line 8;"
+        f'revision 003 ({FILE.format("003")}) failed: relation "slow" already exists (created manually, or by a run that'
+        f" was killed before the revision was stamped: see 'Troubleshooting' in README.md), at {FILE.format('003')}, line 8;"
         " rolled back; the database is at revision 002; fix it, then retry"
     )
     database.execute("DROP INDEX CONCURRENTLY slow")
@@ -143,8 +143,9 @@ def test_an_index_that_was_built_but_not_recorded_is_told_with_the_cure(project:
 @pytest.mark.fault(
     "Partial work",
     fault="The connection breaks in an `autocommit_block`",
-    sees="`... failed: server closed the connection unexpectedly ...; outside its transaction it had done,"
-    " and this stays: ...; drop with: DROP INDEX CONCURRENTLY slow; rolled back; the database is at revision 002; ...`, exit 255",
+    sees="`... failed: server closed the connection unexpectedly ...; committed outside the"
+    " transaction and not rolled back: ...; drop with: DROP INDEX CONCURRENTLY public.slow; the database is at revision 002;"
+    " ...`, exit 255",
     state="What the block had done, as listed; finished revisions stay",
     do="Undo or finish what is listed, deploy again",
 )
@@ -158,9 +159,9 @@ def test_a_connection_that_breaks_in_an_autocommit_block_lists_what_stays(projec
     assert (result.returncode, database.at) == (255, ["002"])
     assert result.failure == (
         f"revision 003 ({path.name}) failed: server closed the connection unexpectedly This probably means the server"
-        f" terminated abnormally before or while processing the request, at {path.name}, line 9; outside its"
-        " transaction it had done, and this stays: CREATE INDEX CONCURRENTLY slow ON audit (revision); drop with:"
-        " DROP INDEX CONCURRENTLY slow; rolled back; the database is at revision 002; fix it, then retry"
+        f" terminated abnormally before or while processing the request, at {path.name}, line 9; committed"
+        " outside the transaction and not rolled back: CREATE INDEX CONCURRENTLY slow ON audit; drop with: DROP INDEX"
+        " CONCURRENTLY public.slow; the database is at revision 002; fix it, then retry"
     )
     assert " waiting, " not in result.stderr
     path.write_text(path.read_text().replace("pg_sleep(60)", "1"))

@@ -25,7 +25,7 @@ def test_a_wrong_password_fails_at_once(project: Project, database: Database) ->
     assert result.returncode == 255
     assert re.fullmatch(
         rf"cannot connect to {target(database)}: connection to server at \S+ port \d+ failed: FATAL: password"
-        rf' authentication failed for user "\.\.\."; check DB_USER and DB_PASSWORD',
+        rf' authentication failed for user "{database.role}"; check DB_USER and DB_PASSWORD',
         result.failure,
     )
 
