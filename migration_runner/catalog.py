@@ -22,8 +22,8 @@ class Asks(Protocol):
     def ask(self, query: str, *parameters: object) -> Sequence[Row]: ...
 
 
-# Whom the role trusts anyway: itself, the roles granted to it, the database's owner, superusers. A superuser is a member
-# of every role, so membership is read, not asked with pg_has_role().
+# Whom the role trusts anyway: itself, the roles granted to it, the database's owner, superusers. A superuser is a
+# member of every role, so membership is read, not asked with pg_has_role().
 TRUSTED = """
     WITH RECURSIVE granted AS (
         SELECT oid FROM pg_roles WHERE rolname = session_user OR rolname = current_user
@@ -60,8 +60,11 @@ def find_place(raw: RawConnection, search_path: str, version_table: str) -> Plac
         " WHERE nspname = %s::name AND nspowner NOT IN (SELECT oid FROM trusted)",
         schema,
     )
-    table_schema = raw.ask("SELECT relnamespace::regnamespace::oid, n.nspname::text FROM pg_class c"
-                           " JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = %s", found)
+    table_schema = raw.ask(
+        "SELECT relnamespace::regnamespace::oid, n.nspname::text FROM pg_class c"
+        " JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = %s",
+        found,
+    )
     return Place(role, schema, owner[0][0] if owner else None, table_schema[0][1] if table_schema else None)
 
 
@@ -73,7 +76,7 @@ def others_who_may_create(raw: RawConnection, search_path: str) -> list[str]:
     rows = raw.ask(
         TRUSTED
         + """
-        SELECT n.nspname::text, string_agg(DISTINCT coalesce(r.rolname, 'PUBLIC'), ', ' ORDER BY coalesce(r.rolname, 'PUBLIC'))
+        SELECT n.nspname::text, array_to_string(array_agg(DISTINCT coalesce(r.rolname, 'PUBLIC')), ', ')
         FROM pg_namespace n
         CROSS JOIN LATERAL (
             SELECT grantee FROM aclexplode(coalesce(n.nspacl, acldefault('n', n.nspowner)))
@@ -153,9 +156,9 @@ def version_table(raw: RawConnection, schema: str, name: str) -> VersionTable | 
     elif column not in ("character varying", "text", "character"):
         has = f"has a version_num of type {column}" if column else "has no column version_num"
         problem = f"{has}, so it is not Alembic's"
-    elif raw.ask(f"SELECT EXISTS (SELECT FROM {table} WHERE version_num IS NULL)")[0][0]:  # noqa: S608
-        problem = "has a row without a revision: DELETE FROM {} WHERE version_num IS NULL".format(table)
-    elif raw.ask(f"SELECT EXISTS (SELECT FROM {table} GROUP BY version_num HAVING count(*) > 1)")[0][0]:  # noqa: S608
+    elif raw.ask(f"SELECT EXISTS (SELECT FROM {table} WHERE version_num IS NULL)")[0][0]:
+        problem = f"has a row without a revision: DELETE FROM {table} WHERE version_num IS NULL"
+    elif raw.ask(f"SELECT EXISTS (SELECT FROM {table} GROUP BY version_num HAVING count(*) > 1)")[0][0]:
         problem = (
             f"has a revision twice: DELETE FROM {table} a USING {table} b"
             " WHERE a.version_num = b.version_num AND a.ctid > b.ctid"
@@ -166,8 +169,7 @@ def version_table(raw: RawConnection, schema: str, name: str) -> VersionTable | 
 
 def _foreign_code(raw: RawConnection, oid: int) -> tuple[str, str] | None:
     query = (
-        TRUSTED.rstrip()
-        + f", {DEPENDENTS} SELECT what, owner::regrole::text FROM owned"
+        TRUSTED.rstrip() + f", {DEPENDENTS} SELECT what, owner::regrole::text FROM owned"
         " WHERE owner NOT IN (SELECT oid FROM trusted) LIMIT 1"
     )
     with raw.cursor() as cursor:
@@ -231,7 +233,8 @@ def resolve(raw: RawConnection, build: IndexBuild) -> ResolvedBuild:
             " WHERE c.oid OPERATOR(pg_catalog.=) pg_catalog.to_regclass(%s::pg_catalog.text)::pg_catalog.oid",
             build.index,
         )
-        return ResolvedBuild(build, *(rows[0] if rows else (None, None)), existed=True)
+        table, index = rows[0] if rows else (None, None)
+        return ResolvedBuild(build, table, index, existed=True)
     (table,) = raw.ask("SELECT pg_catalog.to_regclass(%s::pg_catalog.text)::pg_catalog.oid", build.table)[0]
     if build.index is None:
         return ResolvedBuild(build, table, None)
@@ -255,7 +258,7 @@ WHO = (
 def lock_holder(asks: Asks, key: int) -> str | None:
     """Who holds the advisory lock: `pid 71, hcm-db-migrations as app from 10.0.0.7`."""
     rows = asks.ask(
-        f"SELECT {WHO} FROM pg_locks l JOIN pg_stat_activity a USING (pid)"  # noqa: S608
+        f"SELECT {WHO} FROM pg_locks l JOIN pg_stat_activity a USING (pid)"
         " WHERE l.locktype = 'advisory' AND l.granted"
         " AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())"
         " AND l.objsubid = 1 AND (l.classid::bigint << 32 | l.objid::bigint) = %s",
@@ -266,15 +269,16 @@ def lock_holder(asks: Asks, key: int) -> str | None:
 
 def blockers(asks: Asks, pid: int) -> list[str]:
     """Whom the session waits for."""
-    query = f"SELECT {WHO} FROM pg_stat_activity a WHERE pid = ANY (pg_blocking_pids(%s)) ORDER BY pid"  # noqa: S608
+    query = f"SELECT {WHO} FROM pg_stat_activity a WHERE pid = ANY (pg_blocking_pids(%s)) ORDER BY pid"
     return [str(name) for (name,) in asks.ask(query, pid)]
 
 
 def waiters(asks: Asks, pid: int) -> list[tuple[int, str]]:
     """Who waits for the session: pids and names."""
     rows = asks.ask(
-        f"SELECT a.pid, {WHO} FROM pg_stat_activity a"  # noqa: S608
-        " WHERE a.pid IN (SELECT pid FROM pg_locks WHERE NOT granted) AND %s = ANY (pg_blocking_pids(a.pid)) ORDER BY 1",
+        f"SELECT a.pid, {WHO} FROM pg_stat_activity a"
+        " WHERE a.pid IN (SELECT pid FROM pg_locks WHERE NOT granted) AND %s = ANY (pg_blocking_pids(a.pid)) ORDER"
+        " BY 1",
         pid,
     )
     return [(int(other), str(name)) for other, name in rows]
@@ -311,7 +315,7 @@ def activity(asks: Asks, pid: int) -> Activity:
         name = f"pg_stat_progress_{view}"
         if not asks.ask("SELECT to_regclass(%s) IS NOT NULL", name)[0][0]:
             continue
-        found = asks.ask(f"SELECT {phase}, {done}, {total} FROM {name} WHERE pid = %s", pid)  # noqa: S608
+        found = asks.ask(f"SELECT {phase}, {done}, {total} FROM {name} WHERE pid = %s", pid)
         if found:
             what, so_far, whole = found[0]
             return Activity(query, waits_for, f"{what}, {100 * so_far // whole} %" if whole else str(what))

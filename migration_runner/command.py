@@ -1,4 +1,4 @@
-"""What Alembic was told: read from the options that it gives to env.py, so that a program is served as the command line."""
+"""What Alembic was told: read from the options that env.py gets, so that a program is served as the command line is."""
 
 from __future__ import annotations
 

@@ -110,9 +110,7 @@ class Database:
         arguments: dict[str, Any] = {n: v for n, v in CONNECT_ARGS.items() if n not in self.settings.url.query}
         arguments |= {"connection_factory": RawConnection, "cursor_factory": RawCursor}
         # hide_parameters: the values of a failed statement are the campaigns' data, and the log is no place for them.
-        engine = create_engine(
-            self.settings.url, poolclass=NullPool, connect_args=arguments, hide_parameters=True
-        )
+        engine = create_engine(self.settings.url, poolclass=NullPool, connect_args=arguments, hide_parameters=True)
 
         # Before SQLAlchemy's and psycopg2's own queries, whose functions and operators are not qualified ...
         @event.listens_for(engine, "connect", insert=True)
@@ -129,7 +127,7 @@ class Database:
         return engine
 
     def connect(self) -> Connection:
-        """A connection as the role and the database set it up; may raise DBAPIError, psycopg2.Error, UnicodeDecodeError."""
+        """A connection as role and database set it up; may raise DBAPIError, psycopg2.Error, UnicodeDecodeError."""
         return self.engine.connect()
 
     def side_connection(self) -> SideConnection:

@@ -20,15 +20,15 @@ class RetriesExhausted(SystemExit):
         super().__init__(f"FAILED: {line}")
 
 
-class OwnTransaction(Exception):  # noqa: N818  not an error of the program
+class OwnTransaction(Exception):
     """A revision committed or rolled back the transaction that is the runner's."""
 
 
-class LockLost(Exception):  # noqa: N818
+class LockLost(Exception):
     """A revision released the lock that keeps other runs out, and another run has it now."""
 
 
-class Incomplete(Exception):  # noqa: N818
+class Incomplete(Exception):
     """A revision finished, and an index that it builds is INVALID."""
 
 
@@ -154,7 +154,8 @@ def describe(error: BaseException) -> str:
 def unbound_parameter(name: str) -> str:
     """What is wrong with `:name` in the text of a statement."""
     return (
-        f"SQLAlchemy reads ':{name}' in the statement as a bind parameter without a value; write a backslash before a colon"
+        f"SQLAlchemy reads ':{name}' in the statement as a bind parameter without a value; write a backslash"
+        f" before a colon"
         " that is a part of the SQL (\\:)"
     )
 
@@ -167,11 +168,11 @@ def server_message(error: BaseException) -> str:
     diag = getattr(said, "diag", None)
     state = sqlstate(error) or ""
     primary = getattr(diag, "message_primary", None)
-    if not primary:
+    if diag is None or not primary:
         return _one_line(str(said))
     if state[:2] in ("22", "23"):  # the data is in the detail and, of class 22, between quotes of any language
         if str(getattr(diag, "source_file", "")).startswith("pl"):  # RAISE: its text may be anything
-            return psycopg2.errors.lookup(state).__name__ if state in psycopg2.errors.sqlstate_errors else state
+            return f"an error of class {state}, raised by a function"
         return _one_line(_unquoted(primary) if state.startswith("22") else primary)
     if state == "42601":  # it quotes the statement
         position = getattr(diag, "statement_position", None)
@@ -185,7 +186,8 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-QUOTES = "\"'`«»‹›„“”‚‘’「」『』《》"
+# Of all languages that PostgreSQL speaks: ' " ` and those that Unicode calls so.
+QUOTES = "\"'`\u00ab\u00bb\u2018-\u201f\u2039\u203a\u300a-\u300f"
 
 
 def _unquoted(message: str) -> str:

@@ -1,4 +1,4 @@
-"""The last line of a run that failed: what, why, what stays, where the database stands, what to do. Worded here only."""
+"""The last line of a run that failed: what, why, what stays, where the database stands, what to do; worded here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ UNKNOWN = "check with 'alembic current'"
 REFUSALS: dict[type[BaseException], str] = {
     OwnTransaction: "committed or rolled back its own transaction (COMMIT or ROLLBACK, commit() or rollback());"
     " transactions are managed by the runner: use op.get_context().autocommit_block()",
-    LockLost: "released the migration lock, which another run has acquired; do not release session-level advisory locks",
+    LockLost: "released the migration lock, which another run has acquired; do not release session-level advisory"
+    " locks",
     Incomplete: "is incomplete",
 }
 
@@ -61,7 +62,7 @@ def _position(other: catalog.Asks, version_table: tuple[str, str]) -> str:
         " ON n.oid = c.relnamespace WHERE n.nspname = %s::name AND c.relname = %s::name AND c.relkind = 'r'",
         *version_table,
     )
-    heads = other.ask(f"SELECT version_num FROM {rows[0][0]} ORDER BY 1") if rows else []  # noqa: S608
+    heads = other.ask(f"SELECT version_num FROM {rows[0][0]} ORDER BY 1") if rows else []
     return ", ".join(str(head) for (head,) in heads) or "base"
 
 

@@ -6,7 +6,7 @@ import functools
 import io
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NoReturn, cast
 
@@ -26,11 +26,11 @@ from migration_runner.settings import Settings
 from migration_runner.step import SAVEPOINT, title
 
 
-class NeedsConnection(AttributeError):  # noqa: N818  what SQLAlchemy and Alembic expect where something is missing
+class NeedsConnection(AttributeError):
     """A revision asks the database, and a plan has none."""
 
 
-class UnboundParameter(Exception):  # noqa: N818
+class UnboundParameter(Exception):
     """`:name` in the text of a statement, and no value for it."""
 
 
@@ -95,7 +95,7 @@ class _Plan:
         migration.autocommit_block = functools.partial(self._autocommit_block, block)  # type: ignore[method-assign]
         context.run_migrations()
 
-    def _on_version_apply(self, heads: set[str], **_: Any) -> None:
+    def _on_version_apply(self, *, heads: Collection[Any], **_: Any) -> None:
         self.heads = tuple(sorted(heads))
 
     def _steps(self, heads: tuple[str, ...], migration: MigrationContext) -> Iterator[MigrationStep]:
@@ -196,14 +196,14 @@ class _PlanConnection(MockConnection):
             construct.if_not_exists = True  # after `downgrade base` it is there, and empty
         self.migration.impl._exec(construct)
 
-    def execute(self, statement: Any, parameters: Any = None, **_: Any) -> Any:
+    def execute(self, obj: Any, parameters: Any = None, execution_options: Any = None) -> Any:
         for row in parameters if isinstance(parameters, list | tuple) else [parameters]:
             if row is None:
-                self._write(statement)
-            elif isinstance(statement, TextClause):
-                self._write(statement.bindparams(**row))
-            elif isinstance(statement, Insert):
-                self._write(statement.values(**row))
+                self._write(obj)
+            elif isinstance(obj, TextClause):
+                self._write(obj.bindparams(**row))
+            elif isinstance(obj, Insert):
+                self._write(obj.values(**row))
             else:
                 raise NeedsConnection
         return _NoResult()
@@ -244,7 +244,8 @@ def _literal(text: str) -> str:
 
 def _block(condition: str, message: str) -> str:
     """A statement that fails where the condition holds."""
-    return f"DO $plan$ BEGIN IF {condition} THEN\n  RAISE EXCEPTION USING MESSAGE = {_literal(message)};\nEND IF; END $plan$;"
+    raises = f"RAISE EXCEPTION USING MESSAGE = {_literal(message)};"
+    return f"DO $plan$ BEGIN IF {condition} THEN\n  {raises}\nEND IF; END $plan$;"
 
 
 def _lock(table: str, settings: Settings) -> str:
@@ -252,7 +253,8 @@ def _lock(table: str, settings: Settings) -> str:
     schema = (
         _literal(settings.schema)
         if settings.schema
-        else f"coalesce((SELECT relnamespace::regnamespace::name::text FROM pg_class WHERE oid = to_regclass({_literal(table)})),"
+        else f"coalesce((SELECT relnamespace::regnamespace::name::text FROM pg_class WHERE oid ="
+        f" to_regclass({_literal(table)})),"
         " current_schema)"
     )
     name = f"{schema} || {_literal('.' + settings.version_table)}"
@@ -262,7 +264,7 @@ def _lock(table: str, settings: Settings) -> str:
 
 def _position(table: str, heads: Iterable[str]) -> str:
     there = ", ".join(map(_literal, sorted(heads)))
-    found = f'ARRAY(SELECT version_num::text COLLATE "C" FROM {table} ORDER BY 1)'  # noqa: S608
+    found = f'ARRAY(SELECT version_num::text COLLATE "C" FROM {table} ORDER BY 1)'
     at = ", ".join(sorted(heads)) or "base"
     return _block(f"{found} <> ARRAY[{there}]::text[]", f"the database is not at {at}, where this plan begins")
 
@@ -275,7 +277,10 @@ def _index(build: sql.IndexBuild, name: str) -> str | None:
         table = f"(SELECT indrelid FROM pg_index WHERE indexrelid = to_regclass({_literal(build.index)}))"
     else:
         return None
-    found = f"SELECT FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid WHERE NOT i.indisvalid AND i.indrelid = {table}"  # noqa: S608
+    found = (
+        "SELECT FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid"
+        f" WHERE NOT i.indisvalid AND i.indrelid = {table}"
+    )
     if build.index and not build.rebuilds:
         found += f" AND c.relname = (parse_ident({_literal(build.index)}))[1]::name"
     return _block(

@@ -87,7 +87,7 @@ def validate_one_head(script: ScriptDirectory) -> None:
         )
 
 
-def assign_revision_id(context: MigrationContext, heads: tuple[str, ...], directives: list[MigrationScript]) -> None:
+def assign_revision_id(context: MigrationContext, _heads: object, directives: list[MigrationScript]) -> None:
     """Give a new revision the number after the highest one: 002 after 001, 100 after 099, 1000 after 999.
 
     Alembic calls this as its `process_revision_directives` hook.
@@ -211,7 +211,7 @@ def _file_with_wrong_id(script: ScriptDirectory) -> str | None:
 
 
 def _explain_error(script: ScriptDirectory, error: BaseException) -> str:
-    """The file at fault where the exception names none: it is no Python (UTF-16), or a link or id is of a wrong kind."""
+    """The file at fault where the exception names none: it is no Python (UTF-16), or an id is of a wrong kind."""
     known: set[str] = set()
     wanted: list[tuple[str, str]] = []
     for path in _paths(script):

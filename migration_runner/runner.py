@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -180,10 +180,13 @@ class Attempt:
         table = catalog.version_table(session.raw, session.schema, session.settings.version_table)
         session.raw.commit()
         if table and table.problem:
-            raise CommandError(printable(
-                f"the version table {table.name} {table.problem}; fix that, or set ALEMBIC_VERSION_TABLE or DB_SCHEMA;"
-                " see 'Troubleshooting' in README.md"
-            ))
+            raise CommandError(
+                printable(
+                    f"the version table {table.name} {table.problem}; fix that, or set ALEMBIC_VERSION_TABLE or"
+                    f" DB_SCHEMA;"
+                    " see 'Troubleshooting' in README.md"
+                )
+            )
         options: dict[str, Any] = {
             "connection": session.connection,
             "transaction_per_migration": True,
@@ -223,7 +226,7 @@ class Attempt:
         script = command.script
         progress.position = join(heads)
         if not command.purges:
-            self._refuse_unknown(heads)
+            self._refuse_unknown(heads, table)
         if command.needs is Needs.READ:
             if command.shows_current and not self._at_head(heads):
                 revisions.validate_one_head(script)  # of two, `current` would call either one the head
@@ -262,11 +265,11 @@ class Attempt:
         migration.autocommit_block = functools.partial(run.autocommit_block, block)  # type: ignore[method-assign]
         return step
 
-    def _on_version_apply(self, heads: set[str], **_: Any) -> None:
+    def _on_version_apply(self, *, heads: Collection[Any], **_: Any) -> None:
         """Alembic's callback, before the commit."""
         self.heads = tuple(sorted(heads))
 
-    def _refuse_unknown(self, heads: tuple[str, ...]) -> None:
+    def _refuse_unknown(self, heads: tuple[str, ...], table: catalog.VersionTable | None) -> None:
         """After `helm rollback` the database is ahead of the code; going back by itself would lose data."""
         script = self.runner.command.script
         if unknown := [head for head in heads if not _known(script, head)]:
@@ -276,11 +279,11 @@ class Attempt:
                 " the version table is another project's, set ALEMBIC_VERSION_TABLE or DB_SCHEMA; see 'Troubleshooting'"
                 " in README.md"
             )
-        if stale := revisions.superseded(script, heads):
+        if table and (stale := revisions.superseded(script, heads)):
+            delete = f"DELETE FROM {table.name} WHERE version_num = '{stale}'"  # noqa: S608
             raise CommandError(
                 f"the version table has {join(heads)}, and {stale} is an ancestor of another; delete the stale row:"
-                f" DELETE FROM {'.'.join(filter(None, self.runner.progress.version_table or ()))}"
-                f" WHERE version_num = '{stale}'"
+                f" {delete}"
             )
 
     def _at_head(self, heads: tuple[str, ...]) -> bool:
@@ -326,17 +329,18 @@ def _known(script: ScriptDirectory, head: str) -> bool:
 
 
 def _name(step: MigrationStep) -> str:
-    revision = ", ".join(step.to_revisions if step.is_upgrade else step.from_revisions) or "base"
+    revision = ", ".join(step.to_revisions_no_deps if step.is_upgrade else step.from_revisions_no_deps) or "base"
     return f"{revision} {step.doc or ''}".rstrip()
 
 
 def _refuse_long_names(steps: list[MigrationStep], table: catalog.VersionTable | None) -> None:
     width = table.width if table else 32  # Alembic's own
     for step in steps:
-        for name in step.to_revisions_no_deps if width else ():
-            if len(name) > width:
+        for name in step.to_revisions_no_deps:
+            if width and len(name) > width:
                 widen = f", or widen the column: ALTER TABLE {table.name} ALTER version_num TYPE text" if table else ""
                 raise CommandError(
-                    f"revision {name} has {len(name)} characters, and the version table holds {width}; shorten it{widen};"
+                    f"revision {name} has {len(name)} characters, and the version table holds {width}; shorten"
+                    f" it{widen};"
                     f" {revisions.SEE_README}"
                 )

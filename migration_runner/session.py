@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 
 import psycopg2
 from alembic.util import CommandError
@@ -68,9 +69,9 @@ class Session:
         """Whether the connection is broken, as the driver knows it."""
         return self.connection.invalidated or bool(self.raw.closed)
 
-    @property
+    @cached_property
     def reset_sql(self) -> bytes:
-        """The query that makes the session's settings anew.
+        """The query that makes the session's settings anew; asked for once the lock is held, or for a session without.
 
         Its first column says whether the run's lock is held, the second one whether the version table has triggers.
         """
@@ -174,6 +175,7 @@ def _set_defaults(session: Session) -> None:
     session.defaults = known | {name: value for name, value in SERVER_SETTINGS.items() if name in known}
     session.defaults["search_path"] = SAFE_PATH
     session.ask(session.reset_sql)
+    del session.reset_sql  # it will have the schema and the lock
 
 
 def _choose_schema(session: Session) -> None:

@@ -40,12 +40,18 @@ class Settings:
         # libpq takes the port from a service file before PGPORT, and only it reads that.
         port = url.port or (None if os.environ.get("PGSERVICE") else os.environ.get("PGPORT") or 5432)
         user = "" if self.hides_user else f" as {url.username}"
-        return f"database {url.database} at {host}{f' [{address}]' if address else ''}{f':{port}' if port else ''}{user}"
+        return (
+            f"database {url.database} at {host}{f' [{address}]' if address else ''}{f':{port}' if port else ''}{user}"
+        )
 
     def without_user(self, message: str) -> str:
         """The server's words without the user, where that may be a token."""
         user = self.url.username
-        return message.replace(f'"{user}"', '"..."') if self.hides_user and user not in (None, self.url.database) else message
+        return (
+            message.replace(f'"{user}"', '"..."')
+            if self.hides_user and user not in (None, self.url.database)
+            else message
+        )
 
 
 def load(env_file: Path | None = None) -> Settings:

@@ -53,17 +53,23 @@ def _end_of_comment(statement: str, position: int) -> int:
 
 
 # After these words come values, columns or another statement.
-_ENDS = frozenset("VALUES SET AS WHERE USING ADD IS PASSWORD ENCRYPTED WITH LIKE RETURNING".split())
+_ENDS = frozenset(
+    ["VALUES", "SET", "AS", "WHERE", "USING", "ADD", "IS", "PASSWORD", "ENCRYPTED", "WITH", "LIKE", "RETURNING"]
+)
+
+
+# More of a statement is not looked at for a summary.
+LONGEST = 2_000
 
 
 def summarize(statement: str) -> str:
     """Verb and object, as `CREATE INDEX CONCURRENTLY a_x ON a`: no literal, no value, no comment.
 
-    Of a script, up to four statements. Only the first 10,000 characters are looked at.
+    Of a script, up to four statements.
     """
     summaries: list[str] = [""]
     ended = False
-    for token in tokens(statement[:10_000]):
+    for token in tokens(statement[:LONGEST]):
         if token.text == ";":
             if summaries[-1]:
                 summaries.append("")

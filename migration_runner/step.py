@@ -27,7 +27,7 @@ SELECT CASE WHEN pg_catalog.pg_is_in_recovery() THEN NULL ELSE pg_catalog.txid_c
 
 
 class StatementLog:
-    """Summaries of the statements that finished: the first three and the last, however many there were."""
+    """The statements that finished: the beginnings of the first three and of the last, however many there were."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -38,9 +38,9 @@ class StatementLog:
     def add(self, statement: str) -> None:
         self.count += 1
         if self.count <= 3:
-            self.first.append(sql.summarize(statement))
+            self.first.append(statement[: sql.LONGEST])
         else:
-            self.last = statement
+            self.last = statement[: sql.LONGEST]
 
     def commit(self) -> None:
         """All that finished so far stays."""
@@ -48,7 +48,7 @@ class StatementLog:
 
     def text(self) -> str:
         """`CREATE TABLE a; INSERT INTO a; INSERT INTO a; 47 more; INSERT INTO a`."""
-        parts = [*self.first]
+        parts = [sql.summarize(statement) for statement in self.first]
         if self.count > 4:
             parts.append(f"{self.count - 4} more")
         if self.count > 3:

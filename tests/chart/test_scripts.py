@@ -438,7 +438,9 @@ def test_sigterm_ends_an_alembic_that_has_no_handler_at_once(volume: Volume, con
 def test_an_alembic_that_handles_sigterm_has_the_last_word(volume: Volume, container: Callable, shell: str) -> None:
     volume.clone("alembic.ini")
     volume.program(
-        "alembic", "trap 'echo rolled back; the database is at revision 001 >&2; kill $!; exit 7' TERM\nsleep 60 &\ntouch \"$HOME/running\"; wait"
+        "alembic",
+        "trap 'echo rolled back; the database is at revision 001 >&2; kill $!; exit 7' TERM\nsleep 60 &\ntouch"
+        ' "$HOME/running"; wait',
     )
     status, log, seconds = _terminated(volume.start(container(), shell, **CREDENTIALS), volume)
     assert (status, log.splitlines()[-1]) == (7, "rolled back; the database is at revision 001")

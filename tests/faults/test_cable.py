@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import namespace, root_only
-from tests.migrations.audit import AUDIT, KILLED, FILE, SLEEP, audited
+from tests.migrations.audit import AUDIT, FILE, KILLED, SLEEP, audited
 from tests.migrations.helpers import ALEMBIC, Project, Running, until
 from tools.postgres import Postgres, dsn
 
@@ -108,8 +108,7 @@ def test_a_half_open_connection_is_noticed_on_both_sides_and_the_next_run_finish
 @pytest.mark.fault(
     "Network",
     fault="SIGTERM (drain, deadline) while the network is dead",
-    sees="Within 2 s `interrupted by SIGTERM; did not stop in time and was killed; ...; run again to"
-    " go on`, exit 143",
+    sees="Within 2 s `interrupted by SIGTERM; did not stop in time and was killed; ...; run again to go on`, exit 143",
     state="Finished revisions stay; the server ends the orphaned session and its lock within 20 s",
     do="Mend the network, deploy again",
 )

@@ -213,7 +213,7 @@ def test_ten_runs_at_once_with_random_kills_apply_each_revision_once(
         if number in INDEXES:
             files.add(number, BLOCK + INDEXES[number])
         else:
-            statement = f"INSERT INTO audit (revision) VALUES ('{number}')"  # noqa: S608
+            statement = f"INSERT INTO audit (revision) VALUES ('{number}')"
             files.add(number, f'op.execute("{statement}")\n{BODIES.get(number, "")}')
     rounds, seed = pytestconfig.getoption("rounds"), pytestconfig.getoption("seed") or random.randrange(10**6)  # noqa: S311
     print(f"{rounds} rounds of {RUNNERS} runs, --seed {seed}", file=sys.stderr, flush=True)

@@ -158,7 +158,9 @@ def test_a_standby_is_named_and_a_run_with_nothing_to_do_passes_there(files: Pro
 @pytest.mark.fault(
     "Database",
     fault="PgBouncer in transaction mode between the run and the server",
-    sees="`the connection goes through a pooler in transaction mode (PgBouncer's pool_mode=transaction), where session-level locks do not work; set DB_HOST and DB_PORT to the server itself, or to a pool in session mode`, exit 255",
+    sees="`the connection goes through a pooler in transaction mode (PgBouncer's pool_mode=transaction), where"
+    " session-level locks do not work; set DB_HOST and DB_PORT to the server itself, or to a pool in session"
+    " mode`, exit 255",
     state="Nothing was changed, and no setting of the run stays in the pool",
     do="Set host and port to the server or to a pool in session mode",
 )
@@ -168,7 +170,8 @@ def test_pgbouncer_in_transaction_mode_is_refused_and_keeps_no_setting(project: 
         assert (result.returncode, result.failure) == (
             255,
             "the connection goes through a pooler in transaction mode (PgBouncer's pool_mode=transaction), where"
-            " session-level locks do not work; set DB_HOST and DB_PORT to the server itself, or to a pool in session mode",
+            " session-level locks do not work; set DB_HOST and DB_PORT to the server itself, or to a pool in"
+            " session mode",
         )
         assert database.relations == []
         settings = set()

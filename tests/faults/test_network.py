@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.faults.conftest import Proxy
-from tests.migrations.audit import AUDIT, KILLED, FILE, SLEEP, audit, audited, idle, sleeping
+from tests.migrations.audit import AUDIT, FILE, KILLED, SLEEP, audit, audited, idle, sleeping
 from tests.migrations.helpers import Database, Project, Running, until
 from tools.postgres import dsn
 

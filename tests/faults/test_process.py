@@ -37,7 +37,8 @@ logging.getLogger("migration_runner").addFilter(filter)
 @pytest.mark.fault(
     "Process and pod",
     fault="SIGTERM, SIGINT or SIGKILL between two revisions, or after the last one before the exit",
-    sees="`FAILED: interrupted by SIGTERM; the database is at revision 003; run again to resume, ...`, exit 143 (SIGINT: 130);"
+    sees="`FAILED: interrupted by SIGTERM; the database is at revision 003; run again to resume, ...`, exit 143"
+    " (SIGINT: 130);"
     " SIGKILL: nothing, exit 137",
     state="Finished revisions stay, each applied once; no lock",
     do="Deploy again",
@@ -131,8 +132,10 @@ def test_an_index_that_was_built_but_not_recorded_is_told_with_the_cure(project:
     result = project.alembic("upgrade", "head")
     assert (result.returncode, database.at) == (255, ["002"])
     assert result.failure == (
-        f'revision 003 ({FILE.format("003")}) failed: relation "slow" already exists (created manually, or by a run that'
-        f" was killed before the revision was stamped: see 'Troubleshooting' in README.md), at {FILE.format('003')}, line 8;"
+        f'revision 003 ({FILE.format("003")}) failed: relation "slow" already exists (created manually, or by a'
+        f" run that"
+        f" was killed before the revision was stamped: see 'Troubleshooting' in README.md), at"
+        f" {FILE.format('003')}, line 8;"
         " rolled back; the database is at revision 002; fix it, then retry"
     )
     database.execute("DROP INDEX CONCURRENTLY slow")
@@ -144,7 +147,8 @@ def test_an_index_that_was_built_but_not_recorded_is_told_with_the_cure(project:
     "Partial work",
     fault="The connection breaks in an `autocommit_block`",
     sees="`... failed: server closed the connection unexpectedly ...; committed outside the"
-    " transaction and not rolled back: ...; drop with: DROP INDEX CONCURRENTLY public.slow; the database is at revision 002;"
+    " transaction and not rolled back: ...; drop with: DROP INDEX CONCURRENTLY public.slow; the database is at"
+    " revision 002;"
     " ...`, exit 255",
     state="What the block had done, as listed; finished revisions stay",
     do="Undo or finish what is listed, deploy again",

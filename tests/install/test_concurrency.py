@@ -24,7 +24,8 @@ def assert_applied_once(database: Database) -> None:
 @pytest.mark.fault(
     "Concurrency",
     fault="Two releases on one database are upgraded at once, in one namespace or in two",
-    sees="One works, the other says `waiting, ...: another migration is running (pid ...)`, then `nothing to do`; exit 0",
+    sees="One works, the other says `waiting, ...: another migration is running (pid ...)`, then `nothing to do`;"
+    " exit 0",
     state="Each revision applied once",
     do="Nothing",
 )
@@ -120,7 +121,8 @@ def test_a_pod_that_is_cut_off_in_a_revision_is_followed_by_one_that_finishes_it
 @pytest.mark.fault(
     "Concurrency",
     fault="The same pod runs twice at once, as Kubernetes may do it",
-    sees="One works, the other says `waiting, ...: another migration is running (pid ...)`, then `nothing to do`; exit 0",
+    sees="One works, the other says `waiting, ...: another migration is running (pid ...)`, then `nothing to do`;"
+    " exit 0",
     state="Each revision applied once",
     do="Nothing",
 )

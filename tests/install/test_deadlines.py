@@ -14,7 +14,9 @@ from tools.cluster import Cluster
 @pytest.mark.fault(
     "Process and pod",
     fault="The time is up (`job.activeDeadlineSeconds`) in a revision",
-    sees="`FAILED: interrupted by SIGTERM in revision 002 (...) after N s; rolled back; the database is at revision 001; run again to resume; if the Job's deadline was exceeded, raise 'job.activeDeadlineSeconds' and Helm's --timeout together`, exit 143",
+    sees="`FAILED: interrupted by SIGTERM in revision 002 (...) after N s; rolled back; the database is at"
+    " revision 001; run again to resume; if the Job's deadline was exceeded, raise 'job.activeDeadlineSeconds'"
+    " and Helm's --timeout together`, exit 143",
     state="Finished revisions stay, this one is rolled back",
     do="Raise both, deploy again",
 )
@@ -28,7 +30,8 @@ def test_a_revision_that_meets_the_deadline_is_rolled_back_and_helm_says_which_v
     assert result.returncode == 1
     result.line(
         "FAILED: interrupted by SIGTERM in revision 002 (20251202_143000_002_test.py) after ",
-        "; rolled back; the database is at revision 001; run again to resume; if the Job's deadline was exceeded, raise 'job.activeDeadlineSeconds'"
+        "; rolled back; the database is at revision 001; run again to resume; if the Job's deadline was exceeded,"
+        " raise 'job.activeDeadlineSeconds'"
         " and Helm's --timeout together",
     )
     assert api.conditions(JOB)["Failed"] == "BackoffLimitExceeded"

@@ -23,7 +23,7 @@ FIX = "fix it, then retry"
 
 
 def audited(number: str, body: str = "") -> str:
-    return f"op.execute(\"INSERT INTO audit VALUES ('{number}')\")\n{body}"  # noqa: S608
+    return f"op.execute(\"INSERT INTO audit VALUES ('{number}')\")\n{body}"
 
 
 def audit(database: Database) -> list[str]:

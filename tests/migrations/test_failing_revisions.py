@@ -11,7 +11,8 @@ from tests.migrations.helpers import Database, Project, until
 @pytest.mark.fault(
     "Code and settings",
     fault="A statement of a revision fails",
-    sees="`revision 003 (...) failed: <the server's words>, at <file>, line 8; rolled back; the database is at revision 002; mend it, then "
+    sees="`revision 003 (...) failed: <the server's words>, at <file>, line 8; rolled back; the database is at"
+    " revision 002; mend it, then "
     "run again`, exit 255",
     state="Finished revisions stay, this one is rolled back",
     do="Mend the revision, push, deploy again",
@@ -24,14 +25,16 @@ def test_a_revision_that_fails_keeps_what_was_finished_before(project: Project, 
     assert (result.returncode, database.at, audit(database)) == (255, ["002"], [])
     name = FILE.format("003")
     assert result.failure == (
-        f'revision 003 ({name}) failed: relation "gone" does not exist, at {name}, line 8; rolled back; the database is at revision 002; {FIX}'
+        f'revision 003 ({name}) failed: relation "gone" does not exist, at {name}, line 8; rolled back; the'
+        f" database is at revision 002; {FIX}"
     )
 
 
 @pytest.mark.fault(
     "Code and settings",
     fault="A downgrade fails",
-    sees="`the downgrade of revision 002 (...) failed: ...; rolled back; the database is at revision 002; ...`, exit 255",
+    sees="`the downgrade of revision 002 (...) failed: ...; rolled back; the database is at revision 002; ...`,"
+    " exit 255",
     state="The schema before it",
     do="Mend the downgrade, deploy again",
 )
@@ -50,7 +53,8 @@ def test_a_downgrade_that_fails_is_named_as_one(project: Project, database: Data
 @pytest.mark.fault(
     "Code and settings",
     fault="A deferred constraint fails at a revision's commit",
-    sees="`revision 003 (...) failed: duplicate key value ...; rolled back; the database is at revision 002; ...`, exit 255",
+    sees="`revision 003 (...) failed: duplicate key value ...; rolled back; the database is at revision 002; ...`,"
+    " exit 255",
     state="Finished revisions stay, this one is rolled back",
     do="Mend the data or the revision, deploy again",
 )
@@ -117,7 +121,8 @@ def test_what_follows_an_autocommit_block_is_rolled_back_and_not_listed(project:
     assert result.failure == (
         f"revision 003 ({name}) failed: division by zero, at {name}, line 11; committed outside the"
         ' transaction and not rolled back: CREATE TABLE IF NOT EXISTS "re ports".b; CREATE UNIQUE INDEX CONCURRENTLY'
-        ' "o ne" ON "re ports".b; drop with: DROP INDEX CONCURRENTLY "re ports"."o ne"; the database is at revision 002;'
+        ' "o ne" ON "re ports".b; drop with: DROP INDEX CONCURRENTLY "re ports"."o ne"; the database is at'
+        " revision 002;"
         f" {FIX}"
     )
     path.write_text(path.read_text().replace("1 / 0", "1 / 1"))

@@ -36,8 +36,7 @@ def test_an_index_that_fails_on_duplicates_is_named_and_following_the_message_re
     assert (result.returncode, database.at) == (255, ["002"])
     name = FILE.format("003")
     assert result.failure == (
-        f'revision 003 ({name}) failed: could not create unique index "Only",'
-        f" at {name}, line 8; {DROP}; {FIX}"
+        f'revision 003 ({name}) failed: could not create unique index "Only", at {name}, line 8; {DROP}; {FIX}'
     )
     again = duplicates.alembic("upgrade", "head")  # the message not followed
     assert again.failure.startswith(
@@ -68,7 +67,8 @@ def test_an_index_that_is_invalid_already_does_not_pass_by_if_not_exists(
     assert (result.returncode, database.at) == (255, ["002"])
     assert 'WARNING ignoring pre-existing INVALID indexes: public."Only"' in result.stderr
     assert result.failure == (
-        f"revision 003 ({path.name}) is incomplete; committed outside the transaction and not rolled back: CREATE UNIQUE"
+        f"revision 003 ({path.name}) is incomplete; committed outside the transaction and not rolled back: CREATE"
+        f" UNIQUE"
         f' INDEX CONCURRENTLY IF NOT EXISTS "Only" ON audit; {DROP}; {FIX}'
     )
     database.execute('DROP INDEX CONCURRENTLY public."Only"')

@@ -39,7 +39,8 @@ def test_a_locked_table_is_tried_again_until_it_is_free_and_nobody_waits_long(
     waited = [line for line in result.lines if " waiting, " in line]
     assert waited[0].endswith(
         f" s more: revision 003 ({FILE.format('003')}) failed: canceling statement due to lock timeout, at"
-        f" {FILE.format('003')}, line 8; blocked by pid N, report as postgres; rolled back; the database is at revision 002"
+        f" {FILE.format('003')}, line 8; blocked by pid N, report as postgres; rolled back; the database is at"
+        f" revision 002"
     )
     assert result.lines[-1] == "HH:MM:SS INFO now at 003 (head)"
 
@@ -60,7 +61,8 @@ def test_a_table_that_stays_locked_fails_the_run_and_names_who_holds_it(prepared
     assert result.returncode == 1
     assert result.failure == (
         f"revision 003 ({FILE.format('003')}) failed: canceling statement due to lock timeout, at {FILE.format('003')},"
-        " line 8; blocked by pid N, report as postgres; rolled back; the database is at revision 002; timed out after 4 s; retry later"
+        " line 8; blocked by pid N, report as postgres; rolled back; the database is at revision 002; timed out"
+        " after 4 s; retry later"
     )
     assert (database.at, audit(database)) == (["002"], [])
 

@@ -10,7 +10,7 @@ TABLE = 'op.execute("CREATE TABLE a (x int)")\n'
 
 
 def test_what_statements_quote_is_not_printed_and_of_many_only_the_ends(project: Project, database: Database) -> None:
-    rows = "".join(f"    op.execute(\"INSERT INTO a VALUES ('{n}', 'jane@secret.org')\")\n" for n in range(50))  # noqa: S608
+    rows = "".join(f"    op.execute(\"INSERT INTO a VALUES ('{n}', 'jane@secret.org')\")\n" for n in range(50))
     table = 'op.execute("CREATE TABLE a (x text, y text)")\n'
     project.add("002", BLOCK + table + rows + "    1 / 0")
     result = project.alembic("upgrade", "head")
@@ -24,7 +24,7 @@ def test_what_statements_quote_is_not_printed_and_of_many_only_the_ends(project:
 def test_savepoints_and_autocommit_blocks_are_a_revisions_own(project: Project, database: Database) -> None:
     project.add("002", "with op.get_bind().begin_nested():\n    op.execute('CREATE TABLE a (x int)')")
     block = f"{BLOCK}op.execute('CREATE INDEX CONCURRENTLY b ON a (x)')\n"
-    project.add("003", f"op.execute('INSERT INTO a VALUES (1)')\n{block}op.execute('INSERT INTO a VALUES (2)')")  # noqa: S608
+    project.add("003", f"op.execute('INSERT INTO a VALUES (1)')\n{block}op.execute('INSERT INTO a VALUES (2)')")
     result = project.alembic("upgrade", "head")
     assert (result.returncode, database.at, database.execute("SELECT x FROM a")) == (0, ["003"], [(1,), (2,)]), result
 
@@ -37,7 +37,8 @@ def test_a_revision_that_exits_is_a_failure(project: Project, database: Database
     name = FILE.format("002")
     said = error.replace("(0)", ": 0")
     assert result.failure == (
-        f"revision 002 ({name}) failed: {said}, at {name}, line 8; rolled back; the database is at revision 001; fix it, then retry"
+        f"revision 002 ({name}) failed: {said}, at {name}, line 8; rolled back; the database is at revision 001;"
+        f" fix it, then retry"
     )
 
 

@@ -62,7 +62,10 @@ def test_a_name_given_by_rev_id_wins_and_does_not_count(files: Project) -> None:
 
 def test_a_name_that_exists_is_refused(files: Project) -> None:
     result = files.alembic("revision", "-m", "again", "--rev-id", "001")
-    assert (result.returncode, result.failure) == (255, f"revision 001 already exists: {FIRST}; choose another --rev-id")
+    assert (result.returncode, result.failure) == (
+        255,
+        f"revision 001 already exists: {FIRST}; choose another --rev-id",
+    )
     assert files.files() == [FIRST]
 
 
@@ -265,7 +268,8 @@ def test_an_error_of_a_revision_in_sql_mode_is_one_line(files: Project) -> None:
 @pytest.mark.fault(
     "Code and settings",
     fault="No revisions (wrong branch or path)",
-    sees="`no revisions found in ...; nothing to do, treated as an error: check the branch and the path of the checkout ...`, exit 255",
+    sees="`no revisions found in ...; nothing to do, treated as an error: check the branch and the path of the"
+    " checkout ...`, exit 255",
     state="The database is not contacted",
     do="Set `git.branch` or `git.path`, deploy again",
 )
@@ -275,7 +279,8 @@ def test_an_empty_folder_is_an_error_before_connecting(files: Project, arguments
     result = files.alembic(*arguments)
     assert (result.returncode, result.failure) == (
         255,
-        f"no revisions found in {files.versions}; nothing to do, treated as an error: check the branch and the path of the checkout (in"
+        f"no revisions found in {files.versions}; nothing to do, treated as an error: check the branch and the"
+        f" path of the checkout (in"
         " the chart: 'git.branch' and 'git.path')",
     )
 

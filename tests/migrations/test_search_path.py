@@ -25,7 +25,8 @@ def test_a_schema_that_the_role_may_not_use_is_refused(project: Project, databas
     result = project.alembic("upgrade", "head", DB_SCHEMA="reports")
     assert (result.returncode, result.failure) == (
         255,
-        f"the role {database.role} has no USAGE privilege on any schema in its search_path (reports); grant USAGE on one, set DB_SCHEMA,"
+        f"the role {database.role} has no USAGE privilege on any schema in its search_path (reports); grant USAGE"
+        f" on one, set DB_SCHEMA,"
         " or fix the role's search_path",
     )
 
@@ -33,7 +34,8 @@ def test_a_schema_that_the_role_may_not_use_is_refused(project: Project, databas
 @pytest.mark.fault(
     "Database",
     fault="The role's search_path names no schema that it may use",
-    sees="`the role ... has no USAGE privilege on any schema in its search_path (nothing); grant USAGE on one, set DB_SCHEMA, or mend"
+    sees="`the role ... has no USAGE privilege on any schema in its search_path (nothing); grant USAGE on one, set"
+    " DB_SCHEMA, or mend"
     " the role's search_path`, exit 255",
     state="Nothing was changed",
     do="What the line says",
@@ -43,7 +45,8 @@ def test_a_role_without_a_schema_is_told(project: Project, database: Database) -
     result = project.alembic("upgrade", "head")
     assert (result.returncode, result.failure) == (
         255,
-        f"the role {database.role} has no USAGE privilege on any schema in its search_path (nothing); grant USAGE on one, set DB_SCHEMA,"
+        f"the role {database.role} has no USAGE privilege on any schema in its search_path (nothing); grant USAGE"
+        f" on one, set DB_SCHEMA,"
         " or fix the role's search_path",
     )
 

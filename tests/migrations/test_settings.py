@@ -51,7 +51,9 @@ def test_the_parts_have_defaults(files: Project) -> None:
     # Port 1 keeps the test from reaching a PostgreSQL of the developer's.
     result = files.alembic("current", **CLOSED, DB_PORT="1")
     assert result.returncode == 1
-    assert result.failure.startswith("could not connect to database unifieddevdb at localhost:1 as postgres within 0 s: ")
+    assert result.failure.startswith(
+        "could not connect to database unifieddevdb at localhost:1 as postgres within 0 s: "
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.migrations.audit import AGAIN, BLOCK, BUILD, KILLED, FILE, SLEEP, audit, audited, building, idle, sleeping
+from tests.migrations.audit import AGAIN, BLOCK, BUILD, FILE, KILLED, SLEEP, audit, audited, building, idle, sleeping
 from tests.migrations.helpers import Database, Project, Result, until
 
 STOPS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
@@ -36,7 +36,8 @@ def during(result: Result, revision: str, rest: str) -> str:
 @pytest.mark.fault(
     "Process and pod",
     fault="SIGTERM (drain, deadline, deleted Job) or SIGINT in a revision",
-    sees="Within 2 s `interrupted by SIGTERM in revision 004 (...) after N s; rolled back; the database is at revision 003; run again to go "
+    sees="Within 2 s `interrupted by SIGTERM in revision 004 (...) after N s; rolled back; the database is at"
+    " revision 003; run again to go "
     "on, ...`, exit 143 (SIGINT: 130)",
     state="Finished revisions stay, this one is rolled back",
     do="Deploy again; where the time was up, raise `job.activeDeadlineSeconds` and Helm's `--timeout`",
@@ -104,7 +105,8 @@ def test_a_signal_while_waiting_for_another_run(
 @pytest.mark.fault(
     "Process and pod",
     fault="SIGTERM or SIGINT while the run waits for a locked table",
-    sees="`interrupted by SIGTERM in revision 003 (...) after N s; rolled back; the database is at revision 002; ...`, exit 143 (130)",
+    sees="`interrupted by SIGTERM in revision 003 (...) after N s; rolled back; the database is at revision 002;"
+    " ...`, exit 143 (130)",
     state="Finished revisions stay, this one is rolled back",
     do="Deploy again",
 )

@@ -137,7 +137,8 @@ HONEST = {
         ["a", "b"],
     ),
     "SET ROLE and settings": (
-        TABLE + 'op.execute("SET ROLE other_{role}; SET search_path = pg_catalog; SET statement_timeout = 1; RESET ALL")',
+        TABLE
+        + 'op.execute("SET ROLE other_{role}; SET search_path = pg_catalog; SET statement_timeout = 1; RESET ALL")',
         ["a"],
     ),
     "a second connection": (
@@ -209,7 +210,7 @@ PLANNED = {
     "an error in Python": TABLE + "1 / 0",
     "a colon that looks like a parameter": "op.execute('SELECT $${\"days\":28}$$')",
     "an index that fails on duplicates": INDEX,
-    "an index that is INVALID already": f"op.execute(\"DELETE FROM twice\")\n{INDEX}",
+    "an index that is INVALID already": f'op.execute("DELETE FROM twice")\n{INDEX}',
     "a search_path that is not put back": 'op.execute("CREATE SCHEMA s; SET search_path = s; CREATE TABLE a ()")',
     "a role that is not put back": 'op.execute("SET ROLE other_{role}")',
     "a concurrent index in the transaction": 'op.execute("CREATE INDEX CONCURRENTLY x ON twice (x)")',
@@ -229,8 +230,9 @@ def test_the_plan_does_what_the_run_does_or_is_refused_as_the_run_is(
     database.execute(f"CREATE ROLE other_{database.role} ROLE {database.role}")
     try:
         assert project.alembic("upgrade", "head").returncode == 0
-        database.execute(f"CREATE TABLE twice AS SELECT 1 AS x FROM generate_series(1, 2);"
-                         f"ALTER TABLE twice OWNER TO {database.role}")
+        database.execute(
+            f"CREATE TABLE twice AS SELECT 1 AS x FROM generate_series(1, 2);ALTER TABLE twice OWNER TO {database.role}"
+        )
         if "already" in name:
             with pytest.raises(Exception, match="could not create unique index"):
                 database.execute("CREATE UNIQUE INDEX CONCURRENTLY UX_Twice ON twice (x)")

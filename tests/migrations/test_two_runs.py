@@ -11,7 +11,8 @@ from tests.migrations.helpers import Database, Project, until
 @pytest.mark.fault(
     "Concurrency",
     fault="Two or ten runs at once (two releases, two clusters, the same pod twice)",
-    sees="One works, the others say `waiting, ...: another migration is running (pid ...)`, then `nothing to do`; all exit 0",
+    sees="One works, the others say `waiting, ...: another migration is running (pid ...)`, then `nothing to do`;"
+    " all exit 0",
     state="Each revision applied once",
     do="Nothing",
 )
@@ -46,7 +47,8 @@ def test_a_second_run_says_whom_it_waits_for_and_gives_up(prepared: Project, dat
     holder = f"pid N, hcm-db-migrations as {database.role} from 127.0.0.1"
     assert second.lines[1:] == [
         f"HH:MM:SS INFO waiting, up to 1 s more: another migration is running ({holder})",
-        f"FAILED: another migration was still running after 1 s ({holder}); wait for it to finish, or terminate it with SELECT"
+        f"FAILED: another migration was still running after 1 s ({holder}); wait for it to finish, or terminate it"
+        f" with SELECT"
         " pg_terminate_backend(pid), or raise MIGRATION_WAIT_SECONDS",
     ]
     assert second.returncode == 1
@@ -92,7 +94,8 @@ while not ask("{key}").all(): time.sleep(0.05)"""
         result = running.wait()
     assert (result.returncode, result.failure) == (
         255,
-        f"revision 003 ({FILE.format('003')}) released the migration lock, which another run has acquired; do not release"
+        f"revision 003 ({FILE.format('003')}) released the migration lock, which another run has acquired; do not"
+        f" release"
         f" session-level advisory locks; rolled back; the database is at revision 002; {FIX}",
     )
     assert (database.at, audit(database)) == (["002"], [])

@@ -69,7 +69,8 @@ def test_a_server_that_only_reads_is_named(project: Project, database: Database)
 @pytest.mark.fault(
     "Database",
     fault="No CREATE privilege on the schema (PostgreSQL 15's `public`)",
-    sees="`permission denied for schema public (grant what is missing, see 'Minimum privileges' in README.md)`, exit 255",
+    sees="`permission denied for schema public (grant what is missing, see 'Minimum privileges' in README.md)`,"
+    " exit 255",
     state="Nothing was changed",
     do="Grant it, deploy again",
 )
