@@ -6,12 +6,12 @@ import functools
 import io
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NoReturn, cast
 
 from alembic import context
-from alembic.runtime.migration import MigrationContext, MigrationStep
+from alembic.runtime.migration import MigrationContext, MigrationInfo, MigrationStep
 from alembic.util import CommandError
 from sqlalchemy import Insert, TextClause
 from sqlalchemy.engine.mock import MockConnection
@@ -95,7 +95,9 @@ class _Plan:
         migration.autocommit_block = functools.partial(self._autocommit_block, block)  # type: ignore[method-assign]
         context.run_migrations()
 
-    def _on_version_apply(self, *, heads: Collection[Any], **_: Any) -> None:
+    def _on_version_apply(
+        self, ctx: MigrationContext, step: MigrationInfo, heads: Collection[Any], run_args: Mapping[str, Any]
+    ) -> None:
         self.heads = tuple(sorted(heads))
 
     def _steps(self, heads: tuple[str, ...], migration: MigrationContext) -> Iterator[MigrationStep]:
