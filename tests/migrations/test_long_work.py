@@ -1,0 +1,110 @@
+"""Long work shows progress: what runs, how far it is, whom it waits for, and who waits for it."""
+
+import re
+import signal
+import threading
+import time
+
+import pytest
+
+from tests.migrations.audit import BLOCK, BUILD, FILE, SLEEP, audited, building, sleeping
+from tests.migrations.helpers import Database, Project, until
+
+NAME = f"revision 003 \\({FILE.format('003')}\\)".replace(".", "\\.")
+
+
+@pytest.mark.fault(
+    "Database",
+    fault="A statement takes long",
+    sees="After 10 s, and every 10 s in the first minute: `revision 003 (...) still running after 10 s: SELECT"
+        " pg_sleep`",
+    state="-",
+    do="Nothing",
+)
+def test_a_long_statement_is_named_without_its_values(prepared: Project, database: Database) -> None:
+    prepared.add("003", audited("003", 'op.execute("SELECT pg_sleep(23)")'))
+    result = prepared.alembic("upgrade", "head")
+    lines = [line for line in result.lines if "still running" in line]
+    assert result.returncode == 0
+    assert len(lines) == 2
+    for line in lines:
+        assert re.fullmatch(rf"HH:MM:SS INFO {NAME} still running after \d+ s: SELECT pg_sleep", line), line
+
+
+@pytest.mark.fault(
+    "Database",
+    fault="An index that is built concurrently waits for others, or takes long",
+    sees="`revision 003 (...) still running after 10 s: CREATE INDEX CONCURRENTLY slow ON audit; waiting for"
+        " writers before"
+    " build; waiting for pid N, report as postgres`",
+    state="-",
+    do="End that session, or wait",
+)
+def test_a_concurrent_build_tells_its_phase_and_for_whom_it_waits(prepared: Project, database: Database) -> None:
+    prepared.add("003", BLOCK + BUILD)
+    with database.session() as writer:
+        writer.execute("INSERT INTO audit VALUES ('writer')")
+        running = prepared.popen("upgrade", "head")
+        until(lambda: building(database))
+        running.says("still running")
+        writer.connection.commit()
+        result = running.wait()
+    assert result.returncode == 0
+    line = next(line for line in result.lines if "still running" in line)
+    assert re.fullmatch(
+        rf"HH:MM:SS INFO {NAME} still running after \d+ s: CREATE INDEX CONCURRENTLY slow ON audit; waiting for writers"
+        r" before build(, \d+ %)?; waiting for pid N, report as postgres( from \S+)?",
+        line,
+    ), line
+
+
+@pytest.mark.fault(
+    "Concurrency",
+    fault="A revision uses a second connection, which waits for the first one",
+    sees="`revision 003 (...) still running after 10 s: no statement is running; pid N, hcm-db-migrations as ..., a"
+    " connection of the revision's own waits for this run`, and the same in the last line",
+    state="Finished revisions stay, this one is rolled back",
+    do="Use op.get_bind() alone",
+)
+def test_a_second_connection_that_waits_for_the_first_is_named(prepared: Project, database: Database) -> None:
+    body = """
+op.execute("ALTER TABLE audit ADD COLUMN x int")
+with op.get_bind().engine.begin() as other:
+    other.exec_driver_sql("UPDATE audit SET revision = 'x'")
+"""
+    prepared.add("003", body)
+    running = prepared.popen("upgrade", "head")
+    running.says("still running")
+    result, seconds = running.stop(signal.SIGTERM)
+    own = f"pid N, hcm-db-migrations as {database.role} from 127.0.0.1, a connection of the revision's own"
+    line = next(line for line in result.lines if "still running" in line)
+    assert line.endswith(f": no statement is running; {own} waits for this run")
+    assert result.returncode == 143
+    assert f"; waiting for this run: {own}; rolled back; the database is at revision 002; " in result.failure
+    assert seconds < 3
+
+
+def test_who_waits_for_the_run_is_named(prepared: Project, database: Database) -> None:
+    prepared.add("003", audited("003", f'op.execute("LOCK TABLE hcm_report_metadata")\n{SLEEP}'))
+    running = prepared.popen("upgrade", "head")
+    until(lambda: sleeping(database))
+    with database.session() as reader:
+        pid = reader.connection.info.backend_pid
+        read = "SELECT count(*) FROM hcm_report_metadata"
+        thread = threading.Thread(target=reader.execute, args=(read,))
+        thread.start()
+        until(lambda: database.scalar(f"SELECT count(*) FROM pg_locks WHERE pid = {pid} AND NOT granted") > 0)
+        running.says("still running")
+        result, _ = running.stop(signal.SIGTERM)
+        thread.join()
+    line = next(line for line in result.lines if "still running" in line)
+    assert "; pid N, report as postgres" in line
+    assert line.endswith(" waits for this run")
+
+
+def test_short_work_says_nothing_more(prepared: Project) -> None:
+    prepared.add("003", audited("003", "time.sleep(3)"))
+    start = time.monotonic()
+    result = prepared.alembic("upgrade", "head")
+    assert time.monotonic() - start < 9
+    assert "still running" not in result.stderr

@@ -1,0 +1,143 @@
+"""A run shows no data and no secret, whatever failed: no statement, no literal, no row, no part of a URL."""
+
+from __future__ import annotations
+
+import psycopg2
+import pytest
+
+from migration_runner import errors
+from tests.conftest import CANARY
+from tests.migrations.audit import BLOCK, FIX
+from tests.migrations.helpers import Database, Project
+
+PARAMETER = (
+    "SQLAlchemy reads ':{}' in the statement as a bind parameter without a value; write a backslash before a colon that"
+    " is a part of the SQL (\\:)"
+)
+
+
+@pytest.mark.fault(
+    "Code and settings",
+    fault="A colon in the SQL of `op.execute()` looks like a parameter",
+    sees="`revision 002 (...) failed: SQLAlchemy reads ':more' in the statement as a bind parameter without a"
+    " value; write"
+    " a backslash before a colon that is a part of the SQL (\\:), ...`, exit 255; with --sql as well",
+    state="Finished revisions stay, this one is rolled back",
+    do="What the line says",
+)
+@pytest.mark.parametrize(
+    ("statement", "name"),
+    [
+        (f"ALTER ROLE app PASSWORD '{CANARY}!:more'", "more"),
+        (f"INSERT INTO hcm_report_metadata (dag_name) VALUES ('{CANARY} {{\"days\":28}}')", "28"),
+    ],
+    ids=["password", "JSON"],
+)
+def test_a_colon_is_named_without_the_statement(
+    project: Project, database: Database, statement: str, name: str
+) -> None:
+    assert project.alembic("upgrade", "head").returncode == 0
+    path = project.add("002", f"op.execute({statement!r})")
+    result = project.alembic("upgrade", "head")
+    said = f"revision 002 ({path.name}) failed: {PARAMETER.format(name)}, at {path.name}, line 7"
+    assert (result.returncode, result.failure) == (
+        255,
+        f"{said}; rolled back; the database is at revision 001; {FIX}",
+    )
+    plan = project.alembic("upgrade", "001:head", "--sql")
+    assert (plan.returncode, plan.stdout, plan.failure) == (255, "", said)
+
+
+@pytest.mark.parametrize(
+    ("statement", "said"),
+    [
+        (f'SELECT CAST(\'{{"k": "x", "{CANARY}": "z"}}\' AS int)', 'invalid input syntax for type integer: "..."'),
+        (f"SELECT CAST('{CANARY}' AS inet)", 'invalid input syntax for type inet: "..."'),
+        (f"SELECT CAST('{{{CANARY}' AS json)", "invalid input syntax for type json"),
+        (f"SELECT CAST('{CANARY}' AS timestamptz)", 'invalid input syntax for type timestamp with time zone: "..."'),
+        (f"CREATE TABLE a (x text UNIQUE); INSERT INTO a VALUES ('{CANARY}'), ('{CANARY}')", "duplicate key value"),
+        (
+            f"CREATE TABLE a (x text CHECK (x = '')); INSERT INTO a VALUES ('{CANARY}')",
+            'new row for relation "a" violates check constraint',
+        ),
+        (
+            f"DO 'BEGIN RAISE EXCEPTION ''no room for {CANARY}'' USING ERRCODE = ''23505''; END'",
+            "an error of class 23505, raised by a function",
+        ),
+        (f"ALTER ROLE app PASSWORD {CANARY}", 'syntax error at or near "..." (character 25)'),
+        (f"SELECT 1 '{CANARY}'", 'syntax error at or near "..." (character 10)'),
+    ],
+    ids=["json", "inet", "detail", "date", "unique", "check", "RAISE", "syntax", "a literal that is a syntax error"],
+)
+def test_an_error_shows_no_data(project: Project, statement: str, said: str) -> None:
+    path = project.add("002", f"op.get_bind().exec_driver_sql({statement!r})")
+    result = project.alembic("upgrade", "head")  # which looks for the canary
+    assert result.returncode == 255
+    assert result.failure.startswith(f"revision 002 ({path.name}) failed: {said}"), result
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("ungültige Eingabesyntax für Typ integer: »{}«", 'ungültige Eingabesyntax für Typ integer: "..."'),
+        ("syntaxe en entrée invalide pour le type integer : « {} »", 'pour le type integer : "..."'),
+        ("la sintaxis de entrada no es válida para tipo integer: «{}»", 'para tipo integer: "..."'),
+        ("неверный синтаксис для типа integer: „{}“", 'для типа integer: "..."'),
+    ],
+    ids=["German", "French", "Spanish", "other quotes"],
+)
+def test_no_language_shows_data(message: str, shown: str) -> None:
+    class Error(psycopg2.DataError):
+        pgcode = "22P02"
+
+        class diag:  # noqa: N801
+            message_primary = message.format(CANARY)
+            message_detail = message_hint = f"{CANARY}"
+            source_file = "numutils.c"
+
+    said = errors.server_message(Error())
+    assert CANARY not in said
+    assert said.endswith(shown)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        f"ALTER ROLE {{role}} PASSWORD E'it\\'s {CANARY}'",
+        f"/* don't */ SELECT '{CANARY}'",
+        f"SELECT 1 AS \"it's\", '{CANARY}'",
+        f"SELECT $x$ {CANARY} $x$, U&'{CANARY}'",
+        f"-- '\nSELECT '{CANARY}'",
+    ],
+    ids=["escape string", "comment", "quoted name", "dollar quotes", "line comment"],
+)
+def test_what_stays_is_listed_without_literals(project: Project, database: Database, statement: str) -> None:
+    text = statement.format(role=database.role)
+    project.add("002", f"{BLOCK}op.get_bind().exec_driver_sql({text!r})\n    1 / 0")
+    result = project.alembic("upgrade", "head")
+    assert result.returncode == 255
+    assert "committed outside the transaction and not rolled back: " in result.failure
+
+
+def test_a_url_is_not_quoted_when_the_connection_fails(project: Project, database: Database) -> None:
+    token = f"postgresql://{CANARY}@{database.url.host}:{database.url.port or 5432}/{database.name}"
+    result = project.alembic("current", DATABASE_URL=token, PGPASSWORD="x")
+    assert result.returncode == 255
+    assert 'failed: FATAL: password authentication failed for user "..."; check DB_USER' in result.failure
+
+
+def test_memory_does_not_grow_with_the_number_of_statements(project: Project, database: Database) -> None:
+    """Of 30,000 statements with 1 kB each, three and the last are kept."""
+    body = """
+import resource
+ask = op.get_bind().connection.cursor().execute
+text = "SELECT '" + "x" * 1000 + "'"
+for n in range(2000): ask(text + f" AS a{n}")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for n in range(30000): ask(text + f" AS b{n}")
+grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+assert grown < 4000, f"{grown} kB"
+"""
+    project.add("002", body)
+    result = project.alembic("upgrade", "head")
+    assert (result.returncode, database.at) == (0, ["002"]), result
