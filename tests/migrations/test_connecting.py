@@ -1,7 +1,12 @@
 """Databases that cannot be reached: waited for where that may help, and named at once where it cannot."""
 
 import re
+import socketserver
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -117,3 +122,202 @@ def test_a_database_that_takes_no_more_connections_is_waited_for(project: Projec
     result = running.wait()
     assert (result.returncode, database.at) == (0, ["001"]), result
     assert "FATAL: too many connections for role " in result.lines[0]
+
+
+@contextmanager
+def answering(answer: bytes) -> Iterator[int]:
+    """A server on loopback that gives every client the same answer; yields its port."""
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(1024)
+            self.request.sendall(answer)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+        thread.start()
+        yield server.server_address[1]
+        server.shutdown()
+        thread.join()
+
+
+def refusal(sqlstate: str, message: str) -> bytes:
+    """PostgreSQL's ErrorResponse, before authentication and without TLS."""
+    fields = b"".join(kind + text.encode() + b"\0" for kind, text in [
+        (b"S", "FATAL"), (b"V", "FATAL"), (b"C", sqlstate), (b"M", message),
+    ])  # fmt: skip
+    return b"E" + (len(fields) + 5).to_bytes(4, "big") + fields + b"\0"
+
+
+PASSES = [
+    "the database system is starting up",
+    "the database system is shutting down",
+    "the database system is in recovery mode",
+    "the database system is not yet accepting connections",
+    "sorry, too many clients already",
+    "remaining connection slots are reserved for roles with the SUPERUSER attribute",
+    'too many connections for database "reports"',
+    "terminating connection due to administrator command",
+    "no more connections allowed (max_client_conn)",
+    "server login has been failing, cached error: connect failed (server_login_retry)",
+    "query_wait_timeout",
+]
+STAYS = [
+    "database is not currently accepting connections",
+    "This RDS proxy has no credentials for the role app",
+    "Tenant or user not found",
+    "endpoint is disabled",
+    "Passwort-Authentifizierung für Benutzer »app« fehlgeschlagen",
+    "server login has been failing, cached error: password authentication failed",
+    'pg_hba.conf rejects connection for host "10.0.0.1", user "starting up"',
+]
+
+
+@pytest.mark.parametrize("message", PASSES)
+def test_what_is_known_to_pass_is_waited_for(files: Project, message: str) -> None:
+    with answering(refusal("57P03", message)) as port:
+        url = f"postgresql://app:x@127.0.0.1:{port}/reports?sslmode=disable"
+        result = files.alembic("current", DATABASE_URL=url, MIGRATION_WAIT_SECONDS="0")
+    assert result.returncode == 1
+    assert result.failure.startswith(f"could not connect to database reports at 127.0.0.1:{port} within 0 s: ")
+
+
+@pytest.mark.fault(
+    "Database",
+    fault="The server, a pooler or a proxy refuses with words that are not known to pass",
+    sees="`cannot connect to database ...: <its words>; not known to pass, so not retried: check the DB_* variables and"
+    " the PG* variables, then retry`, at once, exit 255",
+    state="Nothing was changed",
+    do="What its words say",
+)
+@pytest.mark.parametrize("message", STAYS)
+def test_whatever_else_a_server_says_fails_at_once(files: Project, message: str) -> None:
+    with answering(refusal("28000", message)) as port:
+        url = f"postgresql://app:x@127.0.0.1:{port}/reports?sslmode=disable"
+        result = files.alembic("current", DATABASE_URL=url)
+    assert result.returncode == 255
+    assert result.failure.startswith(f"cannot connect to database reports at 127.0.0.1:{port}: ")
+    assert message in result.failure
+    assert "waiting" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"PGSERVICE": "nowhere"}, 'definition of service "nowhere" not found; check PGSERVICE and PGSERVICEFILE'),
+        (
+            {"PGCHANNELBINDING": "require"},
+            "; set PGCHANNELBINDING=prefer, or enable scram-sha-256 and TLS on the server",
+        ),
+        ({"PGREQUIREAUTH": "none"}, "; check PGREQUIREAUTH"),
+        ({"PGSSLMODE": "sometimes"}, 'invalid sslmode value: "sometimes"; check DATABASE_URL\'s query and the PG*'),
+        ({"PGGSSENCMODE": "require"}, "; set another PGGSSENCMODE"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_a_setting_of_libpq_that_cannot_be_met_fails_at_once(
+    project: Project, variables: dict[str, str], said: str
+) -> None:
+    result = project.alembic("current", **variables)
+    assert result.returncode == 255
+    assert said in result.failure
+    assert "waiting" not in result.stderr
+
+
+@pytest.mark.fault(
+    "Network",
+    fault="Something that is no PostgreSQL listens there, such as a proxy that answers in HTTP",
+    sees="`cannot connect to database ...: ... received invalid response ...; what listens there is no PostgreSQL:"
+        " check"
+    " DB_HOST and DB_PORT, or the proxy`, at once, exit 255",
+    state="Nothing was changed",
+    do="What the line says",
+)
+def test_a_proxys_refusal_fails_at_once(files: Project) -> None:
+    with answering(b"HTTP/1.1 403 Forbidden\r\n\r\n") as port:
+        result = files.alembic("current", DATABASE_URL=f"postgresql://app:x@127.0.0.1:{port}/reports")
+    assert result.returncode == 255
+    assert result.failure.endswith("; what listens there is no PostgreSQL: check DB_HOST and DB_PORT, or the proxy")
+    assert "waiting" not in result.stderr
+
+
+@pytest.mark.fault(
+    "Network",
+    fault="libpq ignores the password file, or refuses the client key, for its mode (as a Secret's volume has it)",
+    sees="`... libpq ignores the password file <path>, whose mode is 0644: set 0600`, or `... private key file"
+        " ...; set the"
+    " key's mode to 0600, ...`, at once, exit 255",
+    state="Nothing was changed",
+    do="What the line says",
+)
+def test_a_password_file_that_libpq_ignores_is_named_with_its_mode(
+    project: Project, database: Database, tmp_path: Path
+) -> None:
+    url = database.url
+    file = tmp_path / "passfile"
+    password = PASSWORD.replace("\\", "\\\\").replace(":", "\\:")
+    file.write_text(f"*:*:*:{database.role}:{password}\n")
+    variables = {
+        "DATABASE_URL": None,
+        "DB_HOST": url.host,
+        "DB_PORT": str(url.port or 5432),
+        "DB_NAME": url.database,
+        "DB_USER": url.username,
+        "PGPASSFILE": str(file),
+    }
+    file.chmod(0o644)
+    result = project.alembic("current", **variables)
+    assert result.returncode == 255
+    assert result.failure.endswith(
+        f"; set DB_PASSWORD; libpq ignores the password file {file}, whose mode is 0644: set 0600"
+    )
+    file.chmod(0o600)
+    assert project.alembic("current", **variables).returncode == 0
+    assert project.alembic("current", **{**variables, "PGPASSFILE": None, "PGPASSWORD": PASSWORD}).returncode == 0
+    missing = project.alembic("current", **{**variables, "PGPASSFILE": "/none"})
+    assert missing.failure.endswith("; set DB_PASSWORD; PGPASSFILE names /none, which cannot be read")
+
+
+@pytest.mark.fault(
+    "Database",
+    fault="`DB_PASSWORD` ends with a newline (a Secret that was made with `echo`)",
+    sees="`... password authentication failed ...; check DB_USER and DB_PASSWORD; DB_PASSWORD has leading or trailing"
+    " whitespace (...)`, at once, exit 255",
+    state="Nothing was changed",
+    do="Make the Secret without it",
+)
+def test_white_space_around_a_wrong_password_is_named(project: Project, database: Database) -> None:
+    url = database.url
+    variables = {"DATABASE_URL": None, "DB_HOST": url.host, "DB_PORT": str(url.port or 5432), "DB_NAME": url.database}
+    result = project.alembic("current", **variables, DB_USER=url.username, DB_PASSWORD=f"{PASSWORD}\n")
+    assert result.returncode == 255
+    assert result.failure.endswith(
+        "; check DB_USER and DB_PASSWORD; DB_PASSWORD has leading or trailing whitespace (a Secret that was made"
+        " with echo"
+        " ends with a newline)"
+    )
+
+
+def test_the_log_names_the_server_that_answered(project: Project, database: Database) -> None:
+    url = database.url.set(host="db.prod.invalid")
+    result = project.alembic("current", DATABASE_URL=dsn(url), PGHOSTADDR="127.0.0.1")
+    assert result.returncode == 0, result
+    assert f" at db.prod.invalid [127.0.0.1]:{url.port or 5432} as " in result.lines[0]
+    closed = {"DATABASE_URL": "postgresql://me@db.prod.invalid/x", "PGHOSTADDR": "127.0.0.1", "PGPORT": "1"}
+    failed = project.alembic("current", **closed, MIGRATION_WAIT_SECONDS="0")
+    assert failed.failure.startswith("could not connect to database x at db.prod.invalid [127.0.0.1]:1 within 0 s: ")
+
+
+def test_an_address_in_brackets_is_an_address(files: Project) -> None:
+    result = files.alembic("current", DATABASE_URL=None, DB_HOST="[::1]", DB_PORT="1", MIGRATION_WAIT_SECONDS="0")
+    assert result.returncode == 1
+    assert result.failure.startswith("could not connect to database unifieddevdb at ::1:1 as postgres within 0 s: ")
+
+
+def test_an_error_of_the_driver_on_a_good_connection_is_not_waited_for(project: Project, database: Database) -> None:
+    body = "cursor = op.get_bind().connection.cursor()\ncursor.close()\ncursor.execute('SELECT 1')"
+    project.add("002", body)
+    result = project.alembic("upgrade", "head")
+    assert (result.returncode, database.at) == (255, ["001"])
+    assert "failed: cursor already closed, at " in result.failure
+    assert "waiting" not in result.stderr

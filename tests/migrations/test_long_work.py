@@ -17,7 +17,7 @@ NAME = f"revision 003 \\({FILE.format('003')}\\)".replace(".", "\\.")
     "Database",
     fault="A statement takes long",
     sees="After 10 s, and every 10 s in the first minute: `revision 003 (...) still running after 10 s: SELECT"
-        " pg_sleep`",
+    " pg_sleep`",
     state="-",
     do="Nothing",
 )
@@ -35,7 +35,7 @@ def test_a_long_statement_is_named_without_its_values(prepared: Project, databas
     "Database",
     fault="An index that is built concurrently waits for others, or takes long",
     sees="`revision 003 (...) still running after 10 s: CREATE INDEX CONCURRENTLY slow ON audit; waiting for"
-        " writers before"
+    " writers before"
     " build; waiting for pid N, report as postgres`",
     state="-",
     do="End that session, or wait",

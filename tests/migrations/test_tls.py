@@ -136,3 +136,26 @@ def test_a_misspelt_option_of_the_url_is_refused_at_once(project: Project, datab
     result = project.alembic("upgrade", "head", DATABASE_URL=dsn(url))
     assert result.returncode == 255
     assert result.failure == f'DATABASE_URL has the invalid connection option "sslmod" in its query; {WRITE}'
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o600], ids=oct)
+def test_a_client_key_that_libpq_refuses_fails_at_once(
+    project: Project, database: Database, tls: Tls, tmp_path: Path, mode: int
+) -> None:
+    """A Secret's volume has 0644 unless told otherwise."""
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=app"
+    subprocess.run([*command.split(), "-keyout", "client.key", "-out", "client.crt"], cwd=tmp_path, check=True,
+                   capture_output=True)  # fmt: skip
+    (tmp_path / "client.key").chmod(mode)
+    query = {"sslmode": "require", "sslcert": str(tmp_path / "client.crt"), "sslkey": str(tmp_path / "client.key")}
+    url = database.url.set(host="localhost", port=tls.port).update_query_dict(query)
+    result = project.alembic("current", DATABASE_URL=dsn(url))
+    if mode == 0o600:
+        assert result.returncode == 0, result
+        return
+    assert result.returncode == 255
+    assert "has group or world access" in result.failure
+    assert result.failure.endswith(
+        "; set the key's mode to 0600, or to 0640 where root owns it (in the chart: 'defaultMode: 0440' of the volume)"
+    )
+    assert "waiting" not in result.stderr

@@ -1,0 +1,148 @@
+"""The runner as a package: for another Alembic folder, for a program, and beside packages that are called like ours."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.migrations.audit import FILE, FIX, SLEEP, sleeping
+from tests.migrations.helpers import ROOT, Database, Project, until
+from tools.postgres import dsn
+
+BIN = Path(sys.executable).parent
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {"PATH": "/usr/bin:/bin", "HOME": str(cwd)} | environment
+    return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package, built from a copy of its sources as they are."""
+    folder = tmp_path_factory.mktemp("build")
+    shutil.copytree(
+        ROOT / "migration_runner", folder / "migration_runner", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    command = [BIN / "uv", "build", "--quiet", "--wheel", "--python", sys.executable, "--out-dir", folder / "out"]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    (built,) = (folder / "out").glob("*.whl")
+    return built
+
+
+@pytest.mark.parametrize(
+    "versions",
+    [["alembic==1.13.1", "sqlalchemy==2.0.25"], ["alembic", "sqlalchemy"]],
+    ids=["the oldest that upstream pins", "the newest"],
+)
+def test_another_alembic_folder_gets_it_by_a_requirement_and_three_lines(
+    wheel: Path, versions: list[str], tmp_path: Path, database: Database
+) -> None:
+    """As health-campaign-services has it: an env.py and a table of its own."""
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([BIN / "uv", "venv", "--quiet", "--python", sys.executable, tmp_path / "venv"], check=True)
+    install = [BIN / "uv", "pip", "install", "--quiet", "--python", python, wheel, *versions]
+    subprocess.run(install, check=True, capture_output=True)
+    folder = tmp_path / "utilities" / "hcm-db-migrations"
+    folder.mkdir(parents=True)
+    alembic = python.with_name("alembic")
+    assert run(alembic, "init", "migrations", cwd=folder).returncode == 0
+    (folder / "migrations/env.py").write_text(
+        'import os\n\nimport migration_runner\n\nos.environ.setdefault("ALEMBIC_VERSION_TABLE", "hcm_versions")\n'
+        "migration_runner.run()\n"
+    )
+    environment = {"DATABASE_URL": dsn(database.url), "MIGRATION_WAIT_SECONDS": "5"}
+    made = run(alembic, "revision", "-m", "create_report", cwd=folder)
+    assert made.returncode == 0, made
+    (path,) = (folder / "migrations/versions").glob("*.py")
+    path.write_text(path.read_text().replace("pass", 'op.execute("CREATE TABLE report ()")', 1))
+    done = run(alembic, "upgrade", "head", cwd=folder, **environment)
+    assert done.returncode == 0, done
+    assert "now at " in done.stderr
+    assert "(head)" in done.stderr
+    assert "(head)" in run(alembic, "current", cwd=folder, **environment).stdout
+    assert database.scalar("SELECT count(*) FROM hcm_versions") == 1
+    assert "report" in database.relations
+    (folder / "migrations/versions/2_fails.py").write_text(
+        f"from alembic import op\nrevision = 'f'\ndown_revision = {path.name.split('_')[0]!r}\n"
+        "def upgrade():\n    op.execute('CREATE TABLE a ()')\n    op.get_bind().commit()\ndef downgrade(): pass\n"
+    )
+    failed = run(alembic, "upgrade", "head", cwd=folder, **environment)
+    lines = [line for line in (failed.stdout + failed.stderr).splitlines() if "FAILED: " in line]
+    assert (failed.returncode, len(lines)) == (255, 1), failed
+    assert "committed or rolled back its own transaction" in lines[0]
+    plan = run(alembic, "upgrade", "head", "--sql", cwd=folder, **environment)
+    assert (plan.returncode, plan.stdout) == (255, ""), plan
+
+
+@pytest.mark.parametrize("package", ["migrations", "settings", "session", "runner", "revisions"])
+def test_an_installed_package_that_is_called_like_ours_is_not_taken(
+    project: Project, database: Database, tmp_path: Path, package: str
+) -> None:
+    """A service's image may have its own `migrations`."""
+    (tmp_path / "site" / package).mkdir(parents=True)
+    (tmp_path / "site" / package / "__init__.py").write_text("raise RuntimeError('the wrong package')\n")
+    running = project.popen("upgrade", "head", PYTHONPATH=str(tmp_path / "site"))
+    result = running.wait()
+    assert (result.returncode, database.at) == (0, ["001"]), result
+
+
+PROGRAM = """
+import sys
+from alembic import command
+from alembic.config import Config
+
+config = Config("alembic.ini")
+{}
+"""
+
+
+def program(project: Project, body: str, **environment: str | None):
+    path = project.folder / "program.py"
+    path.write_text(PROGRAM.format(body))
+    return project.popen(str(path), program=Path(sys.executable), **environment)
+
+
+def test_a_program_that_asks_for_the_current_revision_waits_for_no_run(prepared: Project, database: Database) -> None:
+    prepared.add("003", SLEEP)
+    first = prepared.popen("upgrade", "head")
+    until(lambda: sleeping(database))
+    result = program(prepared, "command.current(config)\ncommand.history(config, indicate_current=True)").wait()
+    assert (result.returncode, "002 (current)" in result.stdout) == (0, True), result
+    first.process.kill()
+
+
+def test_a_program_is_told_what_the_command_line_is_told(project: Project, database: Database) -> None:
+    path = project.add("002", 'op.execute("SELECT 1 / 0")')
+    body = """
+from alembic.util import CommandError
+command.upgrade(config, "001")
+try:
+    command.upgrade(config, "head")
+except CommandError as error:
+    print(error)
+command.stamp(config, "head")
+command.downgrade(config, "base")
+"""
+    result = program(project, body).wait()
+    assert (result.returncode, result.stdout, database.at) == (
+        0,
+        f"revision 002 ({FILE.format('002')}) failed: division by zero, at {path.name}, line 7; rolled back; the"
+        f" database is"
+        f" at revision 001; {FIX}\n",
+        [],
+    ), result
+
+
+def test_the_package_needs_nothing_that_the_job_does_not_install() -> None:
+    asked = {
+        line.split("<")[0].strip() for line in (ROOT / "requirements.in").read_text().splitlines() if line[0] != "#"
+    }
+    needs = (ROOT / "pyproject.toml").read_text().split("dependencies = [")[1].split("]")[0]
+    assert {name.strip(' "').split(">")[0] for name in needs.split(",")} == asked
+    assert (ROOT / "migration_runner" / "py.typed").exists()
