@@ -60,4 +60,4 @@ docs: venv ## write what is generated: the chart's README, docs/failures.md
 	@$(BIN)/python -m tools.docs
 
 clean: ## delete .venv and what tests left in the tree
-	@rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	@rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis

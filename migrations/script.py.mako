@@ -27,8 +27,10 @@ depends_on = ${repr(depends_on)}
 #   in its revision and without IF NOT EXISTS;
 # - adds NOT NULL, a foreign key or a check as NOT VALID, and validates it in the next revision;
 # - changes many rows in batches, in a revision of its own;
-# - leaves transactions to the run: no COMMIT, no ROLLBACK, no connection of its own;
-# - is never edited after it was released: the next revision mends it.
+# - leaves transactions to the runner: no COMMIT, no ROLLBACK, no connection of its own;
+# - needs no lock for long: a statement waits 3 s for one, then the revision is retried;
+#   op.execute("SET LOCAL lock_timeout = '10s'") raises that for one revision;
+# - is never edited after it was released: fix forward, in the next revision.
 
 
 def upgrade() -> None:

@@ -212,7 +212,7 @@ def _no_revisions(repository: Repository, api: Api) -> tuple[dict, list[str]]:
     repository.push()
     place = "/workspace/git/.worktrees/<commit>/migrations/versions"
     cure = "check the branch and the path of the checkout (in the chart: 'git.branch' and 'git.path')"
-    return {}, [f"FAILED: no revisions found in {place}; nothing was done: {cure}"]
+    return {}, [f"FAILED: no revisions found in {place}; nothing to do, treated as an error: {cure}"]
 
 
 @pytest.mark.fault(

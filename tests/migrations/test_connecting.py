@@ -228,7 +228,7 @@ def test_a_setting_of_libpq_that_cannot_be_met_fails_at_once(
     "Network",
     fault="Something that is no PostgreSQL listens there, such as a proxy that answers in HTTP",
     sees="`cannot connect to database ...: ... received invalid response ...; what listens there is no PostgreSQL:"
-        " check"
+    " check"
     " DB_HOST and DB_PORT, or the proxy`, at once, exit 255",
     state="Nothing was changed",
     do="What the line says",
@@ -245,7 +245,7 @@ def test_a_proxys_refusal_fails_at_once(files: Project) -> None:
     "Network",
     fault="libpq ignores the password file, or refuses the client key, for its mode (as a Secret's volume has it)",
     sees="`... libpq ignores the password file <path>, whose mode is 0644: set 0600`, or `... private key file"
-        " ...; set the"
+    " ...; set the"
     " key's mode to 0600, ...`, at once, exit 255",
     state="Nothing was changed",
     do="What the line says",

@@ -40,7 +40,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [["alembic==1.13.1", "sqlalchemy==2.0.25"], ["alembic", "sqlalchemy"]],
     ids=["the oldest that upstream pins", "the newest"],
 )
-def test_another_alembic_folder_gets_it_by_a_requirement_and_three_lines(
+def test_another_alembic_folder_gets_it_by_a_requirement_and_two_lines(
     wheel: Path, versions: list[str], tmp_path: Path, database: Database
 ) -> None:
     """As health-campaign-services has it: an env.py and a table of its own."""

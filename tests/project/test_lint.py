@@ -41,6 +41,10 @@ def test_python_is_formatted() -> None:
     _passes("ruff", "format", "--check")
 
 
+def test_the_runner_passes_the_type_checker() -> None:
+    _passes("mypy")
+
+
 def test_yaml_passes_the_linter() -> None:
     _passes("yamllint", "--strict", ".")
 
