@@ -3,6 +3,8 @@
 import re
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -108,7 +110,7 @@ def test_history_marks_where_the_database_stands(project: Project) -> None:
     assert "Rev: 001\n" in project.alembic("show", "current").stdout
 
 
-@pytest.mark.parametrize("schema", [None, "re ports"])
+@pytest.mark.parametrize("schema", [None, "re ports", ":name"])
 @pytest.mark.parametrize("upgrade", [ADD_STATUS[0], CONCURRENTLY], ids=["transaction", "autocommit_block"])
 def test_the_sql_of_an_upgrade_does_what_the_upgrade_does(
     project: Project, database: Database, upgrade: str, schema: str | None
@@ -159,3 +161,103 @@ def test_the_version_table_has_a_name_and_a_schema_of_choice(project: Project, d
     assert database.execute(query) == [("Hcm-Version",), ("hcm_report_metadata",)]
     assert database.scalar('SELECT version_num FROM "re ports"."Hcm-Version"') == "001"
     assert database.relations == []
+
+
+@pytest.mark.fault(
+    "Database",
+    fault="Other transactions are open for longer than `lock_timeout` while a plan (--sql) builds an index"
+        " concurrently",
+    sees="Nothing of it: the plan waits for them as the run does",
+    state="All done",
+    do="Nothing",
+)
+def test_a_plan_that_builds_an_index_concurrently_waits_for_all_transactions(
+    project: Project, database: Database
+) -> None:
+    assert project.alembic("upgrade", "head").returncode == 0
+    project.add(
+        "002", f'{CONCURRENTLY}\n    op.execute("CREATE TABLE after AS SELECT current_setting($$lock_timeout$$)")'
+    )
+    plan = project.alembic("upgrade", "001:head", "--sql").stdout
+    with database.session() as report:
+        report.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        report.execute("SELECT count(*) FROM pg_class")
+        thread = threading.Thread(target=database.psql, args=(plan,))
+        thread.start()
+        time.sleep(4)  # lock_timeout is 3 s
+        assert thread.is_alive()
+        report.connection.commit()
+        thread.join()
+    assert database.at == ["002"]
+    assert database.scalar("SELECT indisvalid FROM pg_index WHERE indexrelid = 'idx_tenant'::regclass") is True
+    assert database.execute("TABLE after") == [("3s",)]
+
+
+@pytest.mark.fault(
+    "Code and settings",
+    fault="A revision reads the database, and its plan (--sql) is asked for",
+    sees="`revision 002 (...) reads the database or depends on its answers, so there is no plan of it; run it without"
+    " --sql, at <file>, line 8`, exit 255",
+    state="The database is not contacted",
+    do="What the line says",
+)
+@pytest.mark.parametrize(
+    "body",
+    [
+        "import sqlalchemy as sa\nsa.inspect(op.get_bind()).get_columns('hcm_report_metadata')",
+        "import sqlalchemy as sa\nop.get_bind().execute(sa.text('SELECT 1')).scalar()",
+        "import sqlalchemy as sa\nlist(op.get_bind().execute(sa.text('SELECT 1')))",
+        "import sqlalchemy as sa\nop.get_bind().scalar(sa.text('SELECT 1'))",
+        "import sqlalchemy as sa\nop.get_bind().begin_nested()",
+        "import sqlalchemy as sa\nop.get_bind().connection.cursor()",
+        "import sqlalchemy as sa\nop.get_bind().engine.begin()",
+    ],
+)
+def test_a_revision_that_reads_has_no_plan_and_is_told_once(project: Project, body: str) -> None:
+    path = project.add("002", body)
+    result = project.alembic("upgrade", "001:head", "--sql")
+    assert (result.returncode, result.stdout) == (255, "")
+    assert result.stderr == (
+        f"FAILED: revision 002 ({path.name}) reads the database or depends on its answers, so there is no plan of"
+        f" it; run"
+        f" it without --sql, at {path.name}, line 8\n"
+    )
+    assert project.alembic("upgrade", "head").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("prepare", "said"),
+    [
+        (("stamp", "head"), "the database is not at base, where this plan begins"),
+        (("upgrade", "head"), "the database is not at base, where this plan begins"),
+    ],
+    ids=" ".join,
+)
+def test_a_plan_stops_where_the_database_is_elsewhere(
+    project: Project, database: Database, prepare: tuple[str, ...], said: str
+) -> None:
+    plan = project.alembic("upgrade", "head", "--sql").stdout
+    assert project.alembic(*prepare).returncode == 0
+    before = database.dump()
+    with pytest.raises(AssertionError, match=said):
+        database.psql(plan)
+    assert database.dump() == before
+
+
+def test_a_plan_does_not_run_beside_a_run(project: Project, database: Database) -> None:
+    plan = project.alembic("upgrade", "head", "--sql").stdout
+    project.add("002", 'op.execute("SELECT pg_sleep(60)")')
+    running = project.popen("upgrade", "head")
+    running.says("running upgrade 001 -> 002")
+    with pytest.raises(AssertionError, match="another migration is running"):
+        database.psql(plan)
+    running.process.terminate()
+    assert running.wait().returncode == 143
+
+
+def test_a_plan_after_everything_was_undone_is_applied(project: Project, database: Database) -> None:
+    plan = project.alembic("upgrade", "head", "--sql").stdout
+    assert project.alembic("upgrade", "head").returncode == 0
+    assert project.alembic("downgrade", "base").returncode == 0
+    database.psql(plan)
+    assert database.at == ["001"]

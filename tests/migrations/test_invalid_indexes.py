@@ -145,3 +145,62 @@ def test_an_index_that_becomes_invalid_elsewhere_meanwhile_is_not_blamed(project
         "HH:MM:SS WARNING became INVALID during the run, not caused by it: public.theirs_x",
         "HH:MM:SS INFO now at 003 (head)",
     ]
+
+
+LONG = "ux_" + 70 * "x"
+SPELLINGS = {
+    "capitals": ("CREATE UNIQUE INDEX CONCURRENTLY {}UX_Audit ON AUDIT (revision)", "public.ux_audit"),
+    "more than 63 bytes": (f"CREATE UNIQUE INDEX CONCURRENTLY {{}}{LONG} ON audit (revision)", f"public.{LONG[:63]}"),
+    "quotes": (
+        'CREATE UNIQUE INDEX CONCURRENTLY {}"UX ""au"" dit" ON public."audit" (revision)',
+        'public."UX ""au"" dit"',
+    ),
+    "comments": (
+        "/* DROP INDEX x; */ CREATE UNIQUE -- y\n INDEX /* z */ CONCURRENTLY {}ux ON ONLY public . audit (revision)",
+        "public.ux",
+    ),
+    "another schema": ('CREATE UNIQUE INDEX CONCURRENTLY {}ux ON "re ports".audit (revision)', '"re ports".ux'),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_an_invalid_index_is_named_however_it_is_spelt(duplicates: Project, database: Database, name: str) -> None:
+    database.execute(f'CREATE SCHEMA "re ports" AUTHORIZATION {database.role}')
+    database.execute('CREATE TABLE "re ports".audit AS TABLE audit')
+    database.execute(f'ALTER TABLE "re ports".audit OWNER TO {database.role}')
+    statement, index = SPELLINGS[name]
+    path = duplicates.add("003", f"{BLOCK}op.execute({statement.format('')!r})")
+    drop = f"left INVALID: {index}; drop with: DROP INDEX CONCURRENTLY {index}; the database is at revision 002; {FIX}"
+    failed = duplicates.alembic("upgrade", "head")
+    assert (failed.returncode, database.at) == (255, ["002"])
+    assert failed.failure.endswith(f"; {drop}")
+    duplicates.add("003", f"{BLOCK}op.execute({statement.format('IF NOT EXISTS ')!r})")
+    again = duplicates.alembic("upgrade", "head")
+    assert (again.returncode, database.at) == (255, ["002"])
+    assert again.failure.startswith(f"revision 003 ({path.name}) is incomplete; ")
+    assert again.failure.endswith(f"; {drop}")
+    database.execute('DELETE FROM audit; DELETE FROM "re ports".audit')
+    follow(again, database)
+    assert duplicates.alembic("upgrade", "head").returncode == 0
+    assert database.execute("SELECT 1 FROM pg_index WHERE NOT indisvalid") == []
+
+
+def test_an_index_of_alembics_own_making_is_named(duplicates: Project, database: Database) -> None:
+    create = "op.create_index('UX audit', 'audit', ['revision'], unique=True, postgresql_concurrently=True{})"
+    duplicates.add("003", BLOCK + create.format(""))
+    drop = 'left INVALID: public."UX audit"; drop with: DROP INDEX CONCURRENTLY public."UX audit"; '
+    assert drop in duplicates.alembic("upgrade", "head").failure
+    duplicates.add("003", BLOCK + create.format(", if_not_exists=True"))
+    assert drop in duplicates.alembic("upgrade", "head").failure
+    assert database.at == ["002"]
+
+
+def test_an_invalid_index_on_the_same_table_that_is_not_this_steps_is_not_blamed(
+    duplicates: Project, database: Database
+) -> None:
+    with pytest.raises(psycopg2.errors.UniqueViolation):
+        database.execute("CREATE UNIQUE INDEX CONCURRENTLY theirs ON audit (revision)")
+    duplicates.add("003", f"{BLOCK}op.execute('CREATE INDEX CONCURRENTLY ours ON audit (revision)')")
+    result = duplicates.alembic("upgrade", "head")
+    assert (result.returncode, database.at) == (0, ["003"]), result
+    assert "HH:MM:SS WARNING ignoring pre-existing INVALID indexes: public.theirs" in result.lines

@@ -138,3 +138,20 @@ def test_a_deadlock_is_tried_again(prepared: Project, database: Database) -> Non
     result = running.wait()
     assert (result.returncode, database.at, audit(database)) == (0, ["003"], ["003"]), result
     assert "failed: deadlock detected (Process " in next(line for line in result.lines if " waiting, " in line)
+
+
+@pytest.mark.parametrize(
+    "statement", ["{} /* CONCURRENTLY */", "-- CREATE INDEX CONCURRENTLY\n{}", "{} DEFAULT 'CONCURRENTLY'"]
+)
+def test_the_word_in_a_comment_or_a_string_changes_no_limit(
+    prepared: Project, database: Database, statement: str
+) -> None:
+    add = statement.format("ALTER TABLE hcm_report_metadata ADD COLUMN status text")
+    prepared.add("003", f"with op.get_context().autocommit_block():\n    op.execute({add!r})")
+    with database.session() as reader:
+        reader.execute("SELECT count(*) FROM hcm_report_metadata")
+        start = time.monotonic()
+        result = prepared.alembic("upgrade", "head")
+        assert time.monotonic() - start < 8
+    assert (result.returncode, database.at) == (255, ["002"])
+    assert "failed: canceling statement due to lock timeout" in result.failure
