@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import psycopg2.extensions
@@ -28,9 +29,8 @@ CONNECT_ARGS = {
 class Observer(Protocol):
     """Sees each statement of a connection, whoever sends it: `op`, SQLAlchemy, or the driver's own cursor."""
 
-    def before_statement(self, statement: str) -> None: ...
-
-    def after_statement(self, statement: str) -> None: ...
+    def observe(self, statement: str) -> AbstractContextManager[None]:
+        """Enter before the statement; leave after it, or with its error."""
 
 
 class RawConnection(psycopg2.extensions.connection):
@@ -58,33 +58,24 @@ class RawCursor(psycopg2.extensions.cursor):
     """The driver's cursor; each way to run a statement passes the connection's observer."""
 
     def execute(self, query: Any, vars: Any = None) -> None:
-        observer = self.connection.observer  # type: ignore[attr-defined]
-        if observer is None:
-            return super().execute(query, vars)
-        statement = _text(query, self)
-        observer.before_statement(statement)
-        super().execute(query, vars)
-        observer.after_statement(statement)
+        with self._observed(query):
+            super().execute(query, vars)
 
     def executemany(self, query: Any, vars_list: Any) -> None:
-        for row in vars_list:
-            self.execute(query, row)
+        with self._observed(query):
+            super().executemany(query, vars_list)
 
     def callproc(self, procname: Any, parameters: Any = None) -> None:
-        observer = self.connection.observer  # type: ignore[attr-defined]
-        if observer is None:
-            return super().callproc(procname, parameters)
-        observer.before_statement(f"SELECT {procname}")
-        super().callproc(procname, parameters)
-        observer.after_statement(f"SELECT {procname}")
+        with self._observed(f"SELECT {procname}"):
+            super().callproc(procname, parameters)
 
     def copy_expert(self, sql: Any, file: Any, size: int = 8192) -> None:
-        observer = self.connection.observer  # type: ignore[attr-defined]
-        if observer is None:
-            return super().copy_expert(sql, file, size)
-        observer.before_statement(_text(sql, self))
-        super().copy_expert(sql, file, size)
-        observer.after_statement(_text(sql, self))
+        with self._observed(sql):
+            super().copy_expert(sql, file, size)
+
+    def _observed(self, query: Any) -> AbstractContextManager[None]:
+        observer: Observer | None = self.connection.observer  # type: ignore[attr-defined]
+        return observer.observe(_text(query, self)) if observer else nullcontext()
 
 
 def _text(query: Any, cursor: psycopg2.extensions.cursor) -> str:

@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError
 from migration_runner import catalog
 from migration_runner.database import Database
 from migration_runner.errors import Incomplete, LockLost, OwnTransaction, describe, printable, sqlstate
-from migration_runner.step import StepRun, drop_with
+from migration_runner.step import StepRun, Transaction, drop_with
 
 UNKNOWN = "check with 'alembic current'"
 REFUSALS: dict[type[BaseException], str] = {
@@ -144,10 +144,10 @@ class Outcome:
         state, step = self.state, self.step
         if not self.connected:
             return ["no connection was established"]
-        own = isinstance(self.error, OwnTransaction)
+        own = step is not None and step.transaction is Transaction.ENDED
         stays = own
         if step and own:
-            parts.append(f"check which of these were committed: {step.statements.text() or 'nothing that was seen'}")
+            parts.append(f"check which of these were committed: {step.statements.all or 'nothing that was seen'}")
         elif step and step.statements.committed:
             stays = True
             parts.append(f"committed outside the transaction and not rolled back: {step.statements.committed}")

@@ -20,7 +20,6 @@ from migration_runner.command import Command, Needs
 from migration_runner.database import Database
 from migration_runner.errors import (
     RETRY_CLOCK_STOPS,
-    Interrupted,
     RetriesExhausted,
     is_transient,
     printable,
@@ -100,11 +99,11 @@ class Runner:
             with open_session(self.database, self.budget) as session:
                 self.attempt = Attempt(self, session)
                 self.attempt.run()
-        except (CommandError, RetriesExhausted, Interrupted):
-            self.stop.check()
-            raise
         except (Exception, SystemExit, KeyboardInterrupt) as caught:
             self.stop.check()
+            ours = isinstance(caught, CommandError | RetriesExhausted)
+            if ours and not (self.attempt and self.attempt.step):  # one that a revision raises is its failure
+                raise
             self._wait_or_raise(root_cause(caught))
             return False
         return True

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 
 import psycopg2
 from alembic.runtime.migration import MigrationStep, RevisionStep
-from psycopg2.extensions import TRANSACTION_STATUS_INERROR, TRANSACTION_STATUS_INTRANS
+from psycopg2.extensions import TRANSACTION_STATUS_IDLE, TRANSACTION_STATUS_INERROR, TRANSACTION_STATUS_INTRANS
 from sqlalchemy.exc import DBAPIError
 
 from migration_runner import catalog, sql
@@ -33,35 +33,45 @@ class StatementLog:
         self.count = 0
         self.first: list[str] = []
         self.last = ""
-        self.committed = ""  # the same as one text, at the last commit
+        self._committed = (0, "")  # count and last at the last commit
 
     def add(self, statement: str) -> None:
+        """Another one finished."""
         self.count += 1
+        self.last = statement[: sql.LONGEST]
         if self.count <= 3:
-            self.first.append(statement[: sql.LONGEST])
-        else:
-            self.last = statement[: sql.LONGEST]
+            self.first.append(self.last)
 
     def commit(self) -> None:
         """All that finished so far stays."""
-        self.committed = self.text()
+        self._committed = (self.count, self.last)
 
-    def text(self) -> str:
-        """`CREATE TABLE a; INSERT INTO a; INSERT INTO a; 47 more; INSERT INTO a`."""
-        parts = [sql.summarize(statement) for statement in self.first]
-        if self.count > 4:
-            parts.append(f"{self.count - 4} more")
-        if self.count > 3:
-            parts.append(sql.summarize(self.last))
+    @property
+    def committed(self) -> str:
+        """What stays: `CREATE TABLE a; INSERT INTO a; INSERT INTO a; 47 more; INSERT INTO a`, or nothing."""
+        return self._text(*self._committed)
+
+    @property
+    def all(self) -> str:
+        """The same of all statements."""
+        return self._text(self.count, self.last)
+
+    def _text(self, count: int, last: str) -> str:
+        parts = [sql.summarize(statement) for statement in self.first[:count]]
+        if count > 4:
+            parts.append(f"{count - 4} more")
+        if count > 3:
+            parts.append(sql.summarize(last))
         return "; ".join(parts)
 
 
-class Block(Enum):
-    """Whether the step has an autocommit_block: none so far, one that is open, one that is past."""
+class Transaction(Enum):
+    """Whose transaction a step is in."""
 
-    NONE = "none"
-    OPEN = "open"
-    PAST = "past"
+    OURS = "the runner's, from the step's begin"
+    BLOCK = "none, in an autocommit_block"
+    AFTER_BLOCK = "the runner's, from the end of an autocommit_block"
+    ENDED = "whatever the revision made of it"
 
 
 class StepRun:
@@ -71,9 +81,9 @@ class StepRun:
         self.session, self.step, self.check_stopped = session, step, check_stopped
         self.started = time.monotonic()
         self.statements = StatementLog()
+        self.transaction = Transaction.OURS
         self.transaction_id: int | None = None
         self.builds: list[catalog.ResolvedBuild] = []
-        self.block = Block.NONE
         self.recorded = False  # all that is left is the commit
 
     @property
@@ -84,7 +94,7 @@ class StepRun:
     @property
     def worked_outside(self) -> bool:
         """Whether the step left its transaction, so that something may stay whatever becomes of that."""
-        return self.block is not Block.NONE
+        return self.transaction is not Transaction.OURS
 
     def apply(self, function: Callable[[], None], invalid_before: frozenset[int]) -> None:
         """Run the revision's function; raise what it raises, or OwnTransaction, LockLost or Incomplete."""
@@ -109,11 +119,11 @@ class StepRun:
         try:
             with block():
                 self.statements.commit()
-                self.block, raw.observer = Block.OPEN, self
+                self.transaction, raw.observer = Transaction.BLOCK, self
                 try:
                     yield
                 finally:
-                    self.block, raw.observer = Block.PAST, None
+                    self.transaction, raw.observer = Transaction.AFTER_BLOCK, None
         finally:
             if not self.session.lost:
                 self._begin(None)
@@ -133,28 +143,36 @@ class StepRun:
         """Seconds since it began."""
         return time.monotonic() - self.started
 
-    def before_statement(self, statement: str) -> None:
-        """Called by the connection."""
+    @contextmanager
+    def observe(self, statement: str) -> Iterator[None]:
+        """Called by the connection around each statement."""
         self.check_stopped()
         raw = self.session.raw
-        if self.block is not Block.OPEN and not raw.in_transaction and not raw.closed:
-            raise OwnTransaction
-        # Concurrent builds hold up no reader and no writer, and wait for all transactions.
-        if (build := sql.index_build(statement)) and not raw.in_transaction:
-            self.builds.append(catalog.resolve(raw, build))
-            if raw.ask("SHOW lock_timeout")[0][0] == LOCK_TIMEOUT:
-                raw.ask("SET lock_timeout = 0")
-
-    def after_statement(self, statement: str) -> None:
-        """Called by the connection."""
-        raw = self.session.raw
+        if not raw.in_transaction and self.transaction is not Transaction.BLOCK and not raw.closed:
+            raise self._own_transaction()
+        waits = self._waits_for_all(statement)
+        try:
+            yield
+        finally:
+            if waits and not raw.closed and not raw.in_transaction:
+                raw.ask(f"SET lock_timeout = '{LOCK_TIMEOUT}'")
         self.statements.add(statement)
         if not raw.in_transaction:
             self.statements.commit()
-            if self.block is not Block.OPEN:
-                raise OwnTransaction
-            if self.builds and sql.index_build(statement) and raw.ask("SHOW lock_timeout")[0][0] == "0":
-                raw.ask(f"SET lock_timeout = '{LOCK_TIMEOUT}'")
+            if self.transaction is not Transaction.BLOCK:
+                raise self._own_transaction()
+
+    def _waits_for_all(self, statement: str) -> bool:
+        """Whether lock_timeout was lifted: a concurrent build waits for all transactions, and holds up nobody."""
+        raw = self.session.raw
+        build = sql.index_build(statement)
+        if build is None or raw.in_transaction:
+            return False
+        self.builds.append(catalog.resolve(raw, build))
+        ours = bool(raw.ask("SHOW lock_timeout")[0][0] == LOCK_TIMEOUT)
+        if ours:
+            raw.ask("SET lock_timeout = 0")
+        return ours
 
     def _begin(self, search_path: str | None) -> None:
         """Know the transaction again: by a savepoint, and by its id for whoever asks after the connection broke."""
@@ -178,21 +196,24 @@ class StepRun:
             return ask(query)
         except psycopg2.Error as error:
             if error.pgcode in ("3B001", "25P01"):  # no such savepoint; no transaction
-                raise OwnTransaction from error
+                raise self._own_transaction() from error
             raise
+
+    def _own_transaction(self) -> OwnTransaction:
+        self.transaction = Transaction.ENDED
+        return OwnTransaction()
 
     def _refuse_own_transaction_after_failure(self) -> None:
         """A failed transaction answers no question but this one."""
         raw = self.session.raw
-        if self.session.lost:
+        status = raw.info.transaction_status
+        if self.session.lost or self.transaction is Transaction.BLOCK:
             return
-        if raw.info.transaction_status in (TRANSACTION_STATUS_INERROR, TRANSACTION_STATUS_INTRANS):
-            try:
+        if status == TRANSACTION_STATUS_IDLE:
+            raise self._own_transaction()
+        if status in (TRANSACTION_STATUS_INERROR, TRANSACTION_STATUS_INTRANS):
+            with suppress(DBAPIError, psycopg2.Error):
                 self._require_own_transaction(raw.ask, f"ROLLBACK TO SAVEPOINT {SAVEPOINT}")
-            except (DBAPIError, psycopg2.Error):
-                return
-        elif self.block is not Block.OPEN:
-            raise OwnTransaction
 
 
 def title(step: MigrationStep) -> str:

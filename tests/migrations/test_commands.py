@@ -166,7 +166,7 @@ def test_the_version_table_has_a_name_and_a_schema_of_choice(project: Project, d
 @pytest.mark.fault(
     "Database",
     fault="Other transactions are open for longer than `lock_timeout` while a plan (--sql) builds an index"
-        " concurrently",
+    " concurrently",
     sees="Nothing of it: the plan waits for them as the run does",
     state="All done",
     do="Nothing",
