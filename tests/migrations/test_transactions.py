@@ -259,3 +259,28 @@ def test_the_plan_does_what_the_run_does_or_is_refused_as_the_run_is(
             database.execute(f"DROP DATABASE {copy.name} WITH (FORCE)")
     finally:
         database.execute(f"DROP OWNED BY other_{database.role}; DROP ROLE other_{database.role}")
+
+
+def test_a_command_error_of_a_revision_is_the_revisions_failure(project: Project, database: Database) -> None:
+    assert project.alembic("upgrade", "head").returncode == 0
+    path = project.add("002", f"{TABLE}from alembic.util import CommandError\nraise CommandError('two\\nlines')")
+    result = project.alembic("upgrade", "head")
+    assert (result.returncode, result.failure) == (
+        255,
+        f"revision 002 ({path.name}) failed: alembic.util.exc.CommandError: two lines, at {path.name}, line 9;"
+        f" rolled back;"
+        f" the database is at revision 001; {FIX}",
+    )
+
+
+def test_after_a_concurrent_build_that_failed_the_limit_is_as_before(project: Project, database: Database) -> None:
+    body = f"""
+{BLOCK}try:
+        op.execute("CREATE INDEX CONCURRENTLY x ON gone (y)")
+    except Exception:
+        pass
+    op.execute("CREATE TABLE a AS SELECT current_setting('lock_timeout') AS lock_timeout")
+"""
+    project.add("002", body.strip())
+    assert project.alembic("upgrade", "head").returncode == 0
+    assert database.execute("TABLE a") == [("3s",)]
