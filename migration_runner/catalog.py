@@ -5,8 +5,11 @@ Each query runs with search_path = pg_catalog, or names that schema itself.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
+
+import psycopg2
 
 from migration_runner.sql import IndexBuild
 
@@ -126,6 +129,7 @@ class VersionTable:
     name: str  # quoted, with its schema
     problem: str | None  # why it is refused
     width: int | None  # of version_num, in characters; None: any
+    has_triggers: bool
 
 
 def version_table(raw: RawConnection, schema: str, name: str) -> VersionTable | None:
@@ -135,7 +139,7 @@ def version_table(raw: RawConnection, schema: str, name: str) -> VersionTable | 
         + """
         SELECT c.oid, quote_ident(n.nspname) || '.' || quote_ident(c.relname), c.relkind::text,
                CASE WHEN c.relowner NOT IN (SELECT oid FROM trusted) THEN c.relowner::regrole::text END,
-               format_type(a.atttypid, NULL), a.atttypmod
+               format_type(a.atttypid, NULL), a.atttypmod, c.relhastriggers
         FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
         LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = 'version_num' AND NOT a.attisdropped
         WHERE n.nspname = %s::name AND c.relname = %s::name
@@ -145,7 +149,7 @@ def version_table(raw: RawConnection, schema: str, name: str) -> VersionTable | 
     )
     if not found:
         return None
-    oid, table, kind, owner, column, modifier = found[0]
+    oid, table, kind, owner, column, modifier, triggers = found[0]
     problem = None
     if kind != "r":
         problem = f"is a {KINDS.get(kind, 'relation')}, no ordinary table"
@@ -164,7 +168,7 @@ def version_table(raw: RawConnection, schema: str, name: str) -> VersionTable | 
             " WHERE a.version_num = b.version_num AND a.ctid > b.ctid"
         )
     width = modifier - 4 if column in ("character varying", "character") and modifier and modifier > 0 else None
-    return VersionTable(table, problem, width)
+    return VersionTable(table, problem, width, triggers)
 
 
 def _foreign_code(raw: RawConnection, oid: int) -> tuple[str, str] | None:
@@ -212,20 +216,29 @@ class ResolvedBuild:
     """A statement that works on an index CONCURRENTLY, with the server's own names."""
 
     build: IndexBuild
-    table: int | None  # None: a whole schema or database, or what does not exist
-    index: str | None  # folded and cut as the server does it
-    existed: bool = False
+    tables: frozenset[int] = frozenset()  # its table and the partitions; empty: a whole schema, or not to be resolved
+    index: str | None = None  # folded and cut as the server does it
+    existed: bool = True
 
     def left(self, index: Index, invalid_before: frozenset[int]) -> bool:
-        """Whether an INVALID index is this statement's."""
-        if self.table is None:
-            return index.oid not in invalid_before
-        named = self.build.rebuilds or index.relname == self.index
-        return index.table == self.table and (named or index.oid not in invalid_before)
+        """Whether an INVALID index is this statement's, and not another service's on the same table."""
+        new = index.oid not in invalid_before
+        if self.tables and index.table not in self.tables:
+            return False
+        if self.index is None or len(self.tables) > 1:  # no name, or those of the partitions' indexes
+            return new
+        return re.sub(r"_cc(new|old)\d*$" if self.build.rebuilds else "$", "", index.relname) == self.index
 
 
 def resolve(raw: RawConnection, build: IndexBuild) -> ResolvedBuild:
-    """Let the server read the names, with the search_path that the statement will have."""
+    """Let the server read the names, with the search_path that the statement will have; outside a transaction."""
+    try:
+        return _resolve(raw, build)
+    except psycopg2.ProgrammingError:  # a name that only the parser reads, as U&"\0061"
+        return ResolvedBuild(build)
+
+
+def _resolve(raw: RawConnection, build: IndexBuild) -> ResolvedBuild:
     if build.table is None:
         rows = raw.ask(
             "SELECT i.indrelid, c.relname::pg_catalog.text FROM pg_catalog.pg_index i JOIN pg_catalog.pg_class c"
@@ -233,11 +246,10 @@ def resolve(raw: RawConnection, build: IndexBuild) -> ResolvedBuild:
             " WHERE c.oid OPERATOR(pg_catalog.=) pg_catalog.to_regclass(%s::pg_catalog.text)::pg_catalog.oid",
             build.index,
         )
-        table, index = rows[0] if rows else (None, None)
-        return ResolvedBuild(build, table, index, existed=True)
+        return ResolvedBuild(build, _with_partitions(raw, rows[0][0]), rows[0][1]) if rows else ResolvedBuild(build)
     (table,) = raw.ask("SELECT pg_catalog.to_regclass(%s::pg_catalog.text)::pg_catalog.oid", build.table)[0]
     if build.index is None:
-        return ResolvedBuild(build, table, None)
+        return ResolvedBuild(build, _with_partitions(raw, table))
     index, existed = raw.ask(
         "SELECT s.name::pg_catalog.text, EXISTS (SELECT FROM pg_catalog.pg_index i JOIN pg_catalog.pg_class c"
         " ON c.oid OPERATOR(pg_catalog.=) i.indexrelid WHERE i.indrelid OPERATOR(pg_catalog.=) %s::pg_catalog.oid"
@@ -246,7 +258,14 @@ def resolve(raw: RawConnection, build: IndexBuild) -> ResolvedBuild:
         table,
         build.index,
     )[0]
-    return ResolvedBuild(build, table, index, existed)
+    return ResolvedBuild(build, frozenset([table] if table else []), index, existed)
+
+
+def _with_partitions(raw: RawConnection, table: int | None) -> frozenset[int]:
+    if table is None:
+        return frozenset()
+    rows = raw.ask("SELECT relid::pg_catalog.oid FROM pg_catalog.pg_partition_tree(%s::pg_catalog.oid)", table)
+    return frozenset([table, *(relation for (relation,) in rows)])
 
 
 WHO = (

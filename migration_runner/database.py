@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 import weakref
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, Protocol
 
 import psycopg2.extensions
@@ -47,41 +49,66 @@ class RawConnection(psycopg2.extensions.connection):
             psycopg2.extensions.TRANSACTION_STATUS_UNKNOWN,
         )
 
+    def cursor(  # type: ignore[override]
+        self, name: Any = None, cursor_factory: Any = None, **options: Any
+    ) -> Any:
+        """A cursor of the driver or of the caller's own class, which passes the observer in either case."""
+        return super().cursor(name, cursor_factory=_observed(cursor_factory or psycopg2.extensions.cursor), **options)
+
     def ask(self, query: str | bytes, *parameters: object) -> list[Row]:
         """The rows of one of the runner's own queries, unseen by the observer and by SQLAlchemy."""
-        with self.cursor(cursor_factory=psycopg2.extensions.cursor) as cursor:
+        with super().cursor(cursor_factory=psycopg2.extensions.cursor) as cursor:
             cursor.execute(query, parameters or None)
             return cursor.fetchall() if cursor.description else []
 
 
-class RawCursor(psycopg2.extensions.cursor):
-    """The driver's cursor; each way to run a statement passes the connection's observer."""
+class Observed:
+    """Mixed into a cursor class: each way to run a statement passes the connection's observer."""
+
+    connection: RawConnection
 
     def execute(self, query: Any, vars: Any = None) -> None:
-        with self._observed(query):
-            super().execute(query, vars)
+        with self._observed(query, vars):
+            super().execute(query, vars)  # type: ignore[misc]
 
     def executemany(self, query: Any, vars_list: Any) -> None:
         with self._observed(query):
-            super().executemany(query, vars_list)
+            super().executemany(query, vars_list)  # type: ignore[misc]
 
     def callproc(self, procname: Any, parameters: Any = None) -> None:
         with self._observed(f"SELECT {procname}"):
-            super().callproc(procname, parameters)
+            super().callproc(procname, parameters)  # type: ignore[misc]
 
     def copy_expert(self, sql: Any, file: Any, size: int = 8192) -> None:
         with self._observed(sql):
-            super().copy_expert(sql, file, size)
+            super().copy_expert(sql, file, size)  # type: ignore[misc]
 
-    def _observed(self, query: Any) -> AbstractContextManager[None]:
-        observer: Observer | None = self.connection.observer  # type: ignore[attr-defined]
-        return observer.observe(_text(query, self)) if observer else nullcontext()
+    def copy_from(self, file: Any, table: Any, *arguments: Any, **options: Any) -> None:
+        with self._observed(f"COPY {table} FROM STDIN"):
+            super().copy_from(file, table, *arguments, **options)  # type: ignore[misc]
+
+    def copy_to(self, file: Any, table: Any, *arguments: Any, **options: Any) -> None:
+        with self._observed(f"COPY {table} TO STDOUT"):
+            super().copy_to(file, table, *arguments, **options)  # type: ignore[misc]
+
+    def _observed(self, query: Any, parameters: Any = None) -> AbstractContextManager[None]:
+        observer = self.connection.observer
+        if observer is None:
+            return nullcontext()
+        if parameters:  # AsIs() may be any part of the statement
+            with suppress(Exception):  # the statement itself will say what is wrong
+                query = self.mogrify(query, parameters)  # type: ignore[attr-defined]
+        if not isinstance(query, str | bytes):
+            query = query.as_string(self)
+        return observer.observe(query.decode(errors="replace") if isinstance(query, bytes) else query)
 
 
-def _text(query: Any, cursor: psycopg2.extensions.cursor) -> str:
-    if isinstance(query, bytes):
-        return query.decode(errors="replace")
-    return query if isinstance(query, str) else str(query.as_string(cursor))
+@functools.cache
+def _observed(factory: Any) -> Any:
+    """The cursor class with Observed before it; a factory that is no class is taken as it is."""
+    if not isinstance(factory, type) or issubclass(factory, Observed):
+        return factory
+    return type(factory.__name__, (Observed, factory), {})
 
 
 class Database:
@@ -90,6 +117,8 @@ class Database:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.connections: weakref.WeakSet[RawConnection] = weakref.WeakSet()
+        self.opened = 0  # how many there were in all
+        self.aside = threading.local()
         self.engine = self._engine()
 
     @property
@@ -99,7 +128,7 @@ class Database:
 
     def _engine(self) -> Engine:
         arguments: dict[str, Any] = {n: v for n, v in CONNECT_ARGS.items() if n not in self.settings.url.query}
-        arguments |= {"connection_factory": RawConnection, "cursor_factory": RawCursor}
+        arguments["connection_factory"] = RawConnection
         # hide_parameters: the values of a failed statement are the campaigns' data, and the log is no place for them.
         engine = create_engine(self.settings.url, poolclass=NullPool, connect_args=arguments, hide_parameters=True)
 
@@ -108,7 +137,9 @@ class Database:
         def _begin(connection: RawConnection, _record: object) -> None:
             rows = connection.ask("SET LOCAL search_path = pg_catalog; SELECT pg_backend_pid()")
             connection.pid = rows[0][0]
-            self.connections.add(connection)
+            if not getattr(self.aside, "connecting", False):
+                self.connections.add(connection)
+                self.opened += 1
 
         # ... and after them, for whoever uses the connection.
         @event.listens_for(engine, "connect")
@@ -123,9 +154,11 @@ class Database:
 
     def side_connection(self) -> SideConnection:
         """A connection for the runner's own questions, which counts for none of the run's."""
-        side = SideConnection(self.connect())
-        self.connections.discard(side.raw)
-        return side
+        self.aside.connecting = True
+        try:
+            return SideConnection(self.connect())
+        finally:
+            self.aside.connecting = False
 
 
 class SideConnection:

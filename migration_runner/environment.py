@@ -50,6 +50,8 @@ def run_offline() -> None:
 
         plan.write(command, settings.load(_env_file(command)))
     except CommandError as error:
+        if context.config.cmd_opts is None:  # a program, not the command line
+            raise
         print(f"FAILED: {error}", file=sys.stderr)
         raise SystemExit(255) from error
 
@@ -71,4 +73,6 @@ def _set_up_logging() -> None:
         log.setLevel(logging.INFO)
     if not logging.getLogger().handlers and not log.handlers:
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("alembic.util.messaging").disabled = True
+    options = context.config.cmd_opts
+    if options is not None and not getattr(options, "quiet", False):
+        logging.getLogger("alembic.util.messaging").disabled = True

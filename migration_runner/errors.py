@@ -6,7 +6,7 @@ import re
 import traceback
 
 import psycopg2
-from sqlalchemy.exc import DBAPIError, InterfaceError, PendingRollbackError, StatementError
+from sqlalchemy.exc import DBAPIError, InterfaceError, PendingRollbackError, SQLAlchemyError, StatementError
 
 
 class Interrupted(BaseException):
@@ -32,9 +32,9 @@ class Incomplete(Exception):
     """A revision finished, and an index that it builds is INVALID."""
 
 
-# SQLSTATEs that are known to pass: connection, deadlock and serialization, resources (but no limit that is
-# configured, 534), a lock, a server that stops.
-TRANSIENT_SQLSTATES = re.compile("08|40|53[0-3]|55P03|57P0[1235]")
+# SQLSTATEs that are known to pass: deadlock and serialization, resources (but no limit that is configured, 534), a
+# lock, a server that stops.
+TRANSIENT_SQLSTATES = re.compile("40|53[0-3]|55P03|57P0[1235]")
 
 # Of these, the time before the error was the revision's own work.
 RETRY_CLOCK_STOPS = re.compile("40|55P03")
@@ -127,7 +127,10 @@ def is_transient(error: BaseException, *, connection_lost: bool) -> bool:
     state = sqlstate(error)
     if state == "XX000":  # two sessions that GRANT or ANALYZE at once
         return "tuple concurrently updated" in str(error)
-    return bool(TRANSIENT_SQLSTATES.match(state)) if state else connection_lost
+    if state and not state.startswith("08"):  # a function may raise 08 of a connection of its own
+        return bool(TRANSIENT_SQLSTATES.match(state))
+    # InterfaceError: nothing broke, a revision closed it, or uses what is closed.
+    return connection_lost and not isinstance(error, InterfaceError | psycopg2.InterfaceError)
 
 
 def root_cause(error: BaseException) -> BaseException:
@@ -145,10 +148,14 @@ def describe(error: BaseException) -> str:
         if name:
             return unbound_parameter(name[1])
         return describe(error.orig) if error.orig else type(error).__name__
-    if isinstance(error, DBAPIError | psycopg2.Error):
-        hint = HINTS.get(sqlstate(error) or "")
+    state = sqlstate(error)
+    if isinstance(error, DBAPIError | psycopg2.Error) and (state or not isinstance(error, psycopg2.ProgrammingError)):
+        hint = HINTS.get(state or "")
         return server_message(error) + (f" ({hint})" if hint else "")
-    return " ".join("".join(traceback.format_exception_only(type(error), error)[-1:]).split())
+    lines = traceback.format_exception_only(type(error), error)  # notes come after it, a syntax error's text before
+    line = " ".join(lines[-1 if isinstance(error, SyntaxError) else 0].split())
+    quotes = isinstance(error, SQLAlchemyError | ValueError | psycopg2.Error)  # what it was given
+    return _unquoted(line) if quotes and not isinstance(error, UnicodeError) else line
 
 
 def unbound_parameter(name: str) -> str:
@@ -173,11 +180,13 @@ def server_message(error: BaseException) -> str:
     if state[:2] in ("22", "23"):  # the data is in the detail and, of class 22, between quotes of any language
         if str(getattr(diag, "source_file", "")).startswith("pl"):  # RAISE: its text may be anything
             return f"an error of class {state}, raised by a function"
-        return _one_line(_unquoted(primary) if state.startswith("22") else primary)
+        return _one_line(re.sub(r":\s.*", ': "..."', _unquoted(primary), flags=re.S) if state[:2] == "22" else primary)
     if state == "42601":  # it quotes the statement
         position = getattr(diag, "statement_position", None)
         return _one_line(_unquoted(primary)) + (f" (character {position})" if position else "")
-    first, *others = [_one_line(part) for part in (primary, diag.message_detail, diag.message_hint) if part]
+    raised = str(diag.source_file or "").startswith("pl")  # its detail may be data
+    parts = (primary,) if raised else (primary, diag.message_detail, diag.message_hint)
+    first, *others = [_one_line(part) for part in parts if part]
     return first + "".join(f" ({other})" for other in others)
 
 

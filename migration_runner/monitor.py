@@ -31,8 +31,8 @@ class Monitor:
 
     def __init__(self, database: Database, pid: int, current: Callable[[], StepRun | None]) -> None:
         self.database, self.pid, self.current = database, pid, current
-        self.blockers: set[str] = set()  # of the current step; after LOCK_TIMEOUT nobody can tell any more
-        self.waiters: set[str] = set()
+        self.blockers: frozenset[str] = frozenset()  # of the step; after LOCK_TIMEOUT nobody can tell any more
+        self.waiters: frozenset[str] = frozenset()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -46,27 +46,30 @@ class Monitor:
 
     def forget(self) -> None:
         """Another step begins."""
-        self.blockers.clear()
-        self.waiters.clear()
+        self.blockers = self.waiters = frozenset()
 
     def _run(self) -> None:
         if self._stop.wait(1):
             return
         with suppress(DBAPIError, psycopg2.Error, UnicodeDecodeError), self.database.side_connection() as other:
-            logged: tuple[StepRun | None, float] = (None, 0.0)
-            while True:
-                step = self.current()
-                self.blockers.update(map(printable, catalog.blockers(other, self.pid)))
-                if step is not None:
-                    elapsed = step.elapsed
-                    last = logged[1] if logged[0] is step else 0.0
-                    if elapsed - last >= (INTERVAL if elapsed <= 6 * INTERVAL + 1 else LATER_INTERVAL):
-                        self._log_progress(other, step, elapsed)
-                        logged = (step, elapsed)
-                if self._stop.wait(1):
-                    return
+            self._sample(other)
+        self._sample(None)  # not to be had, or broken
 
-    def _log_progress(self, other: SideConnection, step: StepRun, elapsed: float) -> None:
+    def _sample(self, other: SideConnection | None) -> None:
+        logged: tuple[StepRun | None, float] = (None, 0.0)
+        while not self._stop.is_set():
+            step = self.current()
+            if other and (blockers := frozenset(map(printable, catalog.blockers(other, self.pid)))):
+                self.blockers |= blockers
+            if step is not None:
+                last = logged[1] if logged[0] is step else 0.0
+                if step.elapsed - last >= (INTERVAL if step.elapsed <= 6 * INTERVAL + 1 else LATER_INTERVAL):
+                    logged = (step, step.elapsed)
+                    doing = f": {'; '.join(self._doing(other))}" if other else ""
+                    log.info("%s still running after %.0f s%s", step.title, step.elapsed, doing)
+            self._stop.wait(1)
+
+    def _doing(self, other: SideConnection) -> list[str]:
         doing = catalog.activity(other, self.pid)
         parts = [summarize(doing.statement) if doing.statement else "no statement is running"]
         if doing.progress:
@@ -76,11 +79,9 @@ class Monitor:
             parts.append(f"waiting for {' and '.join(blockers)}")
         elif doing.waits_for:
             parts.append(f"waiting for {doing.waits_for}")
-        names = []
-        for pid, name in catalog.waiters(other, self.pid):
-            own = ", a connection of the revision's own" if pid in self.database.pids else ""
-            names.append(printable(name) + own)
-        self.waiters.clear()
-        self.waiters.update(names)
-        parts += [f"{name} waits for this run" for name in names]
-        log.info("%s still running after %.0f s: %s", step.title, elapsed, "; ".join(parts))
+        own = ", a connection of the revision's own"
+        self.waiters = frozenset(
+            printable(name) + (own if pid in self.database.pids else "")
+            for pid, name in catalog.waiters(other, self.pid)
+        )
+        return [*parts, *(f"{name} waits for this run" for name in sorted(self.waiters))]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -50,7 +50,7 @@ def read_state(
         transaction = catalog.transaction_status(other, transaction_id) if transaction_id else None
         state = replace(state, transaction=transaction, position=_position(other, version_table))
         if step and step.builds:
-            found = catalog.indexes(other, [build.table for build in step.builds if build.table])
+            found = catalog.indexes(other, [table for build in step.builds for table in build.tables])
             invalid = [index.name for index in step.left_invalid(found, invalid_before)]
             state = replace(state, invalid=invalid, built=[index.name for index in step.built(found)])
     return state
@@ -75,8 +75,8 @@ class Outcome:
     step: StepRun | None = None
     connected: bool = True  # at some time of the run
     location: str | None = None
-    blockers: Sequence[str] = ()
-    waiters: Sequence[str] = ()
+    blockers: Collection[str] = ()
+    waiters: Collection[str] = ()
     state: DatabaseState = DatabaseState()
     position_before: str | None = None
     resume: str = "run again to resume"
@@ -151,6 +151,12 @@ class Outcome:
         elif step and step.statements.committed:
             stays = True
             parts.append(f"committed outside the transaction and not rolled back: {step.statements.committed}")
+        if step and step.statements.partial:
+            stays = True
+            parts.append(f"check what was committed by: {step.statements.partial}")
+        if step and step.used_another_connection:
+            stays = True
+            parts.append("check what was committed by the revision's own connection")
         if state.invalid:
             stays = True
             parts.append(f"left INVALID: {', '.join(state.invalid)}")

@@ -23,11 +23,14 @@ from migration_runner.command import Command
 from migration_runner.errors import unbound_parameter
 from migration_runner.session import LOCK_TIMEOUT
 from migration_runner.settings import Settings
-from migration_runner.step import SAVEPOINT, title
+from migration_runner.step import savepoint, title
 
 
-class NeedsConnection(AttributeError):
-    """A revision asks the database, and a plan has none."""
+class HasNoPlan(AttributeError):
+    """What a revision does depends on a live database, or on how a run sends it; why, in a few words."""
+
+
+READS = "reads the database or depends on its answers"
 
 
 class UnboundParameter(Exception):
@@ -56,10 +59,10 @@ def write(command: Command, settings: Settings) -> None:
 def _refusal(command: Command, step: MigrationStep | None, error: BaseException) -> CommandError:
     where = revisions.error_location(error, command.script)
     at = f", at {where}" if where else ""
-    if step and isinstance(error, NeedsConnection | NoInspectionAvailable):
+    if step and isinstance(error, HasNoPlan | NoInspectionAvailable):
         return CommandError(
-            f"{title(step)} reads the database or depends on its answers, so there is no plan of it; run it without"
-            f" --sql{at}"
+            f"{title(step)} {error if isinstance(error, HasNoPlan) else READS}, so there is no plan of it; run it"
+            f" without --sql{at}"
         )
     if step and isinstance(error, UnboundParameter):
         return CommandError(f"{title(step)} failed: {unbound_parameter(str(error))}{at}")
@@ -89,8 +92,10 @@ class _Plan:
         )
         migration = context.get_context()
         dialect: Any = migration.dialect
-        dialect.statement_compiler = type("PlanCompiler", (_RefusesUnbound, dialect.statement_compiler), {})
-        migration.connection = migration.impl.connection = cast("Any", _PlanConnection(migration))
+        dialect.statement_compiler = type("PlanCompiler", (_LiteralValues, dialect.statement_compiler), {})
+        dialect._backslash_escapes = False  # as SQLAlchemy learns of a server: standard_conforming_strings is on
+        self.connection = _PlanConnection(migration)
+        migration.connection = migration.impl.connection = cast("Any", self.connection)
         block = functools.partial(MigrationContext.autocommit_block, migration)
         migration.autocommit_block = functools.partial(self._autocommit_block, block)  # type: ignore[method-assign]
         context.run_migrations()
@@ -118,21 +123,31 @@ class _Plan:
     @contextmanager
     def _autocommit_block(self, block: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
         """As StepRun.autocommit_block."""
-        self.output.emit(f"RELEASE SAVEPOINT {SAVEPOINT};")
-        with block():
-            yield
-        self.output.emit(f"SAVEPOINT {SAVEPOINT};")
+        assert self.step
+        self.output.emit(f"RELEASE SAVEPOINT {savepoint(self.step)};")
+        asked = self.connection.asked  # Alembic itself looks whether a transaction is open
+        try:
+            with block():
+                self.connection.asked, self.output.in_block = asked, True
+                try:
+                    yield
+                finally:
+                    self.output.in_block = False
+        finally:
+            self.output.emit(f"SAVEPOINT {savepoint(self.step)};")
 
     def _around(self, function: Callable[..., None], table: str, settings: list[str]) -> Callable[..., None]:
         """As StepRun.apply: the same savepoint, the settings made anew, the same look at what an index became."""
 
         def apply(**options: Any) -> None:
-            self.output.begin_step()
-            self.output.emit(_position(table, self.heads), f"SAVEPOINT {SAVEPOINT};")
-            function(**options)
             assert self.step
+            self.output.begin_step()
+            self.output.emit(_position(table, self.heads), f"SAVEPOINT {savepoint(self.step)};")
+            function(**options)
+            if self.connection.asked:  # and the revision has caught that there is no answer
+                raise HasNoPlan(self.connection.asked)
             checks = [check for build in self.output.builds if (check := _index(build, title(self.step)))]
-            self.output.emit(f"RELEASE SAVEPOINT {SAVEPOINT};", *settings, *checks)
+            self.output.emit(f"RELEASE SAVEPOINT {savepoint(self.step)};", *settings, *checks)
 
         return apply
 
@@ -142,6 +157,7 @@ class _Statements(io.StringIO):
 
     def __init__(self) -> None:
         super().__init__()
+        self.in_block = False
         self.begin_step()
 
     def begin_step(self) -> None:
@@ -153,6 +169,8 @@ class _Statements(io.StringIO):
         super().write("\n".join(lines) + "\n\n")
 
     def write(self, statement: str) -> int:
+        if self.in_block and sql.is_script(statement):
+            raise HasNoPlan("has several statements in one op.execute() of an autocommit_block")
         statement = _terminated(statement)
         self.own_lock_timeout |= sql.sets_lock_timeout(statement)
         build = sql.index_build(statement)
@@ -175,8 +193,13 @@ def _terminated(statement: str) -> str:
     return statement
 
 
-class _RefusesUnbound:
-    """Mixed into the dialect's compiler, which would print NULL."""
+class _LiteralValues:
+    """Mixed into the dialect's compiler: what it would print as NULL, or leave open, is refused."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        if getattr(self, "insert_prefetch", ()) or getattr(self, "update_prefetch", ()):
+            raise HasNoPlan("uses a default that Python makes for each row")
 
     def render_literal_bindparam(self, bindparam: Any, *arguments: Any, **options: Any) -> str:
         if bindparam.required and bindparam.value is None and bindparam.callable is None:
@@ -184,9 +207,20 @@ class _RefusesUnbound:
         text: str = super().render_literal_bindparam(bindparam, *arguments, **options)  # type: ignore[misc]
         return text
 
+    def render_literal_value(self, value: Any, type_: Any) -> str:
+        if isinstance(value, bytes | bytearray | memoryview):
+            return f"'\\x{bytes(value).hex()}'"
+        text: str = super().render_literal_value(value, type_)  # type: ignore[misc]
+        return text
+
+    def bindparam_string(self, _name: str, **_: Any) -> NoReturn:
+        raise HasNoPlan("has a parameter without a value")
+
 
 class _PlanConnection(MockConnection):
     """What `op.get_bind()` is in a plan: it writes what is executed, and has no answers."""
+
+    asked = ""  # what it could not answer, even where the revision does not mind
 
     def __init__(self, migration: MigrationContext) -> None:
         super().__init__(migration.dialect, self._write)
@@ -199,7 +233,7 @@ class _PlanConnection(MockConnection):
         self.migration.impl._exec(construct)
 
     def execute(self, obj: Any, parameters: Any = None, execution_options: Any = None) -> Any:
-        for row in parameters if isinstance(parameters, list | tuple) else [parameters]:
+        for row in parameters if isinstance(parameters, list | tuple) and parameters else [parameters or None]:
             if row is None:
                 self._write(obj)
             elif isinstance(obj, TextClause):
@@ -207,25 +241,35 @@ class _PlanConnection(MockConnection):
             elif isinstance(obj, Insert):
                 self._write(obj.values(**row))
             else:
-                raise NeedsConnection
-        return _NoResult()
+                raise self.refusal()
+        return _NoResult(self)
 
     def exec_driver_sql(self, statement: str, parameters: Any = None, **_: Any) -> Any:
         if parameters:
-            raise NeedsConnection
-        self.migration.impl.static_output(f"{statement.rstrip().rstrip(';')};")
-        return _NoResult()
+            raise self.refusal()
+        self.migration.impl.static_output(f"{(statement % ()).rstrip().rstrip(';')};")
+        return _NoResult(self)
+
+    def refusal(self) -> HasNoPlan:
+        """What to raise where only a database has the answer."""
+        self.asked = READS
+        return HasNoPlan(READS)
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise NeedsConnection(name)
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise self.refusal()
 
 
 class _NoResult:
+    def __init__(self, connection: _PlanConnection) -> None:
+        self.connection = connection
+
     def __getattr__(self, name: str) -> NoReturn:
-        raise NeedsConnection(name)
+        raise self.connection.refusal()
 
     def __iter__(self) -> NoReturn:
-        raise NeedsConnection
+        raise self.connection.refusal()
 
 
 def _settings(settings: Settings, quote: Callable[[str], str]) -> list[str]:
@@ -252,40 +296,49 @@ def _block(condition: str, message: str) -> str:
 
 def _lock(table: str, settings: Settings) -> str:
     """The run's own lock, under the same key; the schema is what the server finds, where none is set."""
-    schema = (
-        _literal(settings.schema)
-        if settings.schema
-        else f"coalesce((SELECT relnamespace::regnamespace::name::text FROM pg_class WHERE oid ="
-        f" to_regclass({_literal(table)})),"
-        " current_schema)"
+    found = (
+        "(SELECT n.nspname::pg_catalog.text FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n"
+        " ON n.oid OPERATOR(pg_catalog.=) c.relnamespace WHERE c.oid OPERATOR(pg_catalog.=)"
+        f" pg_catalog.to_regclass({_text(table)})::pg_catalog.oid)"
     )
-    name = f"{schema} || {_literal('.' + settings.version_table)}"
-    key = f"('x' || encode(substring(sha256(convert_to({name}, 'UTF8')) FROM 1 FOR 8), 'hex'))::bit(64)::bigint"
-    return _block(f"NOT pg_try_advisory_lock(\n  {key})", "another migration is running")
+    schema = _text(settings.schema) if settings.schema else f"coalesce({found}, pg_catalog.current_schema())"
+    name = f"pg_catalog.concat({schema}, {_text('.' + settings.version_table)})"
+    digest = f"pg_catalog.sha256(pg_catalog.convert_to({name}, 'UTF8'))"
+    hexadecimal = f"pg_catalog.encode(pg_catalog.substr({digest}, 1, 8), 'hex')"
+    key = f"pg_catalog.concat('x', {hexadecimal})::pg_catalog.bit(64)::pg_catalog.int8"
+    return _block(f"NOT pg_catalog.pg_try_advisory_lock(\n  {key})", "another migration is running")
 
 
 def _position(table: str, heads: Iterable[str]) -> str:
-    there = ", ".join(map(_literal, sorted(heads)))
-    found = f'ARRAY(SELECT version_num::text COLLATE "C" FROM {table} ORDER BY 1)'
+    there = ", ".join(map(_text, sorted(heads)))
+    found = f'ARRAY(SELECT version_num::pg_catalog.text COLLATE "C" FROM {table} ORDER BY 1)'
+    differs = f"{found} OPERATOR(pg_catalog.<>) ARRAY[{there}]::pg_catalog.text[]"
     at = ", ".join(sorted(heads)) or "base"
-    return _block(f"{found} <> ARRAY[{there}]::text[]", f"the database is not at {at}, where this plan begins")
+    return _block(differs, f"the database is not at {at}, where this plan begins")
 
 
 def _index(build: sql.IndexBuild, name: str) -> str | None:
     """The check of a run's, for whoever applies the plan; names are resolved by the server then."""
-    if build.table:
-        table = f"to_regclass({_literal(build.table)})"
-    elif build.index and build.rebuilds:
-        table = f"(SELECT indrelid FROM pg_index WHERE indexrelid = to_regclass({_literal(build.index)}))"
-    else:
+    if build.index is None or (build.table is None and not build.rebuilds):
         return None
+    table = f"pg_catalog.to_regclass({_text(build.table or build.index)})::pg_catalog.oid"
+    if build.table is None:
+        same = f"indexrelid OPERATOR(pg_catalog.=) {table}"
+        table = f"(SELECT indrelid FROM pg_catalog.pg_index WHERE {same})"
+    parts = f"pg_catalog.parse_ident({_text(build.index)})"
+    added = r"_cc(new|old)\d*$" if build.rebuilds else "$"
     found = (
-        "SELECT FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid"
-        f" WHERE NOT i.indisvalid AND i.indrelid = {table}"
+        "SELECT FROM pg_catalog.pg_index i JOIN pg_catalog.pg_class c ON c.oid OPERATOR(pg_catalog.=) i.indexrelid"
+        f"\n  WHERE NOT i.indisvalid AND i.indrelid OPERATOR(pg_catalog.=) {table}"
+        f"\n  AND pg_catalog.regexp_replace(c.relname::pg_catalog.text, {_text(added)}, {_text('')})"
+        f"\n  OPERATOR(pg_catalog.=) ({parts})[pg_catalog.array_upper({parts}, 1)]::pg_catalog.name::pg_catalog.text"
     )
-    if build.index and not build.rebuilds:
-        found += f" AND c.relname = (parse_ident({_literal(build.index)}))[1]::name"
     return _block(
         f"EXISTS (\n  {found})",
         f"{name} is incomplete: it left an INVALID index; DROP INDEX CONCURRENTLY it, then run the rest again",
     )
+
+
+def _text(text: str) -> str:
+    """A literal that is of type text and no other, for which somebody may have made a function."""
+    return f"{_literal(text)}::pg_catalog.text"

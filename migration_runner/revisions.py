@@ -52,7 +52,9 @@ def validate(script: ScriptDirectory) -> None:
         raise CommandError(
             f"{name[1]} has no 'revision'; fix or delete the file, {SEE_README}" if name else str(error)
         ) from None
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise revision_error(script, error) from error
 
 

@@ -20,6 +20,8 @@ from migration_runner.command import Command, Needs
 from migration_runner.database import Database
 from migration_runner.errors import (
     RETRY_CLOCK_STOPS,
+    Interrupted,
+    OwnTransaction,
     RetriesExhausted,
     is_transient,
     printable,
@@ -99,7 +101,9 @@ class Runner:
             with open_session(self.database, self.budget) as session:
                 self.attempt = Attempt(self, session)
                 self.attempt.run()
-        except (Exception, SystemExit, KeyboardInterrupt) as caught:
+        except Interrupted:
+            raise
+        except BaseException as caught:
             self.stop.check()
             ours = isinstance(caught, CommandError | RetriesExhausted)
             if ours and not (self.attempt and self.attempt.step):  # one that a revision raises is its failure
@@ -125,14 +129,16 @@ class Runner:
         state = DatabaseState()
         if ask:
             state = read_state(self.database, step, progress.version_table, progress.invalid_before)
+        if step and step.ended_its_transaction(state.transaction):
+            error = OwnTransaction()
         return Outcome(
             error=error,
             signal=signal or self.stop.name,
             step=step,
             connected=progress.version_table is not None,
             location=revisions.error_location(error, self.command.script) if error else None,
-            blockers=sorted(attempt.monitor.blockers) if attempt else (),
-            waiters=sorted(attempt.monitor.waiters) if attempt else (),
+            blockers=attempt.monitor.blockers if attempt else (),
+            waiters=attempt.monitor.waiters if attempt else (),
             state=state,
             position_before=progress.position,
             resume=progress.resume,
@@ -200,10 +206,12 @@ class Attempt:
             command.script.get_all_current = functools.partial(  # type: ignore[method-assign]
                 revisions.branch_heads, command.script
             )
-        if command.purges:  # the version table's own triggers, if it has any
+        if command.purges and table and table.has_triggers:  # whose names are resolved as the revisions' are
             session.use_search_path(session.search_path)
             session.raw.commit()
         command.environment.configure(**options)
+        if command.purges:  # Alembic would commit that before the stamp, which may fail
+            session.connection.begin()
         command.environment.run_migrations()
         session.connection.commit()
 
@@ -223,6 +231,7 @@ class Attempt:
         """Yield Alembic's steps, each logged before it begins and after it is committed."""
         command, progress, connection = self.runner.command, self.runner.progress, self.session.connection
         script = command.script
+        self.session.use_search_path(SAFE_PATH)
         progress.position = join(heads)
         if not command.purges:
             self._refuse_unknown(heads, table)
@@ -241,7 +250,8 @@ class Attempt:
         progress.log(f"at {self._described(heads)}; to do: {len(steps)} ({', '.join(names)})")
         _refuse_long_names(steps, table)
         self._note_invalid_indexes()
-        connection.commit()  # each step begins a transaction of its own
+        if not command.purges:
+            connection.commit()  # each step begins a transaction of its own
         for step in steps:
             yield self._begin(copy.copy(step), migration)
             assert self.step
@@ -254,7 +264,7 @@ class Attempt:
 
     def _begin(self, step: MigrationStep, migration: MigrationContext) -> MigrationStep:
         """The step with the run's doings around its function."""
-        log.info("running %s", step)
+        log.info("running %s", printable(str(step)))
         self.monitor.forget()
         run = self.step = StepRun(self.session, step, self.runner.stop.check)
         function, block = step.migration_fn, functools.partial(MigrationContext.autocommit_block, migration)
@@ -329,7 +339,7 @@ def _known(script: ScriptDirectory, head: str) -> bool:
 
 def _name(step: MigrationStep) -> str:
     revision = ", ".join(step.to_revisions_no_deps if step.is_upgrade else step.from_revisions_no_deps) or "base"
-    return f"{revision} {step.doc or ''}".rstrip()
+    return printable(f"{revision} {step.doc or ''}".rstrip())
 
 
 def _refuse_long_names(steps: list[MigrationStep], table: catalog.VersionTable | None) -> None:

@@ -48,6 +48,9 @@ SERVER_SETTINGS = {
     "tcp_user_timeout": "10s",
 }
 
+# What a revision may change for good (SET SESSION CHARACTERISTICS), and the next one begins with as the role has it.
+OWN_SETTINGS = ("default_transaction_read_only", "default_transaction_isolation", "default_transaction_deferrable")
+
 # Between revisions nothing is looked up in a schema of the role's: Alembic's own SQL is not qualified either.
 SAFE_PATH = "pg_catalog"
 
@@ -57,12 +60,17 @@ class Session:
 
     def __init__(self, connection: Connection, database: Database) -> None:
         self.connection = connection
-        self.settings = database.settings
+        self.database = database
         self.raw: RawConnection = raw(connection)
         self.schema = ""  # of the version table; fixed for the run, since a revision may change the search_path
         self.search_path = ""  # of the revisions
         self.defaults: dict[str, str] = {}
         self.lock_key: int | None = None
+
+    @property
+    def settings(self) -> Settings:
+        """Of the run."""
+        return self.database.settings
 
     @property
     def lost(self) -> bool:
@@ -73,7 +81,7 @@ class Session:
     def reset_sql(self) -> bytes:
         """The query that makes the session's settings anew; asked for once the lock is held, or for a session without.
 
-        Its first column says whether the run's lock is held, the second one whether the version table has triggers.
+        Its first columns: the transaction's id, whether the run's lock is held, whether the version table has triggers.
         """
         held = "true" if self.lock_key is None else f"pg_catalog.pg_try_advisory_lock({self.lock_key})"
         triggers = (
@@ -84,7 +92,11 @@ class Session:
         quoted = ".".join('"{}"'.format(name.replace('"', '""')) for name in (self.schema, self.settings.version_table))
         values = [text for pair in self.defaults.items() for text in pair]
         with self.raw.cursor() as cursor:
-            return bytes(cursor.mogrify(f"SELECT {held}, {triggers}, {calls}", [quoted, *values]))
+            return bytes(
+                cursor.mogrify(
+                    f"SELECT pg_catalog.txid_current_if_assigned(), {held}, {triggers}, {calls}", [quoted, *values]
+                )
+            )
 
     def use_search_path(self, path: str) -> None:
         """Resolve names as the revisions do, or as the runner does."""
@@ -102,10 +114,10 @@ def open_session(database: Database, budget: RetryBudget) -> Iterator[Session]:
     """Yield a session with its settings made, or raise CommandError or RetriesExhausted with one line."""
     with _first_connection(database, budget) as connection:
         session = Session(connection, database)
-        _reject_transaction_pooling(session, database)  # first: the settings would stay in the pool
-        _set_defaults(session)
-        _choose_schema(session)
         try:
+            _reject_transaction_pooling(session, database)  # first: the settings would stay in the pool
+            _set_defaults(session)
+            _choose_schema(session)
             yield session
         finally:
             # Where the driver's own call found it broken, SQLAlchemy does not know that, and would roll back.
@@ -167,7 +179,7 @@ def _reject_transaction_pooling(session: Session, database: Database) -> None:
 
 def _set_defaults(session: Session) -> None:
     """What each revision begins with: SERVER_SETTINGS, as far as the server has them, and the role's own."""
-    names = ["session_authorization", "role", *SERVER_SETTINGS]  # in this order: the first one resets the second
+    names = ["session_authorization", "role", *OWN_SETTINGS, *SERVER_SETTINGS]  # the first one resets the second
     columns = ", ".join(f"pg_catalog.current_setting('{name}', true)" for name in ["search_path", *names])
     path, *values = session.raw.ask(f"SELECT {columns}")[0]
     session.search_path = str(path)
@@ -198,6 +210,8 @@ def _choose_schema(session: Session) -> None:
             f" owner is {printable(place.schema_owner)}; set DB_SCHEMA to the schema of the tables"
         )
     session.schema = wanted or place.table_schema or place.current_schema
+    # SQLAlchemy asked for it under SAFE_PATH; a revision's reflection goes by it.
+    session.connection.dialect.default_schema_name = place.current_schema
 
 
 def describe(session: Session) -> str:

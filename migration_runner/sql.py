@@ -168,3 +168,23 @@ def sets_lock_timeout(statement: str) -> bool:
     """Whether the statement is `SET lock_timeout`."""
     read = _Reader(statement)
     return read.takes("SET") and (read.takes("SESSION") or read.takes("LOCAL") or True) and read.takes("LOCK_TIMEOUT")
+
+
+_ATOMIC = frozenset(
+    ["CREATE", "ALTER", "DROP", "INSERT", "UPDATE", "DELETE", "MERGE", "SELECT", "WITH", "TRUNCATE", "COMMENT", "GRANT",
+     "REVOKE", "REFRESH", "SET", "COPY", "LOCK", "VALUES", "TABLE", "SHOW", "EXPLAIN", "ANALYZE"]
+)  # fmt: skip
+
+
+def is_atomic(statement: str) -> bool:
+    """Whether it does all or nothing outside a transaction; DO, CALL, REINDEX and others may commit on their way."""
+    found = list(tokens(statement))
+    words = [token.text.upper() for token in found if token.kind == "word"]
+    several = any(token.text == ";" for token in found[:-1])
+    return not several and words[:1] != [] and words[0] in _ATOMIC and not {"DETACH", "CONCURRENTLY"} <= set(words)
+
+
+def is_script(statement: str) -> bool:
+    """Whether it is several statements, which the server takes as one transaction from us, and psql one by one."""
+    found = list(tokens(statement))
+    return any(token.text == ";" and found[at + 1 :] and found[at + 1].text != ";" for at, token in enumerate(found))

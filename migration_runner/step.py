@@ -17,11 +17,7 @@ from migration_runner import catalog, sql
 from migration_runner.errors import Incomplete, LockLost, OwnTransaction
 from migration_runner.session import LOCK_TIMEOUT, Session
 
-# In the step's own transaction and in no other: releasing it, or rolling back to it where the transaction has failed,
-# is how the server says whether the transaction is still the same one. The plan (--sql) has the same statements.
-SAVEPOINT = "migration_runner"
-
-BEGIN_SQL = f"""SAVEPOINT {SAVEPOINT};
+BEGIN_SQL = """SAVEPOINT {};
 SELECT CASE WHEN pg_catalog.pg_is_in_recovery() THEN NULL ELSE pg_catalog.txid_current() END,
  pg_catalog.set_config('search_path', coalesce(%s, pg_catalog.current_setting('search_path')), false)"""
 
@@ -33,6 +29,7 @@ class StatementLog:
         self.count = 0
         self.first: list[str] = []
         self.last = ""
+        self.partial = ""
         self._committed = (0, "")  # count and last at the last commit
 
     def add(self, statement: str) -> None:
@@ -41,6 +38,10 @@ class StatementLog:
         self.last = statement[: sql.LONGEST]
         if self.count <= 3:
             self.first.append(self.last)
+
+    def add_partial(self, statement: str) -> None:
+        """One failed, outside the transaction, that may have committed a part of its work."""
+        self.partial = sql.summarize(statement)
 
     def commit(self) -> None:
         """All that finished so far stays."""
@@ -80,6 +81,7 @@ class StepRun:
     def __init__(self, session: Session, step: MigrationStep, check_stopped: Callable[[], None]) -> None:
         self.session, self.step, self.check_stopped = session, step, check_stopped
         self.started = time.monotonic()
+        self.connections_before = session.database.opened
         self.statements = StatementLog()
         self.transaction = Transaction.OURS
         self.transaction_id: int | None = None
@@ -94,7 +96,12 @@ class StepRun:
     @property
     def worked_outside(self) -> bool:
         """Whether the step left its transaction, so that something may stay whatever becomes of that."""
-        return self.transaction is not Transaction.OURS
+        return self.transaction is not Transaction.OURS or self.used_another_connection
+
+    @property
+    def used_another_connection(self) -> bool:
+        """Whether the revision connected to the database a second time, by the run's engine."""
+        return self.session.database.opened > self.connections_before
 
     def apply(self, function: Callable[[], None], invalid_before: frozenset[int]) -> None:
         """Run the revision's function; raise what it raises, or OwnTransaction, LockLost or Incomplete."""
@@ -114,12 +121,12 @@ class StepRun:
     def autocommit_block(self, block: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
         """Alembic's own, which commits: what came before stays from here on, and what follows is a new transaction."""
         raw = self.session.raw
-        self._require_own_transaction(raw.ask, f"RELEASE SAVEPOINT {SAVEPOINT}")
+        self._require_own_transaction(raw.ask, f"RELEASE SAVEPOINT {savepoint(self.step)}")
         raw.observer = None  # Alembic's own statements are not the revision's
         try:
             with block():
                 self.statements.commit()
-                self.transaction, raw.observer = Transaction.BLOCK, self
+                self.transaction, self.transaction_id, raw.observer = Transaction.BLOCK, None, self
                 try:
                     yield
                 finally:
@@ -129,13 +136,19 @@ class StepRun:
                 self._begin(None)
             raw.observer = self
 
+    def ended_its_transaction(self, status: str | None) -> bool:
+        """Whether it did, told by what became of the transaction where nobody else committed it."""
+        if status == "committed" and not self.recorded:
+            self.transaction = Transaction.ENDED
+        return self.transaction is Transaction.ENDED
+
     def left_invalid(self, indexes: list[catalog.Index], before: frozenset[int]) -> list[catalog.Index]:
         """The INVALID indexes that this step's statements left, or met."""
         return [i for i in indexes if not i.valid and any(build.left(i, before) for build in self.builds)]
 
     def built(self, indexes: list[catalog.Index]) -> list[catalog.Index]:
         """The valid indexes that this step built outside its transaction."""
-        new = {(build.table, build.index) for build in self.builds if not build.existed}
+        new = {(table, build.index) for build in self.builds if not build.existed for table in build.tables}
         return [index for index in indexes if index.valid and (index.table, index.relname) in new]
 
     @property
@@ -153,6 +166,10 @@ class StepRun:
         waits = self._waits_for_all(statement)
         try:
             yield
+        except BaseException:
+            if self.transaction is Transaction.BLOCK and not sql.is_atomic(statement):
+                self.statements.add_partial(statement)
+            raise
         finally:
             if waits and not raw.closed and not raw.in_transaction:
                 raw.ask(f"SET lock_timeout = '{LOCK_TIMEOUT}'")
@@ -176,12 +193,14 @@ class StepRun:
 
     def _begin(self, search_path: str | None) -> None:
         """Know the transaction again: by a savepoint, and by its id for whoever asks after the connection broke."""
-        ((self.transaction_id, _),) = self.session.raw.ask(BEGIN_SQL, search_path)
+        ((self.transaction_id, _),) = self.session.raw.ask(BEGIN_SQL.format(savepoint(self.step)), search_path)
 
     def _end(self, invalid_before: frozenset[int]) -> None:
         """The transaction must be the one that began; then the settings are made anew, before Alembic's own SQL."""
-        query = f"RELEASE SAVEPOINT {SAVEPOINT}; ".encode() + self.session.reset_sql
-        held, triggers, *_ = self._require_own_transaction(self.session.raw.ask, query)[0]
+        query = f"RELEASE SAVEPOINT {savepoint(self.step)}; ".encode() + self.session.reset_sql
+        transaction_id, held, triggers, *_ = self._require_own_transaction(self.session.raw.ask, query)[0]
+        if transaction_id != self.transaction_id:  # another one with a savepoint of that name
+            raise self._own_transaction()
         if not held:
             raise LockLost
         if self.builds and self.left_invalid(catalog.indexes(self.session.raw), invalid_before):
@@ -213,7 +232,17 @@ class StepRun:
             raise self._own_transaction()
         if status in (TRANSACTION_STATUS_INERROR, TRANSACTION_STATUS_INTRANS):
             with suppress(DBAPIError, psycopg2.Error):
-                self._require_own_transaction(raw.ask, f"ROLLBACK TO SAVEPOINT {SAVEPOINT}")
+                self._require_own_transaction(raw.ask, f"ROLLBACK TO SAVEPOINT {savepoint(self.step)}")
+
+
+def savepoint(step: MigrationStep) -> str:
+    """The name, in quotes, of what the step's own transaction has and no other.
+
+    Releasing it, or rolling back to it where the transaction has failed, is how the server says whether the transaction
+    is still the same one. The plan (--sql) has the same statements.
+    """
+    name = step.revision.revision if isinstance(step, RevisionStep) else "stamp"
+    return '"migration_runner {}"'.format(name.replace('"', '""').replace("%", ""))
 
 
 def title(step: MigrationStep) -> str:

@@ -204,3 +204,40 @@ def test_an_invalid_index_on_the_same_table_that_is_not_this_steps_is_not_blamed
     result = duplicates.alembic("upgrade", "head")
     assert (result.returncode, database.at) == (0, ["003"]), result
     assert "HH:MM:SS WARNING ignoring pre-existing INVALID indexes: public.theirs" in result.lines
+
+
+@pytest.mark.parametrize("statement", ["REINDEX INDEX CONCURRENTLY good", "REINDEX TABLE CONCURRENTLY audit"])
+def test_a_rebuild_beside_an_invalid_index_of_others_is_done(
+    duplicates: Project, database: Database, statement: str
+) -> None:
+    database.execute(f"CREATE INDEX good ON audit (revision); ALTER TABLE audit OWNER TO {database.role}")
+    with pytest.raises(psycopg2.errors.UniqueViolation):
+        database.execute("CREATE UNIQUE INDEX CONCURRENTLY theirs ON audit (revision)")
+    duplicates.add("003", f"{BLOCK}op.execute('{statement}')")
+    result = duplicates.alembic("upgrade", "head")
+    assert (result.returncode, database.at) == (0, ["003"]), result
+
+
+def test_a_rebuild_that_fails_in_a_partition_is_named(project: Project, database: Database) -> None:
+    body = """
+op.execute("CREATE FUNCTION f(int) RETURNS int IMMUTABLE LANGUAGE plpgsql AS 'BEGIN RETURN $1; END'")
+op.execute("CREATE TABLE a (x int) PARTITION BY LIST (x)")
+op.execute("CREATE TABLE a1 PARTITION OF a FOR VALUES IN (1)")
+op.execute("INSERT INTO a VALUES (1)")
+op.execute("CREATE INDEX a_f ON a (f(x))")
+op.execute("CREATE OR REPLACE FUNCTION f(int) RETURNS int IMMUTABLE LANGUAGE plpgsql AS 'BEGIN RETURN 1 / 0; END'")
+"""
+    project.add("002", body)
+    project.add("003", f"{BLOCK}op.execute('REINDEX TABLE CONCURRENTLY a')")
+    result = project.alembic("upgrade", "head")
+    assert (result.returncode, database.at) == (255, ["002"])
+    index = "public.a1_f_idx_ccnew"
+    assert f"left INVALID: {index}; drop with: DROP INDEX CONCURRENTLY {index}; " in result.failure
+
+
+def test_a_name_that_only_the_parser_reads_is_no_obstacle(project: Project, database: Database) -> None:
+    project.add("002", AUDIT)
+    statement = 'CREATE INDEX CONCURRENTLY U&"a\\0078" ON audit (revision)'
+    project.add("003", f"{BLOCK}op.execute({statement!r})")
+    result = project.alembic("upgrade", "head")
+    assert (result.returncode, "ax" in database.relations) == (0, True), result

@@ -69,6 +69,18 @@ ENDERS = {
         [],
         "CREATE TABLE a",
     ),
+    "a savepoint that is called like the runner's": (
+        TABLE + 'op.execute("COMMIT; BEGIN; SAVEPOINT migration_runner")',
+        ["a"],
+        "CREATE TABLE a; COMMIT; BEGIN; SAVEPOINT migration_runner",
+    ),
+    "a cursor class of its own": (
+        TABLE
+        + "import psycopg2.extras\ncursor = op.get_bind().connection.cursor(cursor_factory=psycopg2.extras.DictCursor)"
+        '\ncursor.execute("COMMIT")',
+        ["a"],
+        "CREATE TABLE a; COMMIT",
+    ),
     "COMMIT whose refusal is caught": (
         TABLE + 'try:\n    op.execute("COMMIT")\nexcept Exception:\n    pass',
         ["a"],
@@ -189,10 +201,12 @@ def test_an_error_that_a_revision_swallows_is_the_revisions_failure(project: Pro
     )
 
 
-def state(database: Database) -> tuple[list[str], list[str], list[tuple]]:
-    """What a run or a plan made of the database."""
+def state(database: Database) -> tuple[list[str], str, list[tuple], dict[str, list[tuple]]]:
+    """What a run or a plan made of the database: revision, schema, INVALID indexes, rows."""
     indexes = "SELECT indexrelid::regclass::text, indisvalid FROM pg_index WHERE NOT indisvalid"
-    return database.at, database.relations, database.execute(indexes)
+    tables = [name for (name,) in database.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")]
+    rows = {name: database.execute(f"SELECT t::text FROM {name} t ORDER BY 1") for name in tables}
+    return database.at, database.dump(), database.execute(indexes), rows
 
 
 def psql(database: Database, plan: str) -> subprocess.CompletedProcess[str]:
@@ -215,6 +229,24 @@ PLANNED = {
     "a role that is not put back": 'op.execute("SET ROLE other_{role}")',
     "a concurrent index in the transaction": 'op.execute("CREATE INDEX CONCURRENTLY x ON twice (x)")',
     "a parameter": "import sqlalchemy as sa\nop.get_bind().execute(sa.text('INSERT INTO twice VALUES (:x)'), {'x': 3})",
+    "backslashes and bytes": "import sqlalchemy as sa\nt = op.create_table('a', sa.Column('x', sa.Text,"
+    " comment='e\\\\f'),"
+    " sa.Column('b', sa.LargeBinary))\nop.bulk_insert(t, [{'x': 'C:\\\\dir', 'b': b'\\\\x41\\xff'}])",
+    "a default of Python's": "import sqlalchemy as sa\nt = op.create_table('a', sa.Column('x', sa.Integer,"
+    " default=lambda: 7))"
+    "\nop.bulk_insert(t, [{}])",
+    "an insert without values": "import sqlalchemy as sa\nop.execute(sa.table('twice', sa.column('x')).insert())",
+    "a question whose refusal is caught": "import sqlalchemy as sa\ntry:\n    x ="
+    " op.get_bind().execute(sa.text('SELECT 5'))"
+    ".scalar()\nexcept Exception:\n    x = 0\nop.execute(f'INSERT INTO twice VALUES ({x})')",
+    "a look at the connection": "name = 'a' if hasattr(op.get_bind(), 'in_transaction') else 'b'\n"
+    "op.execute(f'CREATE TABLE {name} ()')",
+    "two percent signs for the driver": "op.get_bind().exec_driver_sql(\"CREATE TABLE a AS SELECT '50%%' AS x\")",
+    "a block that an error of Python leaves": f"try:\n    {BLOCK}    op.execute('CREATE TABLE a ()')\n       "
+    f" raise ValueError"
+    "\nexcept ValueError:\n    pass",
+    "two statements in a block": f"{BLOCK}op.execute('INSERT INTO twice VALUES (3); SELECT 1 / 0')",
+    "others' INVALID index, already": f'{BLOCK}op.execute("CREATE INDEX CONCURRENTLY mine ON twice (x)")',
     "a percent sign": "op.execute(\"CREATE TABLE a AS SELECT format('100%% of %s', 1) AS x\")",
 }
 
@@ -284,3 +316,122 @@ def test_after_a_concurrent_build_that_failed_the_limit_is_as_before(project: Pr
     project.add("002", body.strip())
     assert project.alembic("upgrade", "head").returncode == 0
     assert database.execute("TABLE a") == [("3s",)]
+
+
+PARTIAL = "op.execute(\"DO 'BEGIN INSERT INTO a VALUES (1); COMMIT; PERFORM 1 / 0; END'\")"
+
+
+@pytest.mark.fault(
+    "Partial work",
+    fault="A `DO` block or procedure in an `autocommit_block` fails after a COMMIT of its own",
+    sees="`revision 002 (...) failed: ...; committed outside the transaction and not rolled back: ...; check what was"
+    " committed by: DO; the database is at revision 001; ...`, exit 255",
+    state="What it committed; finished revisions",
+    do="Undo or finish it, fix the revision, deploy again",
+)
+def test_a_statement_that_commits_on_its_way_is_not_called_rolled_back(project: Project, database: Database) -> None:
+    project.add("002", f"{BLOCK}{TABLE}    {PARTIAL}")
+    result = project.alembic("upgrade", "head")
+    assert (result.returncode, database.execute("SELECT x FROM a")) == (255, [(1,)])
+    assert "; check what was committed by: DO; the database is at revision 001; " in result.failure
+    assert "rolled back; " not in result.failure
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "import psycopg2.extras\n    raw.cursor(cursor_factory=psycopg2.extras.DictCursor).execute('CREATE TABLE a"
+        " ()')",
+        "import io\n    raw.cursor().execute('CREATE TABLE a (x int)')\n   "
+        " raw.cursor().copy_from(io.StringIO('1\\n'), 'a')",
+        "from psycopg2.extensions import AsIs\n    raw.cursor().execute('CREATE %s', (AsIs('TABLE a ()'),))",
+    ],
+    ids=["DictCursor", "copy_from", "AsIs"],
+)
+def test_no_cursor_goes_unseen(project: Project, database: Database, body: str) -> None:
+    project.add("002", f"{BLOCK}raw = op.get_bind().connection.dbapi_connection\n    {body}\n    raise ValueError")
+    result = project.alembic("upgrade", "head")
+    assert (result.returncode, "a" in database.relations) == (255, True), result
+    assert "committed outside the transaction and not rolled back: CREATE TABLE a" in result.failure
+
+
+@pytest.mark.fault(
+    "Partial work",
+    fault="A revision commits something on a second connection, and fails",
+    sees="`revision 002 (...) failed: ...; check what was committed by the revision's own connection; the database"
+    " is at"
+    " revision 001; ...`, exit 255, without a retry",
+    state="What it committed there; finished revisions",
+    do="Undo it, use op.get_bind() alone, deploy again",
+)
+@pytest.mark.parametrize("error", ["SELECT 1 / 0", "LOCK TABLE hcm_report_metadata"], ids=["error", "lock timeout"])
+def test_what_a_second_connection_did_is_not_called_rolled_back_nor_repeated(
+    project: Project, database: Database, error: str
+) -> None:
+    project.add("002", f'{BLOCK}op.execute("CREATE TABLE a (x int)")')
+    second = "with op.get_bind().engine.begin() as other:\n    other.exec_driver_sql('INSERT INTO a VALUES (1)')\n"
+    project.add("003", f'{second}op.execute("{error}")')
+    assert project.alembic("upgrade", "002").returncode == 0
+    with database.session() as reader:
+        reader.execute("SELECT count(*) FROM hcm_report_metadata")
+        result = project.alembic("upgrade", "head")
+    assert (result.returncode, database.execute("SELECT x FROM a")) == (255, [(1,)])
+    assert "; check what was committed by the revision's own connection; the database is at revision 002; " in (
+        result.failure
+    )
+    assert "rolled back; " not in result.failure
+
+
+@pytest.mark.parametrize("close", ["dbapi_connection.close()", "invalidate()"])
+def test_a_connection_that_the_revision_closes_is_not_waited_for(
+    project: Project, database: Database, close: str
+) -> None:
+    project.add("002", f'op.get_bind().connection.{close}\nop.execute("SELECT 1")')
+    result = project.alembic("upgrade", "head")
+    assert (result.returncode, database.at) == (255, ["001"])
+    assert "waiting" not in result.stderr
+    assert result.failure
+
+
+def test_a_stamp_that_fails_keeps_what_it_purges(project: Project, database: Database) -> None:
+    assert project.alembic("upgrade", "head").returncode == 0
+    database.execute(
+        "CREATE FUNCTION nope() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION ''nope''; END';"
+        "CREATE TRIGGER nope BEFORE INSERT ON alembic_version FOR EACH ROW EXECUTE FUNCTION nope()"
+    )
+    result = project.alembic("stamp", "--purge", "head")
+    assert (result.returncode, database.at) == (255, ["001"])
+    assert result.failure == f"the stamp failed: nope; rolled back; the database is at revision 001; {FIX}"
+
+
+@pytest.mark.parametrize(
+    "error", ["GeneratorExit", "__import__('asyncio').CancelledError", "type('E', (BaseException,), {})()"]
+)
+def test_any_exception_is_one_line(project: Project, database: Database, error: str) -> None:
+    project.add("002", f"{TABLE}raise {error}")
+    result = project.alembic("upgrade", "head")
+    assert (result.returncode, database.at) == (255, ["001"])
+    assert "rolled back; the database is at revision 001" in result.failure
+
+
+def test_settings_of_a_session_end_with_the_revision(project: Project, database: Database) -> None:
+    project.add("002", 'op.execute("SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY")')
+    project.add("003", TABLE)
+    assert project.alembic("upgrade", "head").returncode == 0
+    assert database.at == ["003"]
+
+
+def test_a_message_of_a_revision_forges_no_line(project: Project) -> None:
+    path = project.add("002", "pass")
+    path.write_text(path.read_text().replace('"""add"""', '"""add\nFAILED: forged \\x1b[31m"""'))
+    result = project.alembic("upgrade", "head")
+    assert result.returncode == 0
+    assert not any(line.startswith("FAILED") for line in result.lines)
+    assert "\x1b" not in result.stderr
+
+
+def test_quiet_is_not_silent_about_a_failure(project: Project) -> None:
+    project.add("002", FAILS)
+    result = project.alembic("-q", "upgrade", "head")
+    assert result.returncode == 255
+    assert "division by zero" in result.stderr
