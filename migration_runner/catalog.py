@@ -234,7 +234,7 @@ def resolve(raw: RawConnection, build: IndexBuild) -> ResolvedBuild:
     """Let the server read the names, with the search_path that the statement will have; outside a transaction."""
     try:
         return _resolve(raw, build)
-    except psycopg2.ProgrammingError:  # a name that only the parser reads, as U&"\0061"
+    except (psycopg2.ProgrammingError, psycopg2.DataError):  # a name that only the parser reads, as U&"\0061"
         return ResolvedBuild(build)
 
 
