@@ -119,7 +119,7 @@ def test_a_database_that_never_comes_is_given_up_in_bounded_time(release: Releas
     result.line(
         "FAILED: could not connect to database ",
         f" at {gate.host}:5432 ",
-        " in 2 s: ",
+        " within 2 s: ",
         "Connection refused",
         "; check that the server is up and DB_HOST, DB_PORT and the network, or raise MIGRATION_WAIT_SECONDS",
     )
