@@ -31,8 +31,8 @@ CONNECT_ARGS = {
 class Observer(Protocol):
     """Sees each statement of a connection, whoever sends it: `op`, SQLAlchemy, or the driver's own cursor."""
 
-    def observe(self, statement: str) -> AbstractContextManager[None]:
-        """Enter before the statement; leave after it, or with its error."""
+    def observe(self, statement: str, *, atomic: bool) -> AbstractContextManager[None]:
+        """Enter before the statement, which may be run for many rows; leave after it, or with its error."""
 
 
 class RawConnection(psycopg2.extensions.connection):
@@ -53,7 +53,8 @@ class RawConnection(psycopg2.extensions.connection):
         self, name: Any = None, cursor_factory: Any = None, **options: Any
     ) -> Any:
         """A cursor of the driver or of the caller's own class, which passes the observer in either case."""
-        return super().cursor(name, cursor_factory=_observed(cursor_factory or psycopg2.extensions.cursor), **options)
+        factory = cursor_factory or getattr(self, "cursor_factory", None) or psycopg2.extensions.cursor
+        return super().cursor(name, cursor_factory=_observed(factory), **options)
 
     def ask(self, query: str | bytes, *parameters: object) -> list[Row]:
         """The rows of one of the runner's own queries, unseen by the observer and by SQLAlchemy."""
@@ -72,7 +73,7 @@ class Observed:
             super().execute(query, vars)  # type: ignore[misc]
 
     def executemany(self, query: Any, vars_list: Any) -> None:
-        with self._observed(query):
+        with self._observed(query, atomic=False):  # outside a transaction, each row is committed
             super().executemany(query, vars_list)  # type: ignore[misc]
 
     def callproc(self, procname: Any, parameters: Any = None) -> None:
@@ -91,7 +92,7 @@ class Observed:
         with self._observed(f"COPY {table} TO STDOUT"):
             super().copy_to(file, table, *arguments, **options)  # type: ignore[misc]
 
-    def _observed(self, query: Any, parameters: Any = None) -> AbstractContextManager[None]:
+    def _observed(self, query: Any, parameters: Any = None, *, atomic: bool = True) -> AbstractContextManager[None]:
         observer = self.connection.observer
         if observer is None:
             return nullcontext()
@@ -100,7 +101,7 @@ class Observed:
                 query = self.mogrify(query, parameters)  # type: ignore[attr-defined]
         if not isinstance(query, str | bytes):
             query = query.as_string(self)
-        return observer.observe(query.decode(errors="replace") if isinstance(query, bytes) else query)
+        return observer.observe(query.decode(errors="replace") if isinstance(query, bytes) else query, atomic=atomic)
 
 
 @functools.cache
@@ -116,7 +117,7 @@ class Database:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.connections: weakref.WeakSet[RawConnection] = weakref.WeakSet()
+        self.connections: list[weakref.ref[RawConnection]] = []  # no WeakSet: two threads read it
         self.opened = 0  # how many there were in all
         self.aside = threading.local()
         self.engine = self._engine()
@@ -124,7 +125,8 @@ class Database:
     @property
     def pids(self) -> list[int]:
         """The server's processes of these connections."""
-        return [connection.pid for connection in list(self.connections) if not connection.closed]
+        there = [reference() for reference in tuple(self.connections)]
+        return [connection.pid for connection in there if connection is not None and not connection.closed]
 
     def _engine(self) -> Engine:
         arguments: dict[str, Any] = {n: v for n, v in CONNECT_ARGS.items() if n not in self.settings.url.query}
@@ -138,7 +140,7 @@ class Database:
             rows = connection.ask("SET LOCAL search_path = pg_catalog; SELECT pg_backend_pid()")
             connection.pid = rows[0][0]
             if not getattr(self.aside, "connecting", False):
-                self.connections.add(connection)
+                self.connections.append(weakref.ref(connection))
                 self.opened += 1
 
         # ... and after them, for whoever uses the connection.
@@ -167,8 +169,18 @@ class SideConnection:
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self.raw = raw(connection)
-        self.raw.autocommit = True
-        self.raw.ask("SET search_path = pg_catalog")
+        try:
+            self.raw.autocommit = True
+            # What cannot be learned at once is not known: the table may be locked.
+            self.raw.ask("SET search_path = pg_catalog; SET lock_timeout = '1s'; SET statement_timeout = '5s'")
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def as_login_role(self) -> SideConnection:
+        """As the role that logged in: an `ALTER ROLE ... SET role` hides its own sessions from the other one."""
+        self.raw.ask("SET ROLE NONE")
+        return self
 
     def ask(self, query: str, *parameters: object) -> Sequence[Row]:
         return self.raw.ask(query, *parameters)

@@ -68,6 +68,9 @@ TRANSIENT_CONNECT_ERRORS = re.compile(
             "could not (receive data from|send data to) server",
             "eof detected",
             "unexpected eof",
+            "ssl connection has been closed unexpectedly",
+            "expected authentication request from server",
+            "cannot assign requested address",
             # the server: starting, stopping, in recovery, full
             "the database system is ",
             "terminating connection",
@@ -83,6 +86,8 @@ TRANSIENT_CONNECT_ERRORS = re.compile(
             "query_wait_timeout|client_login_timeout",
             "server conn(ection)? crashed",
             "connect failed",
+            "pgbouncer cannot connect to server",
+            "no working server connection",
             "all backend nodes are down",
         ]
     ),

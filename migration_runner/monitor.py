@@ -52,7 +52,7 @@ class Monitor:
         if self._stop.wait(1):
             return
         with suppress(DBAPIError, psycopg2.Error, UnicodeDecodeError), self.database.side_connection() as other:
-            self._sample(other)
+            self._sample(other.as_login_role())
         self._sample(None)  # not to be had, or broken
 
     def _sample(self, other: SideConnection | None) -> None:

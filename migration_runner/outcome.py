@@ -117,7 +117,7 @@ class Outcome:
             parts.append(
                 f"committed outside the transaction and not rolled back: {kept}"
                 if kept
-                else "check what it did outside its transaction"
+                else "check for changes made outside its transaction"
             )
         return printable("; ".join([*parts, self.resume]))
 
@@ -147,7 +147,11 @@ class Outcome:
         own = step is not None and step.transaction is Transaction.ENDED
         stays = own
         if step and own:
-            parts.append(f"check which of these were committed: {step.statements.all or 'nothing that was seen'}")
+            parts.append(f"check which of these were committed: {step.statements.all or 'no statement was recorded'}")
+        elif step and step.transaction is Transaction.ENTERING_BLOCK and step.statements.all:
+            stays = state.transaction != "aborted"
+            if stays:
+                parts.append(f"check which of these were committed: {step.statements.all}")
         elif step and step.statements.committed:
             stays = True
             parts.append(f"committed outside the transaction and not rolled back: {step.statements.committed}")
@@ -156,7 +160,7 @@ class Outcome:
             parts.append(f"check what was committed by: {step.statements.partial}")
         if step and step.used_another_connection:
             stays = True
-            parts.append("check what was committed by the revision's own connection")
+            parts.append("check for changes committed on the revision's second connection")
         if state.invalid:
             stays = True
             parts.append(f"left INVALID: {', '.join(state.invalid)}")
@@ -176,5 +180,5 @@ class Outcome:
         if stays:
             return [*parts, position]
         if state.transaction == "in progress":
-            return [*parts, f"the server has not rolled it back yet; {position}"]
+            return [*parts, f"rollback still in progress on the server; {position}"]
         return [*parts, f"rolled back; {position}"]

@@ -174,10 +174,9 @@ class _Statements(io.StringIO):
         statement = _terminated(statement)
         self.own_lock_timeout |= sql.sets_lock_timeout(statement)
         build = sql.index_build(statement)
-        if build is None:
-            return super().write(statement)
-        self.builds.append(build)
-        if self.own_lock_timeout:
+        if build:
+            self.builds.append(build)
+        if self.own_lock_timeout or not (build or sql.detaches(statement)):
             return super().write(statement)
         # It holds up no reader and no writer, and waits for all transactions.
         return super().write(f"SET lock_timeout = 0;\n{statement.rstrip()}\nSET lock_timeout = '{LOCK_TIMEOUT}';\n\n")
@@ -320,6 +319,8 @@ def _position(table: str, heads: Iterable[str]) -> str:
 def _index(build: sql.IndexBuild, name: str) -> str | None:
     """The check of a run's, for whoever applies the plan; names are resolved by the server then."""
     if build.index is None or (build.table is None and not build.rebuilds):
+        return None
+    if any(name and name.upper().startswith("U&") for name in (build.index, build.table)):  # only the parser reads it
         return None
     table = f"pg_catalog.to_regclass({_text(build.table or build.index)})::pg_catalog.oid"
     if build.table is None:

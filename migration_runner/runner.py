@@ -129,7 +129,7 @@ class Runner:
         state = DatabaseState()
         if ask:
             state = read_state(self.database, step, progress.version_table, progress.invalid_before)
-        if step and step.ended_its_transaction(state.transaction):
+        if step and step.ended_its_transaction(state.transaction) and error is not None:
             error = OwnTransaction()
         return Outcome(
             error=error,
@@ -153,6 +153,7 @@ class Runner:
     def _cancel(self) -> None:
         """Cancel what the run's connections do, the revision's own ones included, until the run is in control."""
         with suppress(DBAPIError, psycopg2.Error, UnicodeDecodeError), self.database.side_connection() as other:
+            other.as_login_role()
             while not self.stop.in_control.wait(0.1):
                 other.ask("SELECT pg_cancel_backend(pid) FROM unnest(%s::int[]) AS pid", self.database.pids)
 
@@ -232,8 +233,8 @@ class Attempt:
         command, progress, connection = self.runner.command, self.runner.progress, self.session.connection
         script = command.script
         self.session.use_search_path(SAFE_PATH)
-        progress.position = join(heads)
-        if not command.purges:
+        if not command.purges:  # else the rows are deleted, and Alembic says that there were none
+            progress.position = join(heads)
             self._refuse_unknown(heads, table)
         if command.needs is Needs.READ:
             if command.shows_current and not self._at_head(heads):

@@ -121,7 +121,7 @@ def open_session(database: Database, budget: RetryBudget) -> Iterator[Session]:
             yield session
         finally:
             # Where the driver's own call found it broken, SQLAlchemy does not know that, and would roll back.
-            if not connection.invalidated and session.raw.closed:
+            if session.raw.closed and not connection.closed and not connection.invalidated:
                 connection.invalidate()
 
 
@@ -153,7 +153,7 @@ def _connect_hint(reason: str) -> str:
         if words in said:
             password = words in ("authentication failed", "no password supplied")
             return f"; {hint}{password_hint() if password else ''}"
-    return "; not known to pass, so not retried: check the DB_* variables and the PG* variables, then retry"
+    return "; not a known transient error, so not retried: check the DB_* and PG* variables, then retry"
 
 
 def _reject_transaction_pooling(session: Session, database: Database) -> None:

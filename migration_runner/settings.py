@@ -83,6 +83,8 @@ def _read_env_file(path: Path | None) -> None:
         load_dotenv(path, interpolate=False)  # a password may contain ${...}
     except UnicodeDecodeError:
         raise CommandError(f".env is not UTF-8; write it as UTF-8, {SEE_ENV_EXAMPLE}") from None
+    except (OSError, ValueError) as error:
+        raise CommandError(f".env cannot be read: {error}; fix it, {SEE_ENV_EXAMPLE}") from None
     log.info("settings read from .env")
 
 
@@ -123,6 +125,10 @@ def _url_from_database_url() -> URL:
         except psycopg2.ProgrammingError:
             named = f' "{name}"' if re.fullmatch("[a-z_]{1,30}", name) else ""
             raise CommandError(f"DATABASE_URL has the invalid connection option{named} in its query; {write}") from None
+    try:
+        url.set(drivername="postgresql+psycopg2").get_dialect()().create_connect_args(url)
+    except (ArgumentError, ValueError):
+        raise CommandError(f"DATABASE_URL has hosts and ports in its query that do not match; {write}") from None
     # SQLAlchemy decodes user and password only. Without a driver, its version 2.1 would take psycopg 3.
     return url.set(drivername="postgresql+psycopg2", database=unquote(url.database))
 
@@ -161,10 +167,10 @@ def password_hint() -> str:
     password = os.environ.get("DB_PASSWORD", "")
     if not os.environ.get("DATABASE_URL") and password != password.strip():
         return "; DB_PASSWORD has leading or trailing whitespace (a Secret that was made with echo ends with a newline)"
-    path = Path(os.environ.get("PGPASSFILE") or Path.home() / ".pgpass")
+    path = Path(os.environ.get("PGPASSFILE") or Path("~/.pgpass"))
     try:
-        mode = stat.S_IMODE(path.stat().st_mode)
-    except (OSError, ValueError):
+        mode = stat.S_IMODE(path.expanduser().stat().st_mode)
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: no home
         return f"; PGPASSFILE names {path}, which cannot be read" if os.environ.get("PGPASSFILE") else ""
     if mode & 0o077:
         return f"; libpq ignores the password file {path}, whose mode is {mode:04o}: set 0600"

@@ -108,5 +108,7 @@ def _watch(
             return
         threading.Thread(target=cancel, daemon=True).start()
         if not ended.wait(SHUTDOWN_GRACE_SECONDS):
-            print(f"FAILED: {killed_line(signal.Signals(number[0]).name)}", file=sys.stderr, flush=True)
-            os._exit(128 + number[0])
+            try:
+                print(f"FAILED: {killed_line(signal.Signals(number[0]).name)}", file=sys.stderr, flush=True)
+            finally:
+                os._exit(128 + number[0])

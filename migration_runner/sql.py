@@ -153,8 +153,10 @@ def index_build(statement: str) -> IndexBuild | None:
     concurrently = False
     if read.text == "(":
         while read.text not in (")", ""):
-            concurrently |= read.kind == "word" and read.text.upper() == "CONCURRENTLY"
-            read.next()
+            if read.takes("CONCURRENTLY"):
+                concurrently = read.text.upper() not in ("FALSE", "OFF", "0")
+            else:
+                read.next()
         read.next()
     kind = read.next().upper()
     concurrently |= read.takes("CONCURRENTLY")
@@ -167,7 +169,11 @@ def index_build(statement: str) -> IndexBuild | None:
 def sets_lock_timeout(statement: str) -> bool:
     """Whether the statement is `SET lock_timeout`."""
     read = _Reader(statement)
-    return read.takes("SET") and (read.takes("SESSION") or read.takes("LOCAL") or True) and read.takes("LOCK_TIMEOUT")
+    if not read.takes("SET"):
+        return False
+    if not read.takes("SESSION"):
+        read.takes("LOCAL")
+    return read.takes("LOCK_TIMEOUT")
 
 
 _ATOMIC = frozenset(
@@ -181,10 +187,23 @@ def is_atomic(statement: str) -> bool:
     found = list(tokens(statement))
     words = [token.text.upper() for token in found if token.kind == "word"]
     several = any(token.text == ";" for token in found[:-1])
-    return not several and words[:1] != [] and words[0] in _ATOMIC and not {"DETACH", "CONCURRENTLY"} <= set(words)
+    return not several and bool(words) and words[0] in _ATOMIC and not detaches(statement)
+
+
+def detaches(statement: str) -> bool:
+    """Whether it is ALTER TABLE ... DETACH PARTITION ... CONCURRENTLY, which waits for all transactions, too."""
+    read = _Reader(statement)
+    if not (read.takes("ALTER") and read.takes("TABLE")):
+        return False
+    words = [token.text.upper() for token in tokens(statement[:LONGEST]) if token.kind == "word"]
+    return words[-1:] == ["CONCURRENTLY"] and "DETACH" in words
 
 
 def is_script(statement: str) -> bool:
     """Whether it is several statements, which the server takes as one transaction from us, and psql one by one."""
-    found = list(tokens(statement))
-    return any(token.text == ";" and found[at + 1 :] and found[at + 1].text != ";" for at, token in enumerate(found))
+    ended = False
+    for token in tokens(statement):
+        if ended and token.text != ";":
+            return True
+        ended |= token.text == ";"
+    return False

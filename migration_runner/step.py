@@ -14,7 +14,7 @@ from psycopg2.extensions import TRANSACTION_STATUS_IDLE, TRANSACTION_STATUS_INER
 from sqlalchemy.exc import DBAPIError
 
 from migration_runner import catalog, sql
-from migration_runner.errors import Incomplete, LockLost, OwnTransaction
+from migration_runner.errors import Incomplete, Interrupted, LockLost, OwnTransaction
 from migration_runner.session import LOCK_TIMEOUT, Session
 
 BEGIN_SQL = """SAVEPOINT {};
@@ -70,6 +70,7 @@ class Transaction(Enum):
     """Whose transaction a step is in."""
 
     OURS = "the runner's, from the step's begin"
+    ENTERING_BLOCK = "the runner's, whose commit is on its way"
     BLOCK = "none, in an autocommit_block"
     AFTER_BLOCK = "the runner's, from the end of an autocommit_block"
     ENDED = "whatever the revision made of it"
@@ -123,6 +124,7 @@ class StepRun:
         raw = self.session.raw
         self._require_own_transaction(raw.ask, f"RELEASE SAVEPOINT {savepoint(self.step)}")
         raw.observer = None  # Alembic's own statements are not the revision's
+        self.transaction = Transaction.ENTERING_BLOCK
         try:
             with block():
                 self.statements.commit()
@@ -138,7 +140,7 @@ class StepRun:
 
     def ended_its_transaction(self, status: str | None) -> bool:
         """Whether it did, told by what became of the transaction where nobody else committed it."""
-        if status == "committed" and not self.recorded:
+        if status == "committed" and not self.recorded and self.transaction is not Transaction.ENTERING_BLOCK:
             self.transaction = Transaction.ENDED
         return self.transaction is Transaction.ENDED
 
@@ -157,7 +159,7 @@ class StepRun:
         return time.monotonic() - self.started
 
     @contextmanager
-    def observe(self, statement: str) -> Iterator[None]:
+    def observe(self, statement: str, *, atomic: bool = True) -> Iterator[None]:
         """Called by the connection around each statement."""
         self.check_stopped()
         raw = self.session.raw
@@ -166,8 +168,10 @@ class StepRun:
         waits = self._waits_for_all(statement)
         try:
             yield
-        except BaseException:
-            if self.transaction is Transaction.BLOCK and not sql.is_atomic(statement):
+        except BaseException as error:
+            # Its answer may be lost, on the way or by a signal; or it had committed a part.
+            told = not isinstance(error, Interrupted) and not raw.closed and atomic and sql.is_atomic(statement)
+            if self.transaction is Transaction.BLOCK and not told:
                 self.statements.add_partial(statement)
             raise
         finally:
@@ -183,9 +187,10 @@ class StepRun:
         """Whether lock_timeout was lifted: a concurrent build waits for all transactions, and holds up nobody."""
         raw = self.session.raw
         build = sql.index_build(statement)
-        if build is None or raw.in_transaction:
+        if raw.in_transaction or not (build or sql.detaches(statement)):
             return False
-        self.builds.append(catalog.resolve(raw, build))
+        if build:
+            self.builds.append(catalog.resolve(raw, build))
         ours = bool(raw.ask("SHOW lock_timeout")[0][0] == LOCK_TIMEOUT)
         if ours:
             raw.ask("SET lock_timeout = 0")

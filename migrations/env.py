@@ -17,8 +17,8 @@ def run_migrations_online() -> None:
     migration_runner.run_online()
 
 
-assert context.config.config_file_name is not None
-logging.config.fileConfig(context.config.config_file_name, disable_existing_loggers=False)
+if context.config.config_file_name is not None:
+    logging.config.fileConfig(context.config.config_file_name, disable_existing_loggers=False)
 if context.is_offline_mode():
     run_migrations_offline()
 else:

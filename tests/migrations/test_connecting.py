@@ -185,7 +185,7 @@ def test_what_is_known_to_pass_is_waited_for(files: Project, message: str) -> No
 @pytest.mark.fault(
     "Database",
     fault="The server, a pooler or a proxy refuses with words that are not known to pass",
-    sees="`cannot connect to database ...: <its words>; not known to pass, so not retried: check the DB_* variables and"
+    sees="`cannot connect to database ...: <its words>; not a known transient error, so not retried: check the DB_* and"
     " the PG* variables, then retry`, at once, exit 255",
     state="Nothing was changed",
     do="What its words say",

@@ -155,3 +155,58 @@ def test_the_word_in_a_comment_or_a_string_changes_no_limit(
         assert time.monotonic() - start < 8
     assert (result.returncode, database.at) == (255, ["002"])
     assert "failed: canceling statement due to lock timeout" in result.failure
+
+
+@pytest.mark.fault(
+    "Database",
+    fault="The version table is locked",
+    sees="`waiting, ...: canceling statement due to lock timeout; where the database stands is not known: check with"
+    " 'alembic current'`, then it recovers, or `timed out after N s; retry later`, exit 1",
+    state="Nothing was changed",
+    do="End that session, deploy again",
+)
+def test_a_version_table_that_is_locked_is_waited_for_in_bounded_time(prepared: Project, database: Database) -> None:
+    with database.session() as other:
+        other.execute("LOCK TABLE alembic_version")
+        start = time.monotonic()
+        result = prepared.alembic("upgrade", "head", MIGRATION_WAIT_SECONDS="2")
+        assert time.monotonic() - start < 30
+    assert result.returncode == 1
+    assert result.failure == (
+        "canceling statement due to lock timeout; where the database stands is not known: check with 'alembic current';"
+        " timed out after 2 s; retry later"
+    )
+
+
+def test_a_partition_is_detached_concurrently_without_a_limit(prepared: Project, database: Database) -> None:
+    body = """
+op.execute("CREATE TABLE a (x int) PARTITION BY LIST (x)")
+op.execute("CREATE TABLE a1 PARTITION OF a FOR VALUES IN (1)")
+"""
+    prepared.add("003", body)
+    detach = 'op.execute("ALTER TABLE a DETACH PARTITION a1 CONCURRENTLY")'
+    prepared.add("004", f"with op.get_context().autocommit_block():\n    {detach}")
+    assert prepared.alembic("upgrade", "003").returncode == 0
+    with database.session() as reader:
+        reader.execute("SELECT count(*) FROM a")
+        running = prepared.popen("upgrade", "head")
+        until(lambda: sleeping(database, "DETACH"))
+        time.sleep(4)  # lock_timeout is 3 s
+        reader.connection.commit()
+        result = running.wait()
+    assert (result.returncode, database.at) == (0, ["004"]), result
+    assert database.execute("SELECT 1 FROM pg_inherits WHERE inhdetachpending") == []
+
+
+def test_a_role_that_becomes_another_is_cancelled_and_watched(prepared: Project, database: Database) -> None:
+    group = f"group_{database.role}"
+    database.execute(f"CREATE ROLE {group} ROLE {database.role}; GRANT ALL ON SCHEMA public TO {group}")
+    database.execute(f"GRANT ALL ON alembic_version TO {group}; ALTER ROLE {database.role} SET role = {group}")
+    try:
+        prepared.add("003", SLEEP)
+        running = prepared.popen("upgrade", "head")
+        running.says("still running after 10 s: SELECT pg_sleep")
+        result, _ = running.stop(signal.SIGTERM)
+        assert "; rolled back; the database is at revision 002; " in result.failure
+    finally:
+        database.execute(f"DROP OWNED BY {group}; DROP ROLE {group}")

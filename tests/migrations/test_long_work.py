@@ -81,7 +81,8 @@ with op.get_bind().engine.begin() as other:
     assert line.endswith(f": no statement is running; {own} waits for this run")
     assert result.returncode == 143
     assert (
-        f"; waiting for this run: {own}; check what was committed by the revision's own connection; the database is at"
+        f"; waiting for this run: {own}; check for changes committed on the revision's second connection; the"
+        f" database is at"
         " revision 002; "
     ) in result.failure
     assert seconds < 3

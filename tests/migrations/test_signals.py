@@ -206,7 +206,7 @@ def test_a_revision_that_ignores_the_interruption_does_not_keep_the_run(prepared
 @pytest.mark.parametrize(
     ("before", "told"),
     [
-        ("", "check what it did outside its transaction"),
+        ("", "check for changes made outside its transaction"),
         (audited("003"), "committed outside the transaction and not rolled back: INSERT INTO audit"),
     ],
     ids=["nothing before", "a statement before"],

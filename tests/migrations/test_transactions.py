@@ -35,7 +35,7 @@ ENDERS = {
     "ROLLBACK, a table and an error in one message": (
         'op.execute("ROLLBACK; BEGIN; CREATE TABLE public.a (x int); COMMIT; BEGIN; SELECT 1 / 0")',
         ["a"],
-        "nothing that was seen",
+        "no statement was recorded",
     ),
     "BEGIN and COMMIT": (
         f'op.execute("BEGIN; CREATE TABLE a (x int); COMMIT")\n{FAILS}',
@@ -358,7 +358,8 @@ def test_no_cursor_goes_unseen(project: Project, database: Database, body: str) 
 @pytest.mark.fault(
     "Partial work",
     fault="A revision commits something on a second connection, and fails",
-    sees="`revision 002 (...) failed: ...; check what was committed by the revision's own connection; the database"
+    sees="`revision 002 (...) failed: ...; check for changes committed on the revision's second connection; the"
+    " database"
     " is at"
     " revision 001; ...`, exit 255, without a retry",
     state="What it committed there; finished revisions",
@@ -376,7 +377,7 @@ def test_what_a_second_connection_did_is_not_called_rolled_back_nor_repeated(
         reader.execute("SELECT count(*) FROM hcm_report_metadata")
         result = project.alembic("upgrade", "head")
     assert (result.returncode, database.execute("SELECT x FROM a")) == (255, [(1,)])
-    assert "; check what was committed by the revision's own connection; the database is at revision 002; " in (
+    assert "; check for changes committed on the revision's second connection; the database is at revision 002; " in (
         result.failure
     )
     assert "rolled back; " not in result.failure
@@ -435,3 +436,31 @@ def test_quiet_is_not_silent_about_a_failure(project: Project) -> None:
     result = project.alembic("-q", "upgrade", "head")
     assert result.returncode == 255
     assert "division by zero" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("body", "partial"),
+    [
+        (
+            "cursor = op.get_bind().connection.cursor()\n    cursor.executemany('INSERT INTO a SELECT 1 / %s',"
+            " [(1,), (0,)])",
+            "INSERT INTO a",
+        ),
+        ("op.execute('CREATE TABLE b AS SELECT pg_terminate_backend(pg_backend_pid())')", "CREATE TABLE b"),
+    ],
+    ids=["rows one by one", "a lost answer"],
+)
+def test_what_may_be_committed_in_a_block_is_to_be_checked(
+    project: Project, database: Database, body: str, partial: str
+) -> None:
+    project.add("002", TABLE)
+    project.add("003", f"{BLOCK}{body}")
+    result = project.alembic("upgrade", "head")
+    assert (result.returncode, database.at) == (255, ["002"])
+    assert f"; check what was committed by: {partial}; the database is at revision 002; " in result.failure
+
+
+def test_the_real_cause_is_named_where_the_revision_closed_its_connection(project: Project) -> None:
+    path = project.add("002", "op.get_bind().close()\nraise ValueError('the real cause')")
+    result = project.alembic("upgrade", "head")
+    assert f"failed: ValueError: the real cause, at {path.name}, line 8; " in result.failure
