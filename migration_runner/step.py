@@ -171,7 +171,7 @@ class StepRun:
         except BaseException as error:
             # Its answer may be lost, on the way or by a signal; or it had committed a part.
             told = not isinstance(error, Interrupted) and not raw.closed and atomic and sql.is_atomic(statement)
-            if self.transaction is Transaction.BLOCK and not told:
+            if self.transaction is Transaction.BLOCK and not (told or sql.index_build(statement)):  # the catalog tells
                 self.statements.add_partial(statement)
             raise
         finally:

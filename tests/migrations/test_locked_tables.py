@@ -173,7 +173,8 @@ def test_a_version_table_that_is_locked_is_waited_for_in_bounded_time(prepared: 
         assert time.monotonic() - start < 30
     assert result.returncode == 1
     assert result.failure == (
-        "canceling statement due to lock timeout; where the database stands is not known: check with 'alembic current';"
+        "canceling statement due to lock timeout; blocked by pid N, report as postgres; where the database stands"
+        " is not known: check with 'alembic current';"
         " timed out after 2 s; retry later"
     )
 

@@ -444,7 +444,7 @@ def test_quiet_is_not_silent_about_a_failure(project: Project) -> None:
         (
             "cursor = op.get_bind().connection.cursor()\n    cursor.executemany('INSERT INTO a SELECT 1 / %s',"
             " [(1,), (0,)])",
-            "INSERT INTO a",
+            "INSERT INTO a SELECT",
         ),
         ("op.execute('CREATE TABLE b AS SELECT pg_terminate_backend(pg_backend_pid())')", "CREATE TABLE b"),
     ],
