@@ -147,7 +147,8 @@ def test_an_index_that_was_built_but_not_recorded_is_told_with_the_cure(project:
     "Partial work",
     fault="The connection breaks in an `autocommit_block`",
     sees="`... failed: server closed the connection unexpectedly ...; committed outside the"
-    " transaction and not rolled back: ...; drop with: DROP INDEX CONCURRENTLY public.slow; the database is at"
+    " transaction and not rolled back: ...; check what was committed by: ...; drop with: DROP INDEX CONCURRENTLY"
+    " public.slow; the database is at"
     " revision 002;"
     " ...`, exit 255",
     state="What the block had done, as listed; finished revisions stay",
@@ -164,8 +165,10 @@ def test_a_connection_that_breaks_in_an_autocommit_block_lists_what_stays(projec
     assert result.failure == (
         f"revision 003 ({path.name}) failed: server closed the connection unexpectedly This probably means the server"
         f" terminated abnormally before or while processing the request, at {path.name}, line 9; committed"
-        " outside the transaction and not rolled back: CREATE INDEX CONCURRENTLY slow ON audit; drop with: DROP INDEX"
-        " CONCURRENTLY public.slow; the database is at revision 002; fix it, then retry"
+        " outside the transaction and not rolled back: CREATE INDEX CONCURRENTLY slow ON audit; check what was"
+        " committed by: SELECT pg_sleep; drop with: DROP INDEX CONCURRENTLY public.slow; the database is at"
+        " revision 002;"
+        " fix it, then retry"
     )
     assert " waiting, " not in result.stderr
     path.write_text(path.read_text().replace("pg_sleep(60)", "1"))

@@ -120,10 +120,11 @@ def test_what_stays_is_listed_without_literals(project: Project, database: Datab
 
 
 def test_a_url_is_not_quoted_when_the_connection_fails(project: Project, database: Database) -> None:
-    token = f"postgresql://{CANARY}@{database.url.host}:{database.url.port or 5432}/{database.name}"
+    token = f"postgresql://t0k3n@{database.url.host}:{database.url.port or 5432}/{database.name}"
     result = project.alembic("current", DATABASE_URL=token, PGPASSWORD="x")
     assert result.returncode == 255
     assert 'failed: FATAL: password authentication failed for user "..."; check DB_USER' in result.failure
+    assert "t0k3n" not in result.stdout + result.stderr
 
 
 def test_memory_does_not_grow_with_the_number_of_statements(project: Project, database: Database) -> None:
