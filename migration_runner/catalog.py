@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import psycopg2
 
-from migration_runner.sql import IndexBuild
+from migration_runner.sql import REINDEX_SUFFIX, IndexBuild
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,14 +47,17 @@ class Place:
     current_schema: str | None
     schema_owner: str | None  # None where the role trusts it
     table_schema: str | None  # where the version table stands already
+    schemas: tuple[str, ...]  # of the path, as far as they exist and the role may use them
 
 
 def find_place(raw: RawConnection, search_path: str, version_table: str) -> Place:
     """Resolve names as a revision would, in the transaction that the caller ends."""
-    raw.ask("SELECT set_config('search_path', %s, true)", search_path)
-    role, schema, found = raw.ask(
-        "SELECT current_user::pg_catalog.text, pg_catalog.current_schema()::pg_catalog.text,"
+    role, schema, schemas, found = raw.ask(
+        "SELECT set_config('search_path', %s, true);"
+        " SELECT current_user::pg_catalog.text, pg_catalog.current_schema()::pg_catalog.text,"
+        " pg_catalog.current_schemas(false)::pg_catalog.text[],"
         " pg_catalog.to_regclass(pg_catalog.quote_ident(%s::pg_catalog.text))::pg_catalog.oid",
+        search_path,
         version_table,
     )[0]
     raw.ask("SELECT pg_catalog.set_config('search_path', 'pg_catalog', true)")
@@ -64,18 +67,20 @@ def find_place(raw: RawConnection, search_path: str, version_table: str) -> Plac
         schema,
     )
     table_schema = raw.ask(
-        "SELECT relnamespace::regnamespace::oid, n.nspname::text FROM pg_class c"
-        " JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = %s",
+        "SELECT n.nspname::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = %s",
         found,
     )
-    return Place(role, schema, owner[0][0] if owner else None, table_schema[0][1] if table_schema else None)
+    return Place(
+        role,
+        schema,
+        owner[0][0] if owner else None,
+        table_schema[0][0] if table_schema else None,
+        tuple(schemas),
+    )
 
 
-def others_who_may_create(raw: RawConnection, search_path: str) -> list[str]:
-    """`public (PUBLIC, report)`: schemas of the search_path in which others may make objects that revisions meet."""
-    raw.ask("SELECT set_config('search_path', %s, true)", search_path)
-    (schemas,) = raw.ask("SELECT pg_catalog.current_schemas(false)::pg_catalog.text[]")[0]
-    raw.ask("SELECT pg_catalog.set_config('search_path', 'pg_catalog', true)")
+def others_who_may_create(raw: RawConnection, schemas: Sequence[str]) -> list[str]:
+    """`public (PUBLIC, report)`: those of the schemas in which others may make objects that revisions meet."""
     rows = raw.ask(
         TRUSTED
         + """
@@ -90,7 +95,7 @@ def others_who_may_create(raw: RawConnection, search_path: str) -> list[str]:
         WHERE n.nspname = ANY (%s::name[]) AND a.grantee NOT IN (SELECT oid FROM trusted)
         GROUP BY 1 ORDER BY 1
         """,
-        schemas,
+        list(schemas),
     )
     return [f"{schema} ({roles})" for schema, roles in rows]
 
@@ -227,7 +232,8 @@ class ResolvedBuild:
             return False
         if self.index is None or len(self.tables) > 1:  # no name, or those of the partitions' indexes
             return new
-        return re.sub(r"_cc(new|old)\d*$" if self.build.rebuilds else "$", "", index.relname) == self.index
+        name = re.sub(REINDEX_SUFFIX, "", index.relname) if self.build.rebuilds else index.relname
+        return name == self.index
 
 
 def resolve(raw: RawConnection, build: IndexBuild) -> ResolvedBuild:
@@ -296,8 +302,8 @@ def waiters(asks: Asks, pid: int) -> list[tuple[int, str]]:
     """Who waits for the session: pids and names."""
     rows = asks.ask(
         f"SELECT a.pid, {WHO} FROM pg_stat_activity a"
-        " WHERE a.pid IN (SELECT pid FROM pg_locks WHERE NOT granted) AND %s = ANY (pg_blocking_pids(a.pid)) ORDER"
-        " BY 1",
+        " WHERE a.pid IN (SELECT pid FROM pg_locks WHERE NOT granted) AND %s = ANY (pg_blocking_pids(a.pid))"
+        " ORDER BY 1",
         pid,
     )
     return [(int(other), str(name)) for other, name in rows]

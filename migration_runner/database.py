@@ -54,7 +54,7 @@ class RawConnection(psycopg2.extensions.connection):
     ) -> Any:
         """A cursor of the driver or of the caller's own class, which passes the observer in either case."""
         factory = cursor_factory or getattr(self, "cursor_factory", None) or psycopg2.extensions.cursor
-        return super().cursor(name, cursor_factory=_observed(factory), **options)
+        return super().cursor(name, cursor_factory=_observed_class(factory), **options)
 
     def ask(self, query: str | bytes, *parameters: object) -> list[Row]:
         """The rows of one of the runner's own queries, unseen by the observer and by SQLAlchemy."""
@@ -105,7 +105,7 @@ class Observed:
 
 
 @functools.cache
-def _observed(factory: Any) -> Any:
+def _observed_class(factory: Any) -> Any:
     """The cursor class with Observed before it; a factory that is no class is taken as it is."""
     if not isinstance(factory, type) or issubclass(factory, Observed):
         return factory

@@ -27,28 +27,18 @@ def run() -> None:
 def run_online() -> None:
     """Run the command on the database that the environment names, with at most one line of failure."""
     _set_up_logging()
-    command = Command.from_context()
-    revisions.validate(command.script)
-    if command.needs is Needs.NOTHING:
-        _run_without_database(command)
-        return
-    revisions.validate_runnable(command.script, command.destination)
-    Runner(command, settings.load(_env_file(command))).run()
+    if command := _prepare():
+        Runner(command, settings.load(_env_file(command))).run()
 
 
 def run_offline() -> None:
     """Write the SQL of `--sql`, all or nothing; a failure goes to standard error, as standard output is the plan."""
     _set_up_logging()
     try:
-        command = Command.from_context()
-        revisions.validate(command.script)
-        if command.needs is Needs.NOTHING:
-            _run_without_database(command)
-            return
-        revisions.validate_runnable(command.script, command.destination)
-        from migration_runner import plan  # in a Job nothing is compiled in advance: 15 ms that a run does not need
+        if command := _prepare():
+            from migration_runner import plan  # in a Job nothing is compiled in advance: 15 ms that a run does not need
 
-        plan.write(command, settings.load(_env_file(command)))
+            plan.write(command, settings.load(_env_file(command)))
     except CommandError as error:
         if context.config.cmd_opts is None:  # a program, not the command line
             raise
@@ -56,9 +46,16 @@ def run_offline() -> None:
         raise SystemExit(255) from error
 
 
-def _run_without_database(command: Command) -> None:
+def _prepare() -> Command | None:
+    """Check the files; return the command, or None where it needed no database and is done."""
+    command = Command.from_context()
+    revisions.validate(command.script)
+    if command.needs is not Needs.NOTHING:
+        revisions.validate_runnable(command.script, command.destination)
+        return command
     context.configure(dialect_name="postgresql", as_sql=True, process_revision_directives=revisions.assign_revision_id)
     context.run_migrations()
+    return None
 
 
 def _env_file(command: Command) -> Path | None:

@@ -166,9 +166,8 @@ def describe(error: BaseException) -> str:
 def unbound_parameter(name: str) -> str:
     """What is wrong with `:name` in the text of a statement."""
     return (
-        f"SQLAlchemy reads ':{name}' in the statement as a bind parameter without a value; write a backslash"
-        f" before a colon"
-        " that is a part of the SQL (\\:)"
+        f"SQLAlchemy reads ':{name}' in the statement as a bind parameter without a value; write a backslash before"
+        " a colon that is a part of the SQL (\\:)"
     )
 
 

@@ -327,7 +327,7 @@ def _index(build: sql.IndexBuild, name: str) -> str | None:
         same = f"indexrelid OPERATOR(pg_catalog.=) {table}"
         table = f"(SELECT indrelid FROM pg_catalog.pg_index WHERE {same})"
     parts = f"pg_catalog.parse_ident({_text(build.index)})"
-    added = r"_cc(new|old)\d*$" if build.rebuilds else "$"
+    added = sql.REINDEX_SUFFIX if build.rebuilds else "$"
     found = (
         "SELECT FROM pg_catalog.pg_index i JOIN pg_catalog.pg_class c ON c.oid OPERATOR(pg_catalog.=) i.indexrelid"
         f"\n  WHERE NOT i.indisvalid AND i.indrelid OPERATOR(pg_catalog.=) {table}"

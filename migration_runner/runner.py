@@ -189,8 +189,7 @@ class Attempt:
             raise CommandError(
                 printable(
                     f"the version table {table.name} {table.problem}; fix that, or set ALEMBIC_VERSION_TABLE or"
-                    f" DB_SCHEMA;"
-                    " see 'Troubleshooting' in README.md"
+                    " DB_SCHEMA; see 'Troubleshooting' in README.md"
                 )
             )
         options: dict[str, Any] = {
@@ -217,7 +216,7 @@ class Attempt:
         session.connection.commit()
 
     def _warn_of_others(self) -> None:
-        others = catalog.others_who_may_create(self.session.raw, self.session.search_path)
+        others = catalog.others_who_may_create(self.session.raw, self.session.schemas)
         self.session.raw.rollback()
         if others:
             self.runner.progress.log(
@@ -232,8 +231,9 @@ class Attempt:
         """Yield Alembic's steps, each logged before it begins and after it is committed."""
         command, progress, connection = self.runner.command, self.runner.progress, self.session.connection
         script = command.script
-        self.session.use_search_path(SAFE_PATH)
-        if not command.purges:  # else the rows are deleted, and Alembic says that there were none
+        if command.purges:  # Alembic has deleted the rows, and says that there were none
+            self.session.use_search_path(SAFE_PATH)
+        else:
             progress.position = join(heads)
             self._refuse_unknown(heads, table)
         if command.needs is Needs.READ:

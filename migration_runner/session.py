@@ -64,6 +64,7 @@ class Session:
         self.raw: RawConnection = raw(connection)
         self.schema = ""  # of the version table; fixed for the run, since a revision may change the search_path
         self.search_path = ""  # of the revisions
+        self.schemas: tuple[str, ...] = ()  # that it names
         self.defaults: dict[str, str] = {}
         self.lock_key: int | None = None
 
@@ -132,9 +133,8 @@ def _first_connection(database: Database, budget: RetryBudget) -> Connection:
             return database.connect()
         except (DBAPIError, psycopg2.Error, UnicodeDecodeError) as error:
             reason = printable(settings.without_user(server_message(error)))
-            if not _is_transient(reason):
-                hint = _connect_hint(reason)
-                raise CommandError(f"cannot connect to {printable(settings.target)}: {reason}{hint}") from None
+            if hint := _permanent(reason):
+                raise CommandError(f"cannot connect to {printable(settings.target)}: {reason}; {hint}") from None
             if not budget.wait(reason):
                 raise RetriesExhausted(
                     f"could not connect to {printable(settings.target)} within {budget.seconds:.0f} s: {reason}; check"
@@ -142,18 +142,16 @@ def _first_connection(database: Database, budget: RetryBudget) -> Connection:
                 ) from None
 
 
-def _is_transient(reason: str) -> bool:
+def _permanent(reason: str) -> str | None:
+    """What to do where no retry is known to help; None where one is."""
     said = re.sub('"[^"]*"', "", reason)  # a host or a role may be called `invalid`
-    return not any(words in said for words in PERMANENT_CONNECT_ERRORS) and bool(TRANSIENT_CONNECT_ERRORS.search(said))
-
-
-def _connect_hint(reason: str) -> str:
-    said = re.sub('"[^"]*"', "", reason)
     for words, hint in PERMANENT_CONNECT_ERRORS.items():
         if words in said:
             password = words in ("authentication failed", "no password supplied")
-            return f"; {hint}{password_hint() if password else ''}"
-    return "; not a known transient error, so not retried: check the DB_* and PG* variables, then retry"
+            return f"{hint}{password_hint() if password else ''}"
+    if TRANSIENT_CONNECT_ERRORS.search(said):
+        return None
+    return "not a known transient error, so not retried: check the DB_* and PG* variables, then retry"
 
 
 def _reject_transaction_pooling(session: Session, database: Database) -> None:
@@ -210,6 +208,7 @@ def _choose_schema(session: Session) -> None:
             f" owner is {printable(place.schema_owner)}; set DB_SCHEMA to the schema of the tables"
         )
     session.schema = wanted or place.table_schema or place.current_schema
+    session.schemas = place.schemas
     # SQLAlchemy asked for it under SAFE_PATH; a revision's reflection goes by it.
     session.connection.dialect.default_schema_name = place.current_schema
 
@@ -220,7 +219,7 @@ def describe(session: Session) -> str:
     host = str(info.host)
     if address := info.dsn_parameters.get("hostaddr"):
         host += f" [{address}]"
-    version = session.ask("SELECT current_setting('server_version')")[0][0]
+    version = info.parameter_status("server_version")
     return printable(
         f"database {info.dbname} at {host}:{info.port} as {info.user}, schema {session.schema}, PostgreSQL {version}"
     )

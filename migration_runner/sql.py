@@ -98,6 +98,10 @@ class IndexBuild:
     rebuilds: bool = False  # REINDEX
 
 
+# What REINDEX CONCURRENTLY appends to the name of what it builds, and of what that replaces.
+REINDEX_SUFFIX = r"_cc(new|old)\d*$"
+
+
 class _Reader:
     def __init__(self, statement: str) -> None:
         self.tokens = tokens(statement)
@@ -184,10 +188,8 @@ _ATOMIC = frozenset(
 
 def is_atomic(statement: str) -> bool:
     """Whether it does all or nothing outside a transaction; DO, CALL, REINDEX and others may commit on their way."""
-    found = list(tokens(statement))
-    words = [token.text.upper() for token in found if token.kind == "word"]
-    several = any(token.text == ";" for token in found[:-1])
-    return not several and bool(words) and words[0] in _ATOMIC and not detaches(statement)
+    first = next((token.text.upper() for token in tokens(statement) if token.kind == "word"), "")
+    return first in _ATOMIC and not is_script(statement) and not detaches(statement)
 
 
 def detaches(statement: str) -> bool:

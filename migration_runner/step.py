@@ -122,7 +122,7 @@ class StepRun:
     def autocommit_block(self, block: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
         """Alembic's own, which commits: what came before stays from here on, and what follows is a new transaction."""
         raw = self.session.raw
-        self._require_own_transaction(raw.ask, f"RELEASE SAVEPOINT {savepoint(self.step)}")
+        self._require_own_transaction(f"RELEASE SAVEPOINT {savepoint(self.step)}")
         raw.observer = None  # Alembic's own statements are not the revision's
         self.transaction = Transaction.ENTERING_BLOCK
         try:
@@ -203,7 +203,7 @@ class StepRun:
     def _end(self, invalid_before: frozenset[int]) -> None:
         """The transaction must be the one that began; then the settings are made anew, before Alembic's own SQL."""
         query = f"RELEASE SAVEPOINT {savepoint(self.step)}; ".encode() + self.session.reset_sql
-        transaction_id, held, triggers, *_ = self._require_own_transaction(self.session.raw.ask, query)[0]
+        transaction_id, held, triggers, *_ = self._require_own_transaction(query)[0]
         if transaction_id != self.transaction_id:  # another one with a savepoint of that name
             raise self._own_transaction()
         if not held:
@@ -213,11 +213,9 @@ class StepRun:
         if triggers:  # of an audit, say, whose names are resolved as the revisions' are
             self.session.use_search_path(self.session.search_path)
 
-    def _require_own_transaction(
-        self, ask: Callable[..., list[tuple[object, ...]]], query: str | bytes
-    ) -> list[tuple[object, ...]]:
+    def _require_own_transaction(self, query: str | bytes) -> list[tuple[object, ...]]:
         try:
-            return ask(query)
+            return self.session.raw.ask(query)
         except psycopg2.Error as error:
             if error.pgcode in ("3B001", "25P01"):  # no such savepoint; no transaction
                 raise self._own_transaction() from error
@@ -237,7 +235,7 @@ class StepRun:
             raise self._own_transaction()
         if status in (TRANSACTION_STATUS_INERROR, TRANSACTION_STATUS_INTRANS):
             with suppress(DBAPIError, psycopg2.Error):
-                self._require_own_transaction(raw.ask, f"ROLLBACK TO SAVEPOINT {savepoint(self.step)}")
+                self._require_own_transaction(f"ROLLBACK TO SAVEPOINT {savepoint(self.step)}")
 
 
 def savepoint(step: MigrationStep) -> str:
