@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -24,7 +25,7 @@ LATER_INTERVAL = 60
 
 
 class Monitor:
-    """Samples the session each second, beginning after one; a run that ends within a second opens no connection.
+    """Samples the session each second, once a step takes longer than one; a run of short steps opens no connection.
 
     Where no second connection is to be had, names and progress are missing, and nothing else.
     """
@@ -49,8 +50,12 @@ class Monitor:
         self.blockers = self.waiters = frozenset()
 
     def _run(self) -> None:
-        if self._stop.wait(1):
-            return
+        started = time.monotonic()
+        step = None
+        while (step.elapsed if step else time.monotonic() - started) < 1:
+            if self._stop.wait(0.5):
+                return
+            step = self.current()
         with suppress(DBAPIError, psycopg2.Error, UnicodeDecodeError), self.database.side_connection() as other:
             self._sample(other.as_login_role())
         self._sample(None)  # not to be had, or broken

@@ -21,7 +21,7 @@ from sqlalchemy.schema import CreateTable
 from migration_runner import revisions, sql
 from migration_runner.command import Command
 from migration_runner.errors import unbound_parameter
-from migration_runner.session import LOCK_TIMEOUT
+from migration_runner.session import LOCK_TIMEOUT, qualify_comparisons
 from migration_runner.settings import Settings
 from migration_runner.step import savepoint, title
 
@@ -91,6 +91,7 @@ class _Plan:
             fn=self._steps,
         )
         migration = context.get_context()
+        qualify_comparisons(migration._version)
         dialect: Any = migration.dialect
         dialect.statement_compiler = type("PlanCompiler", (_LiteralValues, dialect.statement_compiler), {})
         dialect._backslash_escapes = False  # as SQLAlchemy learns of a server: standard_conforming_strings is on

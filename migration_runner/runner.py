@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import logging
 from collections.abc import Collection, Iterator
 from contextlib import suppress
@@ -31,7 +32,7 @@ from migration_runner.errors import (
 from migration_runner.monitor import Monitor
 from migration_runner.outcome import DatabaseState, Outcome, read_state
 from migration_runner.retry import RetryBudget
-from migration_runner.session import SAFE_PATH, Session, acquire_lock, describe, open_session
+from migration_runner.session import SAFE_PATH, Session, acquire_lock, describe, open_session, qualify_comparisons
 from migration_runner.settings import Settings
 from migration_runner.signals import StopSignal, interruptible
 from migration_runner.step import StepRun
@@ -90,9 +91,13 @@ class Runner:
 
     def run(self) -> None:
         """Run the command; raise CommandError (no retry helps) or RetriesExhausted (one may) with one line."""
-        with interruptible(self.stop, self._cancel, self._interrupted_line, self._killed_line):
-            while not self._succeeds():
-                pass
+        gc.freeze()  # the revisions' modules stay, and each collection would look at all of them
+        try:
+            with interruptible(self.stop, self._cancel, self._interrupted_line, self._killed_line):
+                while not self._succeeds():
+                    pass
+        finally:
+            gc.unfreeze()
 
     def _succeeds(self) -> bool:
         """Whether the command is done; False after a failure that is known to pass, and a wait."""
@@ -210,6 +215,7 @@ class Attempt:
             session.use_search_path(session.search_path)
             session.raw.commit()
         command.environment.configure(**options)
+        qualify_comparisons(command.environment.get_context()._version)
         if command.purges:  # Alembic would commit that before the stamp, which may fail
             session.connection.begin()
         command.environment.run_migrations()
@@ -251,6 +257,7 @@ class Attempt:
         progress.log(f"at {self._described(heads)}; to do: {len(steps)} ({', '.join(names)})")
         _refuse_long_names(steps, table)
         self._note_invalid_indexes()
+        self.session.use_search_path(self.session.search_path)
         if not command.purges:
             connection.commit()  # each step begins a transaction of its own
         for step in steps:
@@ -317,9 +324,9 @@ class Attempt:
     def _log_new_invalid_indexes(self) -> None:
         # All is done, whatever comes of this.
         with suppress(psycopg2.Error):
-            self.session.use_search_path(SAFE_PATH)
             before = self.runner.progress.invalid_before
-            names = [index.name for index in catalog.indexes(self.session.raw) if index.oid not in before]
+            with self.session.safe_path():
+                names = [index.name for index in catalog.indexes(self.session.raw) if index.oid not in before]
             self.session.raw.rollback()
             if names:
                 log.warning("became INVALID during the run, not caused by it: %s", printable(", ".join(names)))

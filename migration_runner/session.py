@@ -8,10 +8,11 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from typing import Any, cast
 
 import psycopg2
 from alembic.util import CommandError
-from sqlalchemy import Connection
+from sqlalchemy import ColumnElement, Connection, String, Table
 from sqlalchemy.exc import DBAPIError
 
 from migration_runner import catalog
@@ -51,7 +52,7 @@ SERVER_SETTINGS = {
 # What a revision may change for good (SET SESSION CHARACTERISTICS), and the next one begins with as the role has it.
 OWN_SETTINGS = ("default_transaction_read_only", "default_transaction_isolation", "default_transaction_deferrable")
 
-# Between revisions nothing is looked up in a schema of the role's: Alembic's own SQL is not qualified either.
+# What SQLAlchemy and the runner ask is not qualified, so nothing of theirs is looked up in a schema of the role's.
 SAFE_PATH = "pg_catalog"
 
 
@@ -82,26 +83,24 @@ class Session:
     def reset_sql(self) -> bytes:
         """The query that makes the session's settings anew; asked for once the lock is held, or for a session without.
 
-        Its first columns: the transaction's id, whether the run's lock is held, whether the version table has triggers.
+        Its first columns: the transaction's id, and whether the run's lock is held.
         """
         held = "true" if self.lock_key is None else f"pg_catalog.pg_try_advisory_lock({self.lock_key})"
-        triggers = (
-            "(SELECT c.relhastriggers FROM pg_catalog.pg_class c WHERE c.oid OPERATOR(pg_catalog.=)"
-            " pg_catalog.to_regclass(%s::pg_catalog.text)::pg_catalog.oid)"
-        )
         calls = ", ".join(["pg_catalog.set_config(%s, %s, false)"] * len(self.defaults))
-        quoted = ".".join('"{}"'.format(name.replace('"', '""')) for name in (self.schema, self.settings.version_table))
         values = [text for pair in self.defaults.items() for text in pair]
         with self.raw.cursor() as cursor:
-            return bytes(
-                cursor.mogrify(
-                    f"SELECT pg_catalog.txid_current_if_assigned(), {held}, {triggers}, {calls}", [quoted, *values]
-                )
-            )
+            return bytes(cursor.mogrify(f"SELECT pg_catalog.txid_current_if_assigned(), {held}, {calls}", values))
 
     def use_search_path(self, path: str) -> None:
         """Resolve names as the revisions do, or as the runner does."""
         self.raw.ask("SELECT pg_catalog.set_config('search_path', %s, false)", path)
+
+    @contextmanager
+    def safe_path(self) -> Iterator[None]:
+        """For the runner's questions between revisions."""
+        self.use_search_path(SAFE_PATH)
+        yield
+        self.use_search_path(self.search_path)
 
     def ask(self, query: str | bytes, *parameters: object) -> list[tuple[object, ...]]:
         """Ask one of the runner's own questions in a transaction of its own, between revisions."""
@@ -209,6 +208,7 @@ def _choose_schema(session: Session) -> None:
         )
     session.schema = wanted or place.table_schema or place.current_schema
     session.schemas = place.schemas
+    session.defaults["search_path"] = session.search_path  # from the first revision's end
     # SQLAlchemy asked for it under SAFE_PATH; a revision's reflection goes by it.
     session.connection.dialect.default_schema_name = place.current_schema
 
@@ -250,3 +250,20 @@ def lock_key(schema: str, settings: Settings) -> int:
     """Of the version table: two projects in one database do not wait for each other."""
     digest = hashlib.sha256(f"{schema}.{settings.version_table}".encode()).digest()
     return int.from_bytes(digest[:8], "big", signed=True)
+
+
+class _Comparator(String.Comparator[str]):
+    def __eq__(self, other: Any) -> ColumnElement[bool]:  # type: ignore[override]
+        return cast("ColumnElement[bool]", self.bool_op("OPERATOR(pg_catalog.=)")(other))
+
+
+class _VersionNumber(String):
+    comparator_factory = _Comparator
+
+
+def qualify_comparisons(version_table: Table) -> None:
+    """Have Alembic's own UPDATE and DELETE compare by PostgreSQL's operator, whatever the search_path has.
+
+    So they can run with the revisions' search_path, by which an audit trigger of one's own finds its tables.
+    """
+    version_table.c.version_num.type = _VersionNumber(32)

@@ -18,8 +18,7 @@ from migration_runner.errors import Incomplete, Interrupted, LockLost, OwnTransa
 from migration_runner.session import LOCK_TIMEOUT, Session
 
 BEGIN_SQL = """SAVEPOINT {};
-SELECT CASE WHEN pg_catalog.pg_is_in_recovery() THEN NULL ELSE pg_catalog.txid_current() END,
- pg_catalog.set_config('search_path', coalesce(%s, pg_catalog.current_setting('search_path')), false)"""
+SELECT CASE WHEN pg_catalog.pg_is_in_recovery() THEN NULL ELSE pg_catalog.txid_current() END"""
 
 
 class StatementLog:
@@ -106,7 +105,7 @@ class StepRun:
 
     def apply(self, function: Callable[[], None], invalid_before: frozenset[int]) -> None:
         """Run the revision's function; raise what it raises, or OwnTransaction, LockLost or Incomplete."""
-        self._begin(self.session.search_path)
+        self._begin()
         self.session.raw.observer = self
         try:
             function()
@@ -135,7 +134,7 @@ class StepRun:
                     self.transaction, raw.observer = Transaction.AFTER_BLOCK, None
         finally:
             if not self.session.lost:
-                self._begin(None)
+                self._begin()
             raw.observer = self
 
     def ended_its_transaction(self, status: str | None) -> bool:
@@ -186,8 +185,10 @@ class StepRun:
     def _waits_for_all(self, statement: str) -> bool:
         """Whether lock_timeout was lifted: a concurrent build waits for all transactions, and holds up nobody."""
         raw = self.session.raw
+        if raw.in_transaction:
+            return False
         build = sql.index_build(statement)
-        if raw.in_transaction or not (build or sql.detaches(statement)):
+        if not (build or sql.detaches(statement)):
             return False
         if build:
             self.builds.append(catalog.resolve(raw, build))
@@ -196,22 +197,23 @@ class StepRun:
             raw.ask("SET lock_timeout = 0")
         return ours
 
-    def _begin(self, search_path: str | None) -> None:
+    def _begin(self) -> None:
         """Know the transaction again: by a savepoint, and by its id for whoever asks after the connection broke."""
-        ((self.transaction_id, _),) = self.session.raw.ask(BEGIN_SQL.format(savepoint(self.step)), search_path)
+        ((self.transaction_id,),) = self.session.raw.ask(BEGIN_SQL.format(savepoint(self.step)))
 
     def _end(self, invalid_before: frozenset[int]) -> None:
-        """The transaction must be the one that began; then the settings are made anew, before Alembic's own SQL."""
+        """The transaction must be the one that began; then the settings are made anew, for whatever comes next."""
         query = f"RELEASE SAVEPOINT {savepoint(self.step)}; ".encode() + self.session.reset_sql
-        transaction_id, held, triggers, *_ = self._require_own_transaction(query)[0]
+        transaction_id, held, *_ = self._require_own_transaction(query)[0]
         if transaction_id != self.transaction_id:  # another one with a savepoint of that name
             raise self._own_transaction()
         if not held:
             raise LockLost
-        if self.builds and self.left_invalid(catalog.indexes(self.session.raw), invalid_before):
-            raise Incomplete
-        if triggers:  # of an audit, say, whose names are resolved as the revisions' are
-            self.session.use_search_path(self.session.search_path)
+        if self.builds:
+            with self.session.safe_path():
+                indexes = catalog.indexes(self.session.raw)
+            if self.left_invalid(indexes, invalid_before):
+                raise Incomplete
 
     def _require_own_transaction(self, query: str | bytes) -> list[tuple[object, ...]]:
         try:
@@ -245,7 +247,7 @@ def savepoint(step: MigrationStep) -> str:
     is still the same one. The plan (--sql) has the same statements.
     """
     name = step.revision.revision if isinstance(step, RevisionStep) else "stamp"
-    return '"migration_runner {}"'.format(name.replace('"', '""').replace("%", ""))
+    return '"migration_runner {}"'.format(name.replace('"', '""'))
 
 
 def title(step: MigrationStep) -> str:
