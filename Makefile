@@ -2,12 +2,13 @@
 SHELL := /bin/sh
 PYTHON ?= python3
 ROUNDS ?= 1000
+REVISIONS ?= 1000
 BIN := .venv/bin
 UV_COMPILE = $(BIN)/uv pip compile -q --universal --python-version 3.10 --generate-hashes --no-emit-index-url --no-header
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-.PHONY: help venv demo migrate test test-fast test-install soak cluster install cluster-down lint lock docs clean
+.PHONY: help venv demo migrate test test-fast test-install soak bench cluster install cluster-down lint lock docs clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -40,6 +41,9 @@ test-install: venv ## install the chart on a real cluster
 
 soak: venv ## run ten runs at once with random kills 1,000 times (about 17 minutes; ROUNDS=n for another number)
 	@$(BIN)/pytest -s tests/faults/test_concurrency.py --rounds $(ROUNDS)
+
+bench: venv ## compare with stock Alembic (about two minutes; REVISIONS=n for another number than 1,000)
+	@$(BIN)/python -m bench.stock_alembic --revisions $(REVISIONS)
 
 cluster: venv ## make a Kubernetes cluster to play with: database, git server and package index included
 	@$(BIN)/python -m tools.cluster up

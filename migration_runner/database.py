@@ -44,7 +44,7 @@ class RawConnection(psycopg2.extensions.connection):
     @property
     def in_transaction(self) -> bool:
         """Whether the server has a transaction open, as it said with its last answer."""
-        return self.info.transaction_status not in (
+        return self.get_transaction_status() not in (
             psycopg2.extensions.TRANSACTION_STATUS_IDLE,
             psycopg2.extensions.TRANSACTION_STATUS_UNKNOWN,
         )

@@ -196,6 +196,8 @@ def server_message(error: BaseException) -> str:
 
 def printable(text: str) -> str:
     """The text with line ends and other control characters escaped, so that it cannot forge a line of the log."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

@@ -1,0 +1,112 @@
+"""The runner against stock Alembic, on the same revisions and the same server: ratios of medians, in one run.
+
+    make bench                # 1,000 revisions, nine rounds
+    make bench REVISIONS=10000
+
+Stock is what `alembic init` writes, with a transaction for each revision. The two take turns, and nothing is compiled
+in advance, as in a Job.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from shutil import copy, copytree, ignore_patterns
+
+from tools.postgres import Postgres
+
+ROOT = Path(__file__).parents[1]
+ALEMBIC = Path(sys.executable).with_name("alembic")
+REVISION = '''"""add"""
+
+from alembic import op
+
+revision = "{number:05}"
+down_revision = {down}
+
+
+def upgrade() -> None:
+    op.execute("CREATE TABLE t{number} (id int)")
+
+
+def downgrade() -> None:
+    op.execute("DROP TABLE t{number}")
+'''
+
+
+def make_projects(folder: Path, revisions: int) -> dict[str, Path]:
+    """`ours` and `stock`, with as many revisions that make a table each."""
+    ours, stock = folder / "ours", folder / "stock"
+    (ours / "migrations/versions").mkdir(parents=True)
+    copytree(ROOT / "migration_runner", ours / "migration_runner", ignore=ignore_patterns("__pycache__"))
+    for name in ("alembic.ini", "migrations/env.py", "migrations/script.py.mako"):
+        copy(ROOT / name, ours / name)
+    stock.mkdir()
+    subprocess.run([ALEMBIC, "init", "migrations"], cwd=stock, check=True, capture_output=True)
+    env = stock / "migrations/env.py"
+    text = env.read_text()
+    for before, after in (
+        ("config = context.config\n", "config = context.config\nimport os\n"),
+        ("config.get_section(config.config_ini_section, {})", '{"sqlalchemy.url": os.environ["DATABASE_URL"]}'),
+        ("connection=connection,", "connection=connection, transaction_per_migration=True,"),
+    ):
+        assert before in text, f"alembic init writes another env.py than expected: {before!r} is missing"
+        text = text.replace(before, after)
+    env.write_text(text)
+    for number in range(1, revisions + 1):
+        source = REVISION.format(number=number, down=repr(f"{number - 1:05}") if number > 1 else None)
+        for project in (ours, stock):
+            (project / f"migrations/versions/20260101_000000_{number:05}_add.py").write_text(source)
+    return {"ours": ours, "stock": stock}
+
+
+def measure(revisions: int, rounds: int) -> dict[tuple[str, str], float]:
+    """Median seconds by project and command: from empty, no-op, current."""
+    seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
+    with tempfile.TemporaryDirectory() as folder, Postgres() as server:
+        projects = make_projects(Path(folder), revisions)
+        for turn in range(rounds):
+            for name in sorted(projects, reverse=turn % 2 == 1):
+                database = f"{name}{turn}"
+                server.execute(f"CREATE DATABASE {database}")
+                url = server.url.set(database=database, drivername="postgresql")
+                environment = os.environ | {
+                    "DATABASE_URL": url.render_as_string(hide_password=False),
+                    "PYTHONDONTWRITEBYTECODE": "1",
+                }
+                for what, command in (
+                    ("from empty", ("upgrade", "head")),
+                    ("no-op", ("upgrade", "head")),
+                    ("current", ("current",)),
+                ):
+                    start = time.monotonic()
+                    subprocess.run(
+                        [ALEMBIC, *command], cwd=projects[name], env=environment, check=True, capture_output=True
+                    )
+                    seconds[name, what].append(time.monotonic() - start)
+                server.execute(f"DROP DATABASE {database}")
+            print(f"round {turn + 1} of {rounds}", file=sys.stderr)
+    return {key: statistics.median(values) for key, values in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--revisions", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=9)
+    arguments = parser.parse_args()
+    median = measure(arguments.revisions, arguments.rounds)
+    for what in ("from empty", "no-op", "current"):
+        ours, stock = median["ours", what], median["stock", what]
+        print(f"{what:10}  ours {ours:6.2f} s  stock {stock:6.2f} s  ratio {ours / stock:.3f}")
+    print(f"current against no-op, ours: {median['ours', 'current'] / median['ours', 'no-op']:.3f}")
+
+
+if __name__ == "__main__":
+    main()
