@@ -143,7 +143,7 @@ class Outcome:
         parts: list[str] = []
         state, step = self.state, self.step
         if not self.connected:
-            return ["no connection was established"]
+            return ["nothing was changed"]
         own = step is not None and step.transaction is Transaction.ENDED
         stays = own
         if step and own:

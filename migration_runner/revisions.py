@@ -76,7 +76,10 @@ def validate_runnable(script: ScriptDirectory, destination: Iterable[str]) -> No
             try:
                 script.get_revision(target)
             except CommandError:
-                raise CommandError(f"there is no revision {target}; 'alembic history' lists them") from None
+                names = (revision.revision for revision in script.walk_revisions())
+                same = sorted(name for name in names if len(name) > 3 and name.startswith(target))  # as Alembic matches
+                problem = f"{target} may be any of {', '.join(same)}" if same else f"there is no revision {target}"
+                raise CommandError(f"{problem}; 'alembic history' lists them") from None
 
 
 def validate_one_head(script: ScriptDirectory) -> None:

@@ -111,6 +111,13 @@ def test_a_destination_that_does_not_exist_is_named_before_connecting(files: Pro
     assert (result.returncode, result.failure) == (255, "there is no revision 999; 'alembic history' lists them")
 
 
+def test_the_beginning_of_several_revisions_is_named_before_connecting(files: Project) -> None:
+    files.add("ab12", "pass")
+    files.add("ab34", "pass")
+    result = files.alembic("upgrade", "ab")
+    assert (result.returncode, result.failure) == (255, "ab may be any of ab12, ab34; 'alembic history' lists them")
+
+
 def test_a_revision_that_the_version_table_cannot_hold_is_named_before_any_step(
     project: Project, database: Database
 ) -> None:

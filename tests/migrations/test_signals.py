@@ -71,7 +71,7 @@ def test_a_signal_in_a_revision_rolls_it_back(
 @pytest.mark.fault(
     "Process and pod",
     fault="SIGTERM or SIGINT while the run waits for the database",
-    sees="`interrupted by SIGTERM; no connection was established; ...`, exit 143 (130)",
+    sees="`interrupted by SIGTERM; nothing was changed; ...`, exit 143 (130)",
     state="Nothing was changed",
     do="Deploy again",
 )
@@ -79,7 +79,7 @@ def test_a_signal_in_a_revision_rolls_it_back(
 def test_a_signal_while_waiting_for_the_database(files: Project, number: signal.Signals, code: int) -> None:
     running = files.popen("upgrade", "head")
     running.says(" waiting, ")
-    interrupted(*running.stop(number), number, code, "; no connection was established")
+    interrupted(*running.stop(number), number, code, "; nothing was changed")
 
 
 @pytest.mark.fault(
