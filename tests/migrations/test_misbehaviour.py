@@ -112,8 +112,8 @@ def test_a_destination_that_does_not_exist_is_named_before_connecting(files: Pro
 
 
 def test_the_beginning_of_several_revisions_is_named_before_connecting(files: Project) -> None:
-    files.add("ab12", "pass")
-    files.add("ab34", "pass")
+    files.add("ab12", down="001")
+    files.add("ab34", down="ab12")
     result = files.alembic("upgrade", "ab")
     assert (result.returncode, result.failure) == (255, "ab may be any of ab12, ab34; 'alembic history' lists them")
 
