@@ -35,6 +35,8 @@ import time
 import urllib.request
 from pathlib import Path
 
+import psycopg2
+
 from tools import engine
 from tools.binaries import find_or_build
 from tools.steps import CACHE, ROOT, UnavailableError, locked, once, remove, run, say
@@ -334,18 +336,20 @@ def _forward(cluster: Cluster) -> None:
         kubectl = [find_or_build("kubectl"), f"--kubeconfig={cluster.kubeconfig}", "-n", "hcm-fixtures"]
         process = subprocess.Popen([*kubectl, "port-forward", f"service/{service}", port], stdout=subprocess.DEVNULL)
         atexit.register(process.terminate)
-        _wait_for_port(process, int(port.partition(":")[0]))
 
 
-def _wait_for_port(process: subprocess.Popen, port: int) -> None:
-    for _ in range(300):
-        if process.poll() is not None:
-            break
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.1)
-    raise RuntimeError(f"kubectl port-forward does not listen on port {port}")
+def _wait_for_services(cluster: Cluster) -> None:
+    """A deployment is rolled out before the node's proxy, or a forwarded port, passes anybody on to it."""
+    end = time.monotonic() + 60
+    while True:
+        try:
+            urllib.request.urlopen(f"http://{cluster.address}:{cluster.ports['http']}/healthz", timeout=5).close()
+            psycopg2.connect(cluster.postgres_url(), connect_timeout=5).close()
+            return
+        except (OSError, psycopg2.OperationalError) as error:
+            if time.monotonic() > end:
+                raise RuntimeError(f"the services of hcm-fixtures do not answer: {error}") from error
+        time.sleep(0.2)
 
 
 def _install_fixtures(cluster: Cluster) -> None:
@@ -369,6 +373,7 @@ def _install_fixtures(cluster: Cluster) -> None:
         SELECT 'CREATE DATABASE unifieddevdb OWNER hcm'
         WHERE NOT EXISTS (SELECT FROM pg_database WHERE datname = 'unifieddevdb') \\gexec"""  # noqa: S608
     )
+    _wait_for_services(cluster)
     keys = {name: cluster.server_file(name) for name in ("ssh", "known_hosts")}
     metadata = {"name": "git-creds", "namespace": "health"}
     cluster.apply({"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": keys})
