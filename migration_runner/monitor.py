@@ -64,22 +64,22 @@ class Monitor:
         logged: tuple[StepRun | None, float] = (None, 0.0)
         while not self._stop.is_set():
             step = self.current()
-            if other and (blockers := frozenset(map(printable, catalog.blockers(other, self.pid)))):
-                self.blockers |= blockers
+            blockers = [printable(name) for name in catalog.blockers(other, self.pid)] if other else []
+            if blockers:
+                self.blockers |= frozenset(blockers)
             if step is not None:
                 last = logged[1] if logged[0] is step else 0.0
                 if step.elapsed - last >= (INTERVAL if step.elapsed <= 6 * INTERVAL + 1 else LATER_INTERVAL):
                     logged = (step, step.elapsed)
-                    doing = f": {'; '.join(self._doing(other))}" if other else ""
+                    doing = f": {'; '.join(self._doing(other, blockers))}" if other else ""
                     log.info("%s still running after %.0f s%s", step.title, step.elapsed, doing)
             self._stop.wait(1)
 
-    def _doing(self, other: SideConnection) -> list[str]:
+    def _doing(self, other: SideConnection, blockers: list[str]) -> list[str]:
         doing = catalog.activity(other, self.pid)
         parts = [summarize(doing.statement) if doing.statement else "no statement is running"]
         if doing.progress:
             parts.append(doing.progress)
-        blockers = [printable(name) for name in catalog.blockers(other, self.pid)]
         if blockers:
             parts.append(f"waiting for {' and '.join(blockers)}")
         elif doing.waits_for:

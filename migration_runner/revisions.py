@@ -76,10 +76,13 @@ def validate_runnable(script: ScriptDirectory, destination: Iterable[str]) -> No
             try:
                 script.get_revision(target)
             except CommandError:
-                names = (revision.revision for revision in script.walk_revisions())
-                same = sorted(name for name in names if len(name) > 3 and name.startswith(target))  # as Alembic matches
-                problem = f"{target} may be any of {', '.join(same)}" if same else f"there is no revision {target}"
-                raise CommandError(f"{problem}; 'alembic history' lists them") from None
+                raise CommandError(f"{_explain_no_match(script, target)}; 'alembic history' lists them") from None
+
+
+def _explain_no_match(script: ScriptDirectory, target: str) -> str:
+    names = (revision.revision for revision in script.walk_revisions())
+    same = sorted(name for name in names if len(name) > 3 and name.startswith(target))  # as Alembic matches
+    return f"{target} may be any of {', '.join(same)}" if same else f"there is no revision {target}"
 
 
 def validate_one_head(script: ScriptDirectory) -> None:

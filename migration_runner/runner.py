@@ -357,7 +357,6 @@ def _refuse_long_names(steps: list[MigrationStep], table: catalog.VersionTable |
             if width and len(name) > width:
                 widen = f", or widen the column: ALTER TABLE {table.name} ALTER version_num TYPE text" if table else ""
                 raise CommandError(
-                    f"revision {name} has {len(name)} characters, and the version table holds {width}; shorten"
-                    f" it{widen};"
-                    f" {revisions.SEE_README}"
+                    f"revision {name} has {len(name)} characters, and the version table holds {width};"
+                    f" shorten it{widen}; {revisions.SEE_README}"
                 )

@@ -79,17 +79,18 @@ class Session:
         """Whether the connection is broken, as the driver knows it."""
         return self.connection.invalidated or bool(self.raw.closed)
 
+    @property
+    def settings_sql(self) -> bytes:
+        """The query that makes the session's settings anew."""
+        calls = ", ".join(["pg_catalog.set_config(%s, %s, false)"] * len(self.defaults))
+        with self.raw.cursor() as cursor:
+            return bytes(cursor.mogrify(f"SELECT {calls}", [text for pair in self.defaults.items() for text in pair]))
+
     @cached_property
     def reset_sql(self) -> bytes:
-        """The query that makes the session's settings anew; asked for once the lock is held, or for a session without.
-
-        Its first columns: the transaction's id, and whether the run's lock is held.
-        """
+        """The same after each revision; its last columns: the transaction's id, and whether the run's lock is held."""
         held = "true" if self.lock_key is None else f"pg_catalog.pg_try_advisory_lock({self.lock_key})"
-        calls = ", ".join(["pg_catalog.set_config(%s, %s, false)"] * len(self.defaults))
-        values = [text for pair in self.defaults.items() for text in pair]
-        with self.raw.cursor() as cursor:
-            return bytes(cursor.mogrify(f"SELECT pg_catalog.txid_current_if_assigned(), {held}, {calls}", values))
+        return self.settings_sql + f", pg_catalog.txid_current_if_assigned(), {held}".encode()
 
     def use_search_path(self, path: str) -> None:
         """Resolve names as the revisions do, or as the runner does."""
@@ -183,8 +184,7 @@ def _set_defaults(session: Session) -> None:
     known = {name: str(value) for name, value in zip(names, values, strict=True) if value is not None}
     session.defaults = known | {name: value for name, value in SERVER_SETTINGS.items() if name in known}
     session.defaults["search_path"] = SAFE_PATH
-    session.ask(session.reset_sql)
-    del session.reset_sql  # it will have the schema and the lock
+    session.ask(session.settings_sql)
 
 
 def _choose_schema(session: Session) -> None:

@@ -204,7 +204,7 @@ class StepRun:
     def _end(self, invalid_before: frozenset[int]) -> None:
         """The transaction must be the one that began; then the settings are made anew, for whatever comes next."""
         query = f"RELEASE SAVEPOINT {savepoint(self.step)}; ".encode() + self.session.reset_sql
-        transaction_id, held, *_ = self._require_own_transaction(query)[0]
+        *_, transaction_id, held = self._require_own_transaction(query)[0]
         if transaction_id != self.transaction_id:  # another one with a savepoint of that name
             raise self._own_transaction()
         if not held:
