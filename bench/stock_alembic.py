@@ -20,9 +20,9 @@ from collections import defaultdict
 from pathlib import Path
 from shutil import copy, copytree, ignore_patterns
 
-from tools.postgres import Postgres
+from tools.postgres import Postgres, dsn
+from tools.steps import ROOT
 
-ROOT = Path(__file__).parents[1]
 ALEMBIC = Path(sys.executable).with_name("alembic")
 REVISION = '''"""add"""
 
@@ -78,7 +78,7 @@ def measure(revisions: int, rounds: int) -> dict[tuple[str, str], float]:
                 server.execute(f"CREATE DATABASE {database}")
                 url = server.url.set(database=database, drivername="postgresql")
                 environment = os.environ | {
-                    "DATABASE_URL": url.render_as_string(hide_password=False),
+                    "DATABASE_URL": dsn(url),
                     "PYTHONDONTWRITEBYTECODE": "1",
                 }
                 for what, command in (

@@ -125,6 +125,19 @@ class Database:
         return [row for (row,) in self.execute(query, "client backend")]
 
 
+def parts(database: Database) -> dict[str, str | None]:
+    """The test's database, as DB_*."""
+    url = database.url
+    return {
+        "DATABASE_URL": None,
+        "DB_HOST": url.host,
+        "DB_PORT": str(url.port or 5432),
+        "DB_NAME": url.database,
+        "DB_USER": url.username,
+        "DB_PASSWORD": PASSWORD,
+    }
+
+
 @dataclass
 class Running:
     """A command that was started."""

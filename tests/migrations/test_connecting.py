@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.migrations.audit import target
-from tests.migrations.helpers import PASSWORD, Database, Project
+from tests.migrations.helpers import PASSWORD, Database, Project, parts
 from tools.postgres import Postgres, dsn
 
 
@@ -253,18 +253,10 @@ def test_a_proxys_refusal_fails_at_once(files: Project) -> None:
 def test_a_password_file_that_libpq_ignores_is_named_with_its_mode(
     project: Project, database: Database, tmp_path: Path
 ) -> None:
-    url = database.url
     file = tmp_path / "passfile"
     password = PASSWORD.replace("\\", "\\\\").replace(":", "\\:")
     file.write_text(f"*:*:*:{database.role}:{password}\n")
-    variables = {
-        "DATABASE_URL": None,
-        "DB_HOST": url.host,
-        "DB_PORT": str(url.port or 5432),
-        "DB_NAME": url.database,
-        "DB_USER": url.username,
-        "PGPASSFILE": str(file),
-    }
+    variables = parts(database) | {"DB_PASSWORD": None, "PGPASSFILE": str(file)}
     file.chmod(0o644)
     result = project.alembic("current", **variables)
     assert result.returncode == 255
@@ -287,9 +279,7 @@ def test_a_password_file_that_libpq_ignores_is_named_with_its_mode(
     do="Make the Secret without it",
 )
 def test_white_space_around_a_wrong_password_is_named(project: Project, database: Database) -> None:
-    url = database.url
-    variables = {"DATABASE_URL": None, "DB_HOST": url.host, "DB_PORT": str(url.port or 5432), "DB_NAME": url.database}
-    result = project.alembic("current", **variables, DB_USER=url.username, DB_PASSWORD=f"{PASSWORD}\n")
+    result = project.alembic("current", **parts(database) | {"DB_PASSWORD": f"{PASSWORD}\n"})
     assert result.returncode == 255
     assert result.failure.endswith(
         "; check DB_USER and DB_PASSWORD; DB_PASSWORD has leading or trailing whitespace (a Secret that was made"

@@ -10,7 +10,7 @@ from migration_runner.monitor import Monitor
 from migration_runner.retry import RetryBudget
 from migration_runner.session import open_session
 from migration_runner.settings import Settings
-from tests.migrations.audit import AUDIT, FILE, SLEEP, audit, audited, sleeping
+from tests.migrations.audit import AUDIT, BLOCK, FILE, SLEEP, audit, audited, sleeping
 from tests.migrations.helpers import Database, Project, until
 
 
@@ -147,7 +147,7 @@ def test_the_word_in_a_comment_or_a_string_changes_no_limit(
     prepared: Project, database: Database, statement: str
 ) -> None:
     add = statement.format("ALTER TABLE hcm_report_metadata ADD COLUMN status text")
-    prepared.add("003", f"with op.get_context().autocommit_block():\n    op.execute({add!r})")
+    prepared.add("003", f"{BLOCK}op.execute({add!r})")
     with database.session() as reader:
         reader.execute("SELECT count(*) FROM hcm_report_metadata")
         start = time.monotonic()
@@ -186,7 +186,7 @@ op.execute("CREATE TABLE a1 PARTITION OF a FOR VALUES IN (1)")
 """
     prepared.add("003", body)
     detach = 'op.execute("ALTER TABLE a DETACH PARTITION a1 CONCURRENTLY")'
-    prepared.add("004", f"with op.get_context().autocommit_block():\n    {detach}")
+    prepared.add("004", BLOCK + detach)
     assert prepared.alembic("upgrade", "003").returncode == 0
     with database.session() as reader:
         reader.execute("SELECT count(*) FROM a")

@@ -8,9 +8,13 @@ import time
 import pytest
 
 from tests.migrations.audit import BLOCK, BUILD, FILE, SLEEP, audited, building, sleeping
-from tests.migrations.helpers import Database, Project, until
+from tests.migrations.helpers import Database, Project, Result, until
 
 NAME = f"revision 003 \\({FILE.format('003')}\\)".replace(".", "\\.")
+
+
+def progress(result: Result) -> list[str]:
+    return [line for line in result.lines if "still running" in line]
 
 
 @pytest.mark.fault(
@@ -24,7 +28,7 @@ NAME = f"revision 003 \\({FILE.format('003')}\\)".replace(".", "\\.")
 def test_a_long_statement_is_named_without_its_values(prepared: Project, database: Database) -> None:
     prepared.add("003", audited("003", 'op.execute("SELECT pg_sleep(23)")'))
     result = prepared.alembic("upgrade", "head")
-    lines = [line for line in result.lines if "still running" in line]
+    lines = progress(result)
     assert result.returncode == 0
     assert len(lines) == 2
     for line in lines:
@@ -50,7 +54,7 @@ def test_a_concurrent_build_tells_its_phase_and_for_whom_it_waits(prepared: Proj
         writer.connection.commit()
         result = running.wait()
     assert result.returncode == 0
-    line = next(line for line in result.lines if "still running" in line)
+    line = progress(result)[0]
     assert re.fullmatch(
         rf"HH:MM:SS INFO {NAME} still running after \d+ s: CREATE INDEX CONCURRENTLY slow ON audit; waiting for writers"
         r" before build(, \d+ %)?; waiting for pid N, report as postgres( from \S+)?",
@@ -77,7 +81,7 @@ with op.get_bind().engine.begin() as other:
     running.says("still running")
     result, seconds = running.stop(signal.SIGTERM)
     own = f"pid N, hcm-db-migrations as {database.role} from 127.0.0.1, a connection of the revision's own"
-    line = next(line for line in result.lines if "still running" in line)
+    line = progress(result)[0]
     assert line.endswith(f": no statement is running; {own} waits for this run")
     assert result.returncode == 143
     assert (
@@ -101,7 +105,7 @@ def test_who_waits_for_the_run_is_named(prepared: Project, database: Database) -
         running.says("still running")
         result, _ = running.stop(signal.SIGTERM)
         thread.join()
-    line = next(line for line in result.lines if "still running" in line)
+    line = progress(result)[0]
     assert "; pid N, report as postgres" in line
     assert line.endswith(" waits for this run")
 

@@ -10,7 +10,7 @@ from sqlalchemy import URL
 
 from tests.migrations.audit import AUDIT, audited
 from tests.migrations.helpers import Database, Project
-from tools.postgres import dsn, execute
+from tools.postgres import execute
 
 TROUBLE = "fix that, or set ALEMBIC_VERSION_TABLE or DB_SCHEMA; see 'Troubleshooting' in README.md"
 CREATES = "WARNING others may CREATE in public ({}), so that revisions may call what they put there: see 'Minimum"
@@ -24,13 +24,8 @@ def other(database: Database) -> Iterator[Callable[..., None]]:
     url: URL = database.admin.set(username=role, password="unused")  # noqa: S106
 
     def run(*statements: str) -> None:
-        connection = psycopg2.connect(dsn(url))
-        connection.autocommit = True
-        try:
-            for statement in statements:
-                connection.cursor().execute(statement)
-        finally:
-            connection.close()
+        for statement in statements:
+            execute(url, statement)
 
     yield run
     database.execute(f"DROP OWNED BY {role} CASCADE; DROP ROLE {role}")

@@ -6,26 +6,13 @@ import pytest
 
 from tests.conftest import CANARY
 from tests.migrations import audit
-from tests.migrations.helpers import PASSWORD, Database, Project
+from tests.migrations.helpers import PASSWORD, Database, Project, parts
 from tools.postgres import dsn
 
 WRITE = (
     "write postgresql://user:password@host:5432/database and percent-encode the user and the password, see .env.example"
 )
 CLOSED = {"MIGRATION_WAIT_SECONDS": "0", "DATABASE_URL": None}
-
-
-def parts(database: Database) -> dict[str, str | None]:
-    """The test's database, as DB_*."""
-    url = database.url
-    return {
-        "DATABASE_URL": None,
-        "DB_HOST": url.host,
-        "DB_PORT": str(url.port or 5432),
-        "DB_NAME": url.database,
-        "DB_USER": url.username,
-        "DB_PASSWORD": PASSWORD,
-    }
 
 
 def place(database: Database) -> str:

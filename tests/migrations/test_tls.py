@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import URL
 
-from tests.migrations.helpers import Database, Project
-from tests.migrations.test_settings import WRITE, parts
+from tests.migrations.helpers import Database, Project, parts
+from tests.migrations.test_settings import WRITE
 from tools.postgres import dsn
 
 
