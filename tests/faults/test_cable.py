@@ -108,7 +108,7 @@ def test_a_half_open_connection_is_noticed_on_both_sides_and_the_next_run_finish
 @pytest.mark.fault(
     "Network",
     fault="SIGTERM (drain, deadline) while the network is dead",
-    sees="Within 2 s `interrupted by SIGTERM; did not stop in time and was killed; ...; run again to go on`, exit 143",
+    sees="Within 2 s `interrupted by SIGTERM; did not stop in time and was killed; ...; run again to resume`, exit 143",
     state="Finished revisions stay; the server ends the orphaned session and its lock within 20 s",
     do="Mend the network, deploy again",
 )

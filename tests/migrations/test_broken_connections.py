@@ -14,8 +14,8 @@ from tools.postgres import Postgres, dsn
 @pytest.mark.fault(
     "Database",
     fault="`pg_terminate_backend` in a revision",
-    sees="`waiting, ...: revision 003 (...) failed: server closed the connection unexpectedly ...; rolled back at "
-    "002`, then it goes on by itself",
+    sees="`waiting, ...: revision 003 (...) failed: server closed the connection unexpectedly ...; rolled back;"
+    " the database is at revision 002`, then it goes on by itself",
     state="All done, each revision once",
     do="Nothing",
 )

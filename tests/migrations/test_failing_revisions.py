@@ -12,8 +12,7 @@ from tests.migrations.helpers import Database, Project, until
     "Code and settings",
     fault="A statement of a revision fails",
     sees="`revision 003 (...) failed: <the server's words>, at <file>, line 8; rolled back; the database is at"
-    " revision 002; mend it, then "
-    "run again`, exit 255",
+    " revision 002; fix it, then retry`, exit 255",
     state="Finished revisions stay, this one is rolled back",
     do="Mend the revision, push, deploy again",
 )

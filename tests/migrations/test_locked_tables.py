@@ -48,8 +48,8 @@ def test_a_locked_table_is_tried_again_until_it_is_free_and_nobody_waits_long(
 @pytest.mark.fault(
     "Database",
     fault="A table stays locked",
-    sees="`... canceling statement due to lock timeout ...; blocked by pid N, report as postgres; rolled back at "
-    "002; timed out after N s; retry later`, exit 1",
+    sees="`... canceling statement due to lock timeout ...; blocked by pid N, report as postgres; rolled back;"
+    " the database is at revision 002; timed out after N s; retry later`, exit 1",
     state="Finished revisions stay, this one is rolled back",
     do="End that session, or deploy at a quieter time",
 )

@@ -35,8 +35,7 @@ def test_a_schema_that_the_role_may_not_use_is_refused(project: Project, databas
     "Database",
     fault="The role's search_path names no schema that it may use",
     sees="`the role ... has no USAGE privilege on any schema in its search_path (nothing); grant USAGE on one, set"
-    " DB_SCHEMA, or mend"
-    " the role's search_path`, exit 255",
+    " DB_SCHEMA, or fix the role's search_path`, exit 255",
     state="Nothing was changed",
     do="What the line says",
 )
