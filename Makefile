@@ -8,7 +8,7 @@ UV_COMPILE = $(BIN)/uv pip compile -q --universal --python-version 3.10 --genera
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-.PHONY: help venv demo migrate test test-fast test-install soak bench cluster install cluster-down lint lock docs clean
+.PHONY: help venv demo migrate test test-fast test-e2e soak bench cluster install cluster-down lint lock docs clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -31,13 +31,13 @@ migrate: venv ## migrate the database that DATABASE_URL, DB_* or .env names
 	@$(BIN)/alembic upgrade head
 
 test: ## run every test, with a real PostgreSQL and a real Kubernetes
-	@start=$$(date +%s); $(MAKE) --no-print-directory test-fast && $(MAKE) --no-print-directory test-install && echo "all tests passed in $$(($$(date +%s) - start)) s"
+	@start=$$(date +%s); $(MAKE) --no-print-directory test-fast && $(MAKE) --no-print-directory test-e2e && echo "all tests passed in $$(($$(date +%s) - start)) s"
 
 test-fast: venv ## run the tests that need no cluster
 	@$(BIN)/pytest -n $$(($$(nproc) + 1)) tests/project tests/chart tests/migrations tests/faults
 
-test-install: venv ## install the chart on a real cluster
-	@$(BIN)/pytest -n 4 tests/install
+test-e2e: venv ## install the chart on a real cluster
+	@$(BIN)/pytest -n 4 tests/e2e
 
 soak: venv ## run ten runs at once with random kills 1,000 times (about 17 minutes; ROUNDS=n for another number)
 	@$(BIN)/pytest -s tests/faults/test_concurrency.py --rounds $(ROUNDS)

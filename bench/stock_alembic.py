@@ -20,8 +20,8 @@ from collections import defaultdict
 from pathlib import Path
 from shutil import copy, copytree, ignore_patterns
 
+from tools.paths import ROOT
 from tools.postgres import Postgres, dsn
-from tools.steps import ROOT
 
 ALEMBIC = Path(sys.executable).with_name("alembic")
 REVISION = '''"""add"""

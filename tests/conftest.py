@@ -21,7 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", help="the random faults of an earlier run again (default: others each time)")
 
 
-# In every role's password: nothing that a run prints may contain it, and no process list. tests/install adds its token.
+# In every role's password: nothing that a run prints may contain it, and no process list. tests/e2e adds its token.
 CANARY = "c4n4ry"
 SECRETS = {CANARY}
 

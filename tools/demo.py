@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tools.paths import ROOT
 from tools.postgres import Postgres
 
-ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "charts" / "hcm-db-migrations" / "files" / "migrate.sh"
 
 UPGRADE = 'op.add_column("hcm_report_metadata", sa.Column("status", sa.String(50), nullable=True))'

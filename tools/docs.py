@@ -20,8 +20,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
-CHART = ROOT / "charts" / "hcm-db-migrations"
+from tools.paths import CHART, ROOT
+
 FAILURES = ROOT / "docs" / "failures.md"
 # The groups of faults, in the order of the document.
 GROUPS = [

@@ -23,7 +23,8 @@ import time
 from pathlib import Path
 
 from tools import binaries, debian
-from tools.steps import CACHE, ROOT, UnavailableError, once, remove, run, say
+from tools.paths import CACHE, ROOT
+from tools.steps import UnavailableError, once, remove, run, say
 
 FOLDER = CACHE / "engine"
 HERE = ROOT / "tools"

@@ -7,7 +7,6 @@ import os
 import pwd
 import secrets
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -16,6 +15,8 @@ from types import TracebackType
 
 import psycopg2
 from sqlalchemy import URL
+
+from tools.network import free_port
 
 # PostgreSQL refuses to run as root; then this user, which every Linux has, runs it.
 UNPRIVILEGED = "nobody"
@@ -73,9 +74,7 @@ class Postgres:
             "--auth-local", "trust", "--auth-host", "scram-sha-256", "--encoding", "UTF8", "--locale", "C", "--no-sync",
         ])  # fmt: skip
         password_file.unlink()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.url = URL.create("postgresql", "postgres", self.password, "127.0.0.1", self.port, "postgres")
 
     def _as_user(self, command: list[str | Path]) -> None:

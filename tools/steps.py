@@ -13,8 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hcm-db-migrations"
-ROOT = Path(__file__).resolve().parent.parent
+from tools.paths import CACHE
 
 
 class UnavailableError(RuntimeError):

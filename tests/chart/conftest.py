@@ -20,10 +20,9 @@ from kubernetes_validate.utils import schema_contents
 from referencing import Registry, Resource
 
 from tools.binaries import find_or_build
+from tools.paths import CHART
 from tools.steps import UnavailableError
 
-ROOT = Path(__file__).parents[2]
-CHART = ROOT / "charts" / "hcm-db-migrations"
 SUPPORTED = [f"1.{minor}" for minor in range(28, 38)]
 
 # What every render needs, and nothing else.

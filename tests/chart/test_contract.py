@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.chart.conftest import CHART, MINIMAL, ROOT, Helm, environment, git_sync, migrate, nested, one, pod
+from tests.chart.conftest import MINIMAL, Helm, environment, git_sync, migrate, nested, one, pod
+from tools.paths import CHART, ROOT
 
 GOLDEN = Path(__file__).with_name("unified-dev.golden")
 OVERLAY = ROOT / "environments" / "unified-dev.yaml"

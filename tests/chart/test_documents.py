@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.chart.conftest import CHART, MINIMAL, ROOT, Helm, one
+from tests.chart.conftest import MINIMAL, Helm, one
+from tools.paths import CHART, ROOT
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", CHART / "README.md"]
 

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.chart.conftest import CHART, MINIMAL, TEXT, Helm, nested
+from tests.chart.conftest import MINIMAL, TEXT, Helm, nested
 from tools import docs
+from tools.paths import CHART
 
 REPO = "https://git.example.org/schema"
 ADD = """ not set: add to a file that you give with -f

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.chart.conftest import CHART, MINIMAL, ROOT, Helm
+from tests.chart.conftest import MINIMAL, Helm
+from tools.paths import CHART, ROOT
 
 VALUES_FILES = sorted([*CHART.glob("ci/*-values.yaml"), *ROOT.glob("environments/*.yaml")])
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.chart.conftest import CHART, ROOT, Helm
+from tests.chart.conftest import Helm
 from tools.binaries import find_or_build
-from tools.steps import CACHE, once, run
+from tools.paths import CACHE, CHART, ROOT
+from tools.steps import once, run
 
 NETWORK_POLICY = (
     "where the database, git and the index are is the cluster's knowledge; the README names the pod's labels"

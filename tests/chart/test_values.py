@@ -11,7 +11,6 @@ import pytest
 import yaml
 
 from tests.chart.conftest import (
-    CHART,
     MINIMAL,
     Helm,
     Objects,
@@ -24,6 +23,7 @@ from tests.chart.conftest import (
     pod,
 )
 from tools import docs
+from tools.paths import CHART
 
 SSH = {"git": {"repo": "git@git.example.org:schema", "branch": "main"}}
 DIGEST = "sha256:" + "0123456789abcdef" * 4

@@ -21,8 +21,10 @@ from sqlalchemy import URL
 from tests.migrations.conftest import database, files, own_server, project, server
 from tests.migrations.helpers import Database, until
 from tools import binaries, debian
+from tools.network import free_port
+from tools.paths import CACHE
 from tools.postgres import UNPRIVILEGED
-from tools.steps import CACHE, UnavailableError, once
+from tools.steps import UnavailableError, once
 
 __all__ = ["database", "files", "own_server", "project", "server"]
 
@@ -46,12 +48,6 @@ def namespace(kind: str, script: str = "true") -> Iterator[list[str]]:
         holder.kill()
         holder.wait()
         holder.stdout.close()
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 class Proxy:

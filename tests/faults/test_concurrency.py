@@ -21,9 +21,9 @@ import pytest
 from sqlalchemy import URL
 
 from tests.conftest import CANARY
-from tests.migrations.audit import BLOCK
 from tests.migrations.helpers import Database, Project, fresh_database, until
-from tests.migrations.runner import Runner
+from tests.support.alembic_process import Runner
+from tests.support.revisions import BLOCK
 from tools.postgres import dsn, execute
 
 RUNNERS = 10

@@ -11,8 +11,8 @@ import psycopg2
 import pytest
 
 from tests.faults.conftest import namespace, pgbouncer, root_only
-from tests.migrations.audit import AUDIT, FILE, audit, audited, sleeping, terminate
 from tests.migrations.helpers import Database, Project, until
+from tests.support.revisions import AUDIT, FILE, audit, audited, sleeping, terminate
 from tools.postgres import Postgres, dsn
 
 FILL = "op.execute(\"CREATE TABLE filled AS SELECT repeat('x', 1000) FROM generate_series(1, {})\")"

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.faults.conftest import Proxy
-from tests.migrations.audit import AUDIT, FILE, KILLED, SLEEP, audit, audited, idle, sleeping
 from tests.migrations.helpers import Database, Project, Running, until
+from tests.support.revisions import AUDIT, FILE, KILLED, SLEEP, audit, audited, idle, sleeping
 from tools.postgres import dsn
 
 UNDECIDED = "commit status unknown: check with 'alembic current'"

@@ -4,7 +4,8 @@ import signal
 
 import pytest
 
-from tests.migrations.audit import (
+from tests.migrations.helpers import Database, Project, until
+from tests.support.revisions import (
     AGAIN,
     AUDIT,
     BLOCK,
@@ -18,7 +19,6 @@ from tests.migrations.audit import (
     sleeping,
     terminate,
 )
-from tests.migrations.helpers import Database, Project, until
 
 ENDS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)]
 ends = pytest.mark.parametrize(("number", "code"), ENDS, ids=["SIGTERM", "SIGINT", "SIGKILL"])

@@ -13,10 +13,9 @@ import pytest
 from tests.chart.conftest import Helm, environment, git_sync, helm4, migrate
 from tests.chart.test_scripts import CODE, CREDENTIALS, README, Volume, make_wheel
 from tests.faults.conftest import namespace, root_only
+from tools.paths import ROOT
 
 __all__ = ["helm4"]
-
-ROOT = Path(__file__).parents[2]
 
 
 def run_in_little_room(container: dict[str, Any], laid: Path, room: Path, **references: str) -> tuple[int, str]:

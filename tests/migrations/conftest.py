@@ -10,8 +10,9 @@ import pytest
 from sqlalchemy import URL, make_url
 
 from tests.conftest import CANARY
-from tests.migrations.audit import AUDIT
-from tests.migrations.helpers import ROOT, Database, Project, fresh_database
+from tests.migrations.helpers import Database, Project, fresh_database
+from tests.support.revisions import AUDIT
+from tools.paths import ROOT
 from tools.postgres import Postgres, dsn
 
 

@@ -18,10 +18,9 @@ import psycopg2
 from sqlalchemy import URL
 
 from tests.conftest import CANARY
-from tests.migrations.runner import Runner
+from tests.support.alembic_process import Runner
 from tools.postgres import dsn, execute, programs
 
-ROOT = Path(__file__).parents[2]
 ALEMBIC = Path(sys.executable).with_name("alembic")
 
 # With all that has to be escaped.

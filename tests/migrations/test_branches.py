@@ -9,9 +9,9 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 
 from migration_runner import revisions
-from tests.migrations.audit import FIX
 from tests.migrations.helpers import Database, Project
 from tests.migrations.test_numbering import FIRST, RULES
+from tests.support.revisions import FIX
 
 
 def extra(path: Path, line: str) -> None:

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from tests.migrations.audit import AUDIT, FILE, SLEEP, audit, audited, sleeping, terminate
 from tests.migrations.helpers import Database, Project, until
+from tests.support.revisions import AUDIT, FILE, SLEEP, audit, audited, sleeping, terminate
 from tools.postgres import Postgres, dsn
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.migrations.audit import target
 from tests.migrations.helpers import PASSWORD, Database, Project, parts
+from tests.support.revisions import target
 from tools.postgres import Postgres, dsn
 
 

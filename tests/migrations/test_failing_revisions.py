@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from tests.migrations.audit import AUDIT, BLOCK, FILE, FIX, audit, audited, building, follow
 from tests.migrations.helpers import Database, Project, until
+from tests.support.revisions import AUDIT, BLOCK, FILE, FIX, audit, audited, building, follow
 
 
 @pytest.mark.fault(

@@ -5,8 +5,8 @@ import threading
 import psycopg2
 import pytest
 
-from tests.migrations.audit import AUDIT, BLOCK, FILE, FIX, audit, audited, follow, sleeping
 from tests.migrations.helpers import Database, Project, until
+from tests.support.revisions import AUDIT, BLOCK, FILE, FIX, audit, audited, follow, sleeping
 
 UNIQUE = 'CREATE UNIQUE INDEX CONCURRENTLY {}"Only" ON audit (revision)'
 DROP = 'left INVALID: public."Only"; drop with: DROP INDEX CONCURRENTLY public."Only"; the database is at revision 002'

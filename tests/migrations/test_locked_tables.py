@@ -10,8 +10,8 @@ from migration_runner.monitor import Monitor
 from migration_runner.retry import RetryBudget
 from migration_runner.session import open_session
 from migration_runner.settings import Settings
-from tests.migrations.audit import AUDIT, BLOCK, FILE, SLEEP, audit, audited, sleeping
 from tests.migrations.helpers import Database, Project, until
+from tests.support.revisions import AUDIT, BLOCK, FILE, SLEEP, audit, audited, sleeping
 
 
 @pytest.mark.fault(

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from tests.migrations.audit import BLOCK, BUILD, FILE, SLEEP, audited, building, sleeping
 from tests.migrations.helpers import Database, Project, Result, until
+from tests.support.revisions import BLOCK, BUILD, FILE, SLEEP, audited, building, sleeping
 
 NAME = f"revision 003 \\({FILE.format('003')}\\)".replace(".", "\\.")
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from tests.migrations.audit import BLOCK, FILE
 from tests.migrations.helpers import Database, Project
 from tests.migrations.test_numbering import RULES
+from tests.support.revisions import BLOCK, FILE
 
 TABLE = 'op.execute("CREATE TABLE a (x int)")\n'
 

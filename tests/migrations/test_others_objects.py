@@ -8,8 +8,8 @@ import psycopg2
 import pytest
 from sqlalchemy import URL
 
-from tests.migrations.audit import AUDIT, audited
 from tests.migrations.helpers import Database, Project
+from tests.support.revisions import AUDIT, audited
 from tools.postgres import execute
 
 TROUBLE = "fix that, or set ALEMBIC_VERSION_TABLE or DB_SCHEMA; see 'Troubleshooting' in README.md"

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.migrations.audit import FILE, FIX, SLEEP, sleeping
-from tests.migrations.helpers import ROOT, Database, Project, until
+from tests.migrations.helpers import Database, Project, until
+from tests.support.revisions import FILE, FIX, SLEEP, sleeping
+from tools.paths import BIN, ROOT
 from tools.postgres import dsn
-
-BIN = Path(sys.executable).parent
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -121,6 +120,7 @@ def test_a_program_is_told_what_the_command_line_is_told(project: Project, datab
     path = project.add("002", 'op.execute("SELECT 1 / 0")')
     body = """
 from alembic.util import CommandError
+from tools.paths import BIN, ROOT
 command.upgrade(config, "001")
 try:
     command.upgrade(config, "head")

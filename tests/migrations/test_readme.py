@@ -4,7 +4,8 @@ import os
 import re
 import subprocess
 
-from tests.migrations.helpers import ROOT, Database, Project
+from tests.migrations.helpers import Database, Project
+from tools.paths import ROOT
 from tools.postgres import dsn
 
 

@@ -7,8 +7,8 @@ import pytest
 
 from migration_runner import errors
 from tests.conftest import CANARY
-from tests.migrations.audit import BLOCK, FIX
 from tests.migrations.helpers import Database, Project
+from tests.support.revisions import BLOCK, FIX
 
 PARAMETER = (
     "SQLAlchemy reads ':{}' in the statement as a bind parameter without a value; write a backslash before a colon that"

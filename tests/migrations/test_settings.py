@@ -5,8 +5,8 @@ import os
 import pytest
 
 from tests.conftest import CANARY
-from tests.migrations import audit
 from tests.migrations.helpers import PASSWORD, Database, Project, parts
+from tests.support import revisions
 from tools.postgres import dsn
 
 WRITE = (
@@ -17,7 +17,7 @@ CLOSED = {"MIGRATION_WAIT_SECONDS": "0", "DATABASE_URL": None}
 
 def place(database: Database) -> str:
     """As the report names the test's database."""
-    return f"{audit.place(database)}, schema public, PostgreSQL "
+    return f"{revisions.place(database)}, schema public, PostgreSQL "
 
 
 @pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg2"])

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.migrations.audit import AGAIN, BLOCK, BUILD, FILE, KILLED, SLEEP, audit, audited, building, idle, sleeping
 from tests.migrations.helpers import Database, Project, Result, until
+from tests.support.revisions import AGAIN, BLOCK, BUILD, FILE, KILLED, SLEEP, audit, audited, building, idle, sleeping
 
 STOPS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 stops = pytest.mark.parametrize(("number", "code"), STOPS, ids=["SIGTERM", "SIGINT"])

@@ -9,8 +9,8 @@ import subprocess
 
 import pytest
 
-from tests.migrations.audit import BLOCK, FILE, FIX
 from tests.migrations.helpers import PASSWORD, Database, Project
+from tests.support.revisions import BLOCK, FILE, FIX
 from tools.postgres import programs
 
 TABLE = 'op.execute("CREATE TABLE a (x int)")\n'

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.migrations.audit import AUDIT, FIX, audit, audited
 from tests.migrations.helpers import Database, Project
+from tests.support.revisions import AUDIT, FIX, audit, audited
 
 TROUBLE = "see 'Troubleshooting' in README.md"
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from tools import cluster, engine
-from tools.steps import ROOT, UnavailableError
+from tools.paths import ROOT
+from tools.steps import UnavailableError
 
 MADE_HERE = "cluster: kind with an engine and a node image made here, because {}\n"
 CANNOT_PULL = "the container engine cannot pull kindest/node:v1.37.0"
@@ -119,7 +120,7 @@ def test_a_cluster_that_another_run_will_delete_is_not_shared(running: list[str]
 
 @pytest.mark.parametrize("option", [["--kubeconfig", "/a/file"], ["--cluster-type", "existing"]], ids=lambda o: o[0])
 def test_a_cluster_of_the_users_takes_both_options(option: list[str]) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "tests/install", *option]
+    command = [sys.executable, "-m", "pytest", "-q", "tests/e2e", *option]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert "a cluster of your own takes both options: --cluster-type existing --kubeconfig FILE" in done.stderr

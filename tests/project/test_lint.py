@@ -1,15 +1,13 @@
 """The linters, as tests: one way to run them, and continuous integration runs nothing that a developer does not."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 
-ROOT = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
+from tools.paths import BIN, ROOT
 
 # Rules of squawk that hold for no revision, and why.
 NOT_OURS = {

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tools.paths import ROOT
 
 
 def _make_venv(folder: Path, path: Path, python: str) -> str:

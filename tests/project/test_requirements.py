@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
+from tools.paths import BIN, ROOT
 
 
 def _names(file: str) -> set[str]:

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.install.conftest import OWN_IMAGE
-from tests.install.helpers import Api
-from tests.install.test_lifecycle import TABLE
+from tests.e2e.conftest import OWN_IMAGE
+from tests.e2e.helpers import Api
+from tests.e2e.test_lifecycle import TABLE
 from tests.migrations.helpers import Database
 from tools.binaries import find_or_build, source_folder
 from tools.cluster import Cluster
-from tools.steps import ROOT, run
+from tools.paths import ROOT
+from tools.steps import run
 
 Ct = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from kubernetes import client
 
-from tests.install.helpers import Api, Gate, Release, Repository, contacted, let_go
-from tests.install.test_concurrency import JOB
+from tests.e2e.helpers import Api, Gate, Release, Repository, contacted, let_go
+from tests.e2e.test_concurrency import JOB
 from tests.migrations.helpers import Database, until
 from tools.cluster import Cluster
 

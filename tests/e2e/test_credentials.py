@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from sqlalchemy import make_url
 
-from tests.install.helpers import Api, Gate, Release, contacted
+from tests.e2e.helpers import Api, Gate, Release, contacted
 from tests.migrations.helpers import Database, until
 from tools.cluster import Cluster
 from tools.postgres import execute

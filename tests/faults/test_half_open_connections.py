@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import namespace, root_only
-from tests.migrations.audit import AUDIT, FILE, KILLED, SLEEP, audited
 from tests.migrations.helpers import ALEMBIC, Project, Running, until
+from tests.support.revisions import AUDIT, FILE, KILLED, SLEEP, audited
 from tools.postgres import Postgres, dsn
 
 SENDS = 'open("begun", "w")\ntime.sleep(4)\nop.execute("SELECT 1")'

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from jsonschema import Draft7Validator
 
 from tests.chart.conftest import TEXT
-from tests.install.helpers import CHART, Release, merged
+from tests.e2e.helpers import Release, merged
 from tools.cluster import Cluster
+from tools.paths import CHART
 
 SCHEMA = json.loads((CHART / "values.schema.json").read_text())
 DEFINITIONS = SCHEMA["definitions"]

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tools.paths import ROOT
 
 
 def test_what_is_generated_is_what_is_committed() -> None:

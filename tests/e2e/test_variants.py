@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.install.helpers import CHART, Api, Release, Repository
-from tests.install.test_lifecycle import NOTHING_TO_DO, TABLE
+from tests.e2e.helpers import Api, Release, Repository
+from tests.e2e.test_lifecycle import NOTHING_TO_DO, TABLE
 from tests.migrations.helpers import PASSWORD, Database, until
+from tools.paths import CHART
 
 JOB = "hcm-db-migration-1"
 

@@ -4,8 +4,8 @@ import signal
 
 import pytest
 
-from tests.migrations.audit import AUDIT, BLOCK, BUILD, FILE, FIX, SLEEP, audit, audited, idle, sleeping
 from tests.migrations.helpers import Database, Project, until
+from tests.support.revisions import AUDIT, BLOCK, BUILD, FILE, FIX, SLEEP, audit, audited, idle, sleeping
 
 
 @pytest.mark.fault(

@@ -12,9 +12,9 @@ import pytest
 from kubernetes import client
 
 from tests.conftest import CANARY
-from tests.install.conftest import assert_no_secret
-from tests.install.helpers import Api, Release, Repository, in_002, in_node, let_go, node
-from tests.install.test_concurrency import JOB
+from tests.e2e.conftest import assert_no_secret
+from tests.e2e.helpers import Api, Release, Repository, in_002, in_node, let_go, node
+from tests.e2e.test_concurrency import JOB
 from tests.migrations.helpers import PASSWORD, Database, until
 from tools.cluster import Cluster
 

@@ -9,7 +9,7 @@ import urllib.request
 import pytest
 
 from tests.chart.test_scripts import make_wheel
-from tests.install.helpers import Api, Release, Repository, in_002, let_go, node, sessions
+from tests.e2e.helpers import Api, Release, Repository, in_002, let_go, node, sessions
 from tests.migrations.helpers import Database, until
 from tools.cluster import Cluster
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.install.helpers import Api, Release, Repository, contacted, in_002, let_go
+from tests.e2e.helpers import Api, Release, Repository, contacted, in_002, let_go
 from tests.migrations.helpers import Database, until
 from tools.cluster import Cluster
 

@@ -21,11 +21,12 @@ from kubernetes import client
 from sqlalchemy import make_url
 
 from tests.conftest import SECRETS
-from tests.install.helpers import Api, Release, Repository
+from tests.e2e.helpers import Api, Release, Repository
 from tests.migrations.helpers import PASSWORD, Database, fresh_database, until
 from tools.binaries import find_or_build
 from tools.cluster import Cluster, down, ensure
-from tools.steps import ROOT, UnavailableError
+from tools.paths import ROOT
+from tools.steps import UnavailableError
 
 SHARED = pytest.StashKey[dict[str, Any]]()
 OWN_IMAGE = {"repository": "hcm-local/hcm-db-migrations", "tag": "test"}
@@ -83,7 +84,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 def shared(request: pytest.FixtureRequest) -> dict[str, Any]:
     found = request.config.stash.get(SHARED, None)
     if found is None:
-        pytest.fail("the cluster is made before the first test: name this folder, pytest tests/install")
+        pytest.fail("the cluster is made before the first test: name this folder, pytest tests/e2e")
     if "unavailable" in found:
         pytest.skip(found["unavailable"])
     return found

@@ -19,8 +19,8 @@ from migration_runner import database as databases
 from migration_runner import settings as of_the_run
 from tests.conftest import CANARY
 from tests.migrations.helpers import Database, Project, parts
-from tests.migrations.runner import Runner
 from tests.migrations.test_numbering import FIRST, RULES
+from tests.support.alembic_process import Runner
 from tools.postgres import dsn
 
 # An environment variable holds no NUL; a lone surrogate is no character.

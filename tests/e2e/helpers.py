@@ -19,10 +19,9 @@ from sqlalchemy import make_url
 from tests.migrations.helpers import Database
 from tools import engine
 from tools.cluster import NAME, Cluster
+from tools.paths import CHART, ROOT
 from tools.postgres import execute
-from tools.steps import ROOT, run
-
-CHART = ROOT / "charts" / "hcm-db-migrations"
+from tools.steps import run
 
 # What differs each time, in a log and in Helm's output.
 MOVING = [

@@ -9,8 +9,8 @@ import psycopg2
 import pytest
 from kubernetes import client
 
-from tests.install.helpers import Api, Gate, Release, Repository, contacted, in_002, kill_container, let_go, node
-from tests.install.test_lifecycle import TABLE
+from tests.e2e.helpers import Api, Gate, Release, Repository, contacted, in_002, kill_container, let_go, node
+from tests.e2e.test_lifecycle import TABLE
 from tests.migrations.helpers import Database, until
 from tools.cluster import Cluster
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.install.helpers import Api, Release, Repository, contacted
+from tests.e2e.helpers import Api, Release, Repository, contacted
 from tests.migrations.helpers import Database
 from tools.cluster import Cluster
 

@@ -1,0 +1,10 @@
+"""Where things are: the checkout, the chart, the virtual environment's programs, the cache."""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CHART = ROOT / "charts" / "hcm-db-migrations"
+BIN = Path(sys.executable).parent
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hcm-db-migrations"
