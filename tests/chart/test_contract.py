@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.chart.conftest import MINIMAL, Helm, environment, git_sync, migrate, nested, one, pod
+from tests.support.chart import MINIMAL, Helm, environment, git_sync, migrate, nested, one, pod
 from tools.paths import CHART, ROOT
 
 GOLDEN = Path(__file__).with_name("unified-dev.golden")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.chart.conftest import MINIMAL, Helm, one
+from tests.support.chart import MINIMAL, Helm, one
 from tools.paths import CHART, ROOT
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", CHART / "README.md"]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.chart.conftest import Helm, environment, git_sync, nested, pod
+from tests.support.chart import Helm, environment, git_sync, nested, pod
+from tests.support.git import git
 
 # From git-sync's manual (`git-sync --man` of v4.7.1) and main.go of each release since: the type of the flag's value,
 # and the first release of v4 that has it.
@@ -191,25 +191,18 @@ def test_the_patterns_are_the_cone_that_git_checks_out(
 
 def _checked_out(folder: Path, patterns: str) -> set[str]:
     """What git writes for these patterns, in the way and order in which git-sync calls it."""
-
-    def git(*command: str | Path, cwd: Path = folder) -> str:
-        identity = ("-c", "user.name=test", "-c", "user.email=test@example.org")
-        return subprocess.run(
-            ["git", *identity, *command], cwd=cwd, check=True, capture_output=True, text=True
-        ).stdout.strip()
-
-    git("init", "-q")
+    git(folder, "init", "-q")
     for name in ("top", "db/f", "a/f", "a/b/f", "a/b/c/f", "a/b/c/d/f", "z/f"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
-    git("add", "-A")
-    git("commit", "-q", "-m", "all")
-    commit = git("rev-parse", "HEAD")
+    git(folder, "add", "-A")
+    git(folder, "commit", "-q", "-m", "all")
+    commit = git(folder, "rev-parse", "HEAD")
     tree = folder / ".worktrees" / commit
-    git("worktree", "add", "--force", "--detach", tree, commit, "--no-checkout")
+    git(folder, "worktree", "add", "--force", "--detach", tree, commit, "--no-checkout")
     info = folder / ".git" / "worktrees" / commit / "info"
     info.mkdir(exist_ok=True)
     (info / "sparse-checkout").write_text(patterns)
-    git("sparse-checkout", "init", cwd=tree)
-    git("reset", "-q", "--hard", commit, "--", cwd=tree)
+    git(tree, "sparse-checkout", "init")
+    git(tree, "reset", "-q", "--hard", commit, "--")
     return {str(file.relative_to(tree)) for file in tree.rglob("*") if file.is_file() and file.name != ".git"}

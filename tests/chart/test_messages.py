@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.chart.conftest import MINIMAL, TEXT, Helm, nested
+from tests.support.chart import MINIMAL, TEXT, Helm, nested
 from tools import docs
 from tools.paths import CHART
 

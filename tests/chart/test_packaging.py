@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.chart.conftest import MINIMAL, Helm
+from tests.support.chart import MINIMAL, Helm
 from tools.paths import CHART, ROOT
 
 VALUES_FILES = sorted([*CHART.glob("ci/*-values.yaml"), *ROOT.glob("environments/*.yaml")])

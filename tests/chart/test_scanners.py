@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.chart.conftest import Helm
+from tests.support.chart import Helm
+from tests.support.programs import run
+from tools import steps
 from tools.binaries import find_or_build
 from tools.paths import CACHE, CHART, ROOT
-from tools.steps import once, run
 
 NETWORK_POLICY = (
     "where the database, git and the index are is the cluster's knowledge; the README names the pod's labels"
@@ -52,24 +52,20 @@ def _checkov() -> Path:
     lock = ROOT / "tools" / "checkov" / "requirements.txt"
 
     def install(folder: Path) -> None:
-        run([sys.executable, "-m", "venv", folder], "installing checkov into the cache", "40 s")
+        steps.run([sys.executable, "-m", "venv", folder], "installing checkov into the cache", "40 s")
         pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-compile", "--only-binary", ":all:"]
-        run([*pip, "--require-hashes", "-r", lock])
+        steps.run([*pip, "--require-hashes", "-r", lock])
 
     digest = hashlib.sha256(lock.read_bytes()).hexdigest()[:12]
-    return once(CACHE / f"checkov-{digest}", install) / "bin"
+    return steps.once(CACHE / f"checkov-{digest}", install) / "bin"
 
 
 def test_checkov_finds_what_is_excepted_and_no_more(manifest: Path) -> None:
     folder = _checkov()
     # It would ask its makers' server for texts.
     command = [folder / "python", folder / "checkov", "--file", manifest, "--framework", "kubernetes"]
-    done = subprocess.run(
-        [*command, "--skip-download", "--output", "json"],
-        env=os.environ | {"HTTPS_PROXY": "http://127.0.0.1:1"},
-        capture_output=True,
-        text=True,
-        check=False,
+    done = run(
+        [*command, "--skip-download", "--output", "json"], env=os.environ | {"HTTPS_PROXY": "http://127.0.0.1:1"}
     )
     results = json.loads(done.stdout)["results"]
     assert len(results["passed_checks"]) > 100
@@ -78,7 +74,7 @@ def test_checkov_finds_what_is_excepted_and_no_more(manifest: Path) -> None:
 
 def test_kube_score_finds_what_is_excepted_and_no_more(manifest: Path) -> None:
     score = find_or_build("kube-score")
-    done = subprocess.run([score, "score", "-o", "json", manifest], capture_output=True, text=True, check=False)
+    done = run([score, "score", "-o", "json", manifest])
     checks = [check for found in json.loads(done.stdout) for check in found["checks"] if not check["skipped"]]
     assert len(checks) > 20
     # 10 is what kube-score calls OK.

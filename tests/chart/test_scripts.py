@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import os
@@ -10,94 +9,17 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
-import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.chart.conftest import Helm, environment, git_sync, migrate, nested, one, pod
-from tests.migrations.helpers import until
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-CODE = f"code: repository https://git.example.org/schema, ref main, commit {COMMIT}, path utilities/hcm-db-migrations\n"
-README = "README.md of the chart"
-CREDENTIALS = {"DB_HOST": "db", "DB_NAME": "n", "DB_USER": "u", "DB_PASSWORD": "p"}
-# git-sync's image has bash as sh, Debian's and python's images have dash.
-SHELLS = ["sh", "bash"]
-
-
-class Volume:
-    """A pod's volume: what the containers find in it, and what they say."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.started: list[subprocess.Popen[str]] = []
-        self.bin = folder / "bin"
-        self.bin.mkdir()
-        (self.bin / "python3").symlink_to(sys.executable)
-        self.checkout = folder / "git" / ".worktrees" / COMMIT / "utilities" / "hcm-db-migrations"
-
-    def clone(self, *names: str) -> Path:
-        """Leave a checkout as git-sync does, with these files in git.path; return that folder."""
-        self.checkout.mkdir(parents=True)
-        (self.folder / "git" / "code").symlink_to(Path(".worktrees") / COMMIT)
-        for name in names:
-            (self.checkout / name).touch()
-        return self.checkout
-
-    def program(self, name: str, script: str) -> None:
-        path = self.bin / name
-        path.write_text(f"#!/bin/sh\n{script}\n")
-        path.chmod(0o755)
-
-    def start(self, container: dict[str, Any], shell: str = "sh", **references: str) -> subprocess.Popen[str]:
-        """Start the container; `references` are the values that the cluster would resolve, or that differ here."""
-        values = {name: value for name, value in environment(container).items() if isinstance(value, str)}
-        here = {"PATH": f"{self.bin}:{os.environ['PATH']}", "HOME": str(self.folder), "TMPDIR": str(self.folder)}
-        command = [shell, *container["command"][1:], *container["args"]]
-        process = subprocess.Popen(
-            command,
-            cwd=self.folder,
-            env=values | here | references,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        self.started.append(process)
-        return process
-
-    def run(self, container: dict[str, Any], shell: str = "sh", **references: str) -> tuple[int, str]:
-        """Return exit status and log of the container."""
-        process = self.start(container, shell, **references)
-        log, _ = process.communicate(timeout=60)
-        return process.returncode, log
-
-
-@pytest.fixture
-def volume(tmp_path: Path) -> Iterator[Volume]:
-    found = Volume(tmp_path)
-    yield found
-    for process in found.started:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-@pytest.fixture(params=SHELLS)
-def shell(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture
-def container(helm4: Helm) -> Callable[..., dict[str, Any]]:
-    """The container that runs Alembic, rendered with these values; without pip unless they say otherwise."""
-    return lambda **values: migrate(helm4.render({"requirements": "", **values}))
+from tests.support.chart import Helm, environment, git_sync, migrate, nested, one, pod
+from tests.support.pod_scripts import CODE, COMMIT, CREDENTIALS, README, Volume, make_wheel
+from tests.support.programs import Program, Result
+from tests.support.waiting import until
 
 
 def test_kubernetes_leaves_the_scripts_as_they_are(helm: Helm) -> None:
@@ -113,14 +35,14 @@ def test_alembic_runs_in_the_folder_with_its_arguments(volume: Volume, container
     folder = volume.clone("alembic.ini")
     volume.program("alembic", 'printf "%s|" "$(pwd -P)" "$@" "$DB_HOST" "$DB_PORT" "$DB_PASSWORD"')
     found = volume.run(container(args=["revision", "-m", "a b $HOME"]), shell, **CREDENTIALS)
-    assert found == (0, CODE + f"{folder.resolve()}|revision|-m|a b $HOME|db|5432|p|")
+    assert found == Result(0, CODE + f"{folder.resolve()}|revision|-m|a b $HOME|db|5432|p|")
 
 
 @pytest.mark.parametrize("status", [0, 1, 3, 255])
 def test_the_exit_status_is_alembics(volume: Volume, container: Callable, shell: str, status: int) -> None:
     volume.clone("alembic.ini")
     volume.program("alembic", f"exit {status}")
-    assert volume.run(container(), shell, **CREDENTIALS) == (status, CODE)
+    assert volume.run(container(), shell, **CREDENTIALS) == Result(status, CODE)
 
 
 def test_every_missing_credential_is_named_with_its_object_and_key(
@@ -128,7 +50,7 @@ def test_every_missing_credential_is_named_with_its_object_and_key(
 ) -> None:
     volume.clone("alembic.ini")
     volume.program("alembic", "echo not reached")
-    assert volume.run(container(), shell, DB_HOST="db", DB_USER="") == (
+    assert volume.run(container(), shell, DB_HOST="db", DB_USER="") == Result(
         1,
         CODE
         + 'FAILED: no value for DB_NAME (key "db-name" of ConfigMap "egov-config"), DB_USER (key "username" of Secret '
@@ -143,7 +65,7 @@ def test_an_empty_database_url_is_not_replaced_by_anything(volume: Volume, conta
     volume.clone("alembic.ini")
     reference = {"secretKeyRef": {"name": "a", "key": "url", "optional": True}}
     found = volume.run(container(extraEnv=[{"name": "DATABASE_URL", "valueFrom": reference}]), shell)
-    assert found == (
+    assert found == Result(
         1,
         CODE
         + 'FAILED: no value for DATABASE_URL (extraEnv): create it in namespace "health", or set "db" or "extraEnv" to '
@@ -207,7 +129,7 @@ def test_a_failed_clone_is_the_last_line(
 ) -> None:
     if error is not None:
         (volume.folder / "git-error").write_text(error)
-    assert volume.run(container(), shell, **CREDENTIALS) == (
+    assert volume.run(container(), shell, **CREDENTIALS) == Result(
         1,
         f'FAILED: no checkout of "main" from "https://git.example.org/schema": {reason} ({README}, "Git access")\n',
     )
@@ -215,8 +137,8 @@ def test_a_failed_clone_is_the_last_line(
 
 def test_a_path_that_is_not_there_is_named(volume: Volume, helm4: Helm, shell: str) -> None:
     volume.clone("alembic.ini")
-    status, log = volume.run(migrate(helm4.render(nested("git.path", "db/schema"))), shell, **CREDENTIALS)
-    assert (status, log) == (
+    result = volume.run(migrate(helm4.render(nested("git.path", "db/schema"))), shell, **CREDENTIALS)
+    assert result == Result(
         255,
         f"{CODE.replace('utilities/hcm-db-migrations', 'db/schema')}"
         f'FAILED: no folder "db/schema" in commit {COMMIT}: set "git.path" to the one with alembic.ini ({README}, '
@@ -226,7 +148,7 @@ def test_a_path_that_is_not_there_is_named(volume: Volume, helm4: Helm, shell: s
 
 def test_a_folder_without_alembic_ini_is_named(volume: Volume, container: Callable, shell: str) -> None:
     volume.clone("README.md")
-    assert volume.run(container(), shell, **CREDENTIALS) == (
+    assert volume.run(container(), shell, **CREDENTIALS) == Result(
         255,
         CODE
         + f'FAILED: no alembic.ini in "utilities/hcm-db-migrations" of commit {COMMIT}: set "git.path" to the folder '
@@ -239,7 +161,7 @@ def test_another_name_for_alembic_ini_is_alembics_own_variable(volume: Volume, c
     volume.clone("other.ini")
     volume.program("alembic", "echo $ALEMBIC_CONFIG")
     found = volume.run(container(extraEnv=[{"name": "ALEMBIC_CONFIG", "value": "other.ini"}]), shell, **CREDENTIALS)
-    assert found == (0, f"{CODE}other.ini\n")
+    assert found == Result(0, f"{CODE}other.ini\n")
 
 
 def test_without_requirements_neither_pip_nor_venv_runs(volume: Volume, container: Callable, shell: str) -> None:
@@ -247,7 +169,7 @@ def test_without_requirements_neither_pip_nor_venv_runs(volume: Volume, containe
     (volume.bin / "python3").unlink()
     volume.program("python3", "echo python3 ran; exit 9")
     volume.program("alembic", "echo alembic ran")
-    assert volume.run(container(), shell, **CREDENTIALS) == (0, f"{CODE}alembic ran\n")
+    assert volume.run(container(), shell, **CREDENTIALS) == Result(0, f"{CODE}alembic ran\n")
 
 
 def test_a_file_of_the_checkout_is_not_taken_for_a_part_of_python_or_for_pip(
@@ -259,7 +181,7 @@ def test_a_file_of_the_checkout_is_not_taken_for_a_part_of_python_or_for_pip(
     (folder / "requirements.txt").write_text(f"alembic==0.0.1 --hash=sha256:{_wheel(volume.folder)}\n")
     index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(volume.folder)}
     found = volume.run(container(requirements="requirements.txt"), shell, **CREDENTIALS, **index)
-    assert found == (0, f"{CODE}alembic of the venv: ['upgrade', 'head'] {volume.folder / 'venv'}\n")
+    assert found == Result(0, f"{CODE}alembic of the venv: ['upgrade', 'head'] {volume.folder / 'venv'}\n")
 
 
 def test_an_image_without_alembic_is_told_so(volume: Volume, container: Callable, shell: str) -> None:
@@ -267,7 +189,7 @@ def test_an_image_without_alembic_is_told_so(volume: Volume, container: Callable
     for program in ("basename", "readlink", "printenv", "dirname"):
         (volume.bin / program).symlink_to(shutil.which(program))
     (volume.bin / shell).symlink_to(shutil.which(shell))
-    assert volume.run(container(), shell, PATH=str(volume.bin), **CREDENTIALS) == (
+    assert volume.run(container(), shell, PATH=str(volume.bin), **CREDENTIALS) == Result(
         255,
         CODE + f'FAILED: no alembic to run: add it to "requirements" (), or to the image if that is "" ({README}, '
         '"Requirements")\n',
@@ -276,32 +198,13 @@ def test_an_image_without_alembic_is_told_so(volume: Volume, container: Callable
 
 def test_requirements_that_are_not_there_are_named(volume: Volume, container: Callable, shell: str) -> None:
     volume.clone("alembic.ini")
-    assert volume.run(container(requirements="deploy.txt"), shell, **CREDENTIALS) == (
+    assert volume.run(container(requirements="deploy.txt"), shell, **CREDENTIALS) == Result(
         255,
         CODE
         + f'FAILED: no deploy.txt in "utilities/hcm-db-migrations" of commit {COMMIT}: set "requirements" to its name, '
         'or to "" if the '
         f'image brings all ({README}, "Requirements")\n',
     )
-
-
-def make_wheel(folder: Path, name: str, files: dict[str, str]) -> Path:
-    """Make version 0.0.1 of a package; `files` are its texts by name, `.dist-info` files among them."""
-    info = f"{name}-0.0.1.dist-info"
-    files = files | {
-        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.0.1\n",
-        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-    }
-    hashes = {
-        file: base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
-        for file, text in files.items()
-    }
-    record = "".join(f"{file},sha256={digest},\n" for file, digest in hashes.items())
-    path = folder / f"{name}-0.0.1-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w") as wheel:
-        for file, text in {**files, f"{info}/RECORD": f"{record}{info}/RECORD,,\n"}.items():
-            wheel.writestr(file, text)
-    return path
 
 
 def _wheel(folder: Path) -> str:
@@ -320,7 +223,7 @@ def test_requirements_are_installed_into_the_volume_by_their_hashes(
     (folder / "requirements.txt").write_text(f"alembic==0.0.1 --hash=sha256:{_wheel(volume.folder)}\n")
     index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(volume.folder)}
     found = volume.run(container(requirements="requirements.txt"), shell, **CREDENTIALS, **index)
-    assert found == (0, f"{CODE}alembic of the venv: ['upgrade', 'head'] {volume.folder / 'venv'}\n")
+    assert found == Result(0, f"{CODE}alembic of the venv: ['upgrade', 'head'] {volume.folder / 'venv'}\n")
     assert not list((volume.folder / "venv").rglob("__pycache__/tool*"))
 
 
@@ -338,10 +241,10 @@ def test_a_tampered_requirement_stops_the_run_before_the_database(
     _wheel(volume.folder)
     (folder / "requirements.txt").write_text(f"alembic==0.0.1 --hash=sha256:{'0' * 64}\n")
     index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(volume.folder)}
-    status, log = volume.run(container(requirements="requirements.txt"), shell, **CREDENTIALS, **index)
-    assert (status, log.startswith(CODE)) == (1, True)
-    assert "THESE PACKAGES DO NOT MATCH THE HASHES" in log
-    assert log.splitlines()[-1] == (
+    result = volume.run(container(requirements="requirements.txt"), shell, **CREDENTIALS, **index)
+    assert (result.returncode, result.text.startswith(CODE)) == (1, True)
+    assert "THESE PACKAGES DO NOT MATCH THE HASHES" in result.text
+    assert result.lines[-1] == (
         "FAILED: pip could not install requirements.txt (exit status 1, reason above): for a mirror, proxy or "
         "private CA set "
         f'"extraEnv" ({README}, "Requirements")'
@@ -360,8 +263,8 @@ def test_a_dead_package_index_is_told_within_seconds(volume: Volume, container: 
     (folder / "requirements.txt").write_text("alembic==0.0.1\n")
     start = time.monotonic()
     index = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple"}
-    status, log = volume.run(container(requirements="requirements.txt"), shell, **CREDENTIALS, **index)
-    assert (status, log.splitlines()[-1][:46]) == (1, "FAILED: pip could not install requirements.txt")
+    result = volume.run(container(requirements="requirements.txt"), shell, **CREDENTIALS, **index)
+    assert (result.returncode, result.lines[-1][:46]) == (1, "FAILED: pip could not install requirements.txt")
     assert time.monotonic() - start < 10
 
 
@@ -373,7 +276,7 @@ def _test_container(helm: Helm) -> dict[str, Any]:
 def test_helm_test_passes_at_the_head(volume: Volume, helm4: Helm, shell: str) -> None:
     volume.clone("alembic.ini")
     volume.program("alembic", 'echo "$*"; echo "002 (head)"')
-    assert volume.run(_test_container(helm4), shell, **CREDENTIALS) == (0, f"{CODE}current\n002 (head)\n")
+    assert volume.run(_test_container(helm4), shell, **CREDENTIALS) == Result(0, f"{CODE}current\n002 (head)\n")
 
 
 @pytest.mark.parametrize("current", ["001", ""])
@@ -382,7 +285,7 @@ def test_helm_test_fails_with_the_cure_when_the_database_is_behind(
 ) -> None:
     volume.clone("alembic.ini")
     volume.program("alembic", f"echo '{current}'")
-    assert volume.run(_test_container(helm4), shell, **CREDENTIALS) == (
+    assert volume.run(_test_container(helm4), shell, **CREDENTIALS) == Result(
         1,
         f"{CODE}{current}\n"
         'FAILED: alembic current did not say "(head)": the database is not at the head of "main" as it is now; run '
@@ -394,28 +297,13 @@ def test_helm_test_fails_with_the_cure_when_the_database_is_behind(
 def test_helm_test_fails_as_alembic_does(volume: Volume, helm4: Helm, shell: str) -> None:
     volume.clone("alembic.ini")
     volume.program("alembic", "echo 'FAILED: why' >&2; exit 255")
-    assert volume.run(_test_container(helm4), shell, **CREDENTIALS) == (255, f"{CODE}FAILED: why\n")
+    assert volume.run(_test_container(helm4), shell, **CREDENTIALS) == Result(255, f"{CODE}FAILED: why\n")
 
 
-def _terminated(process: subprocess.Popen[str], volume: Volume) -> tuple[int, str, float]:
-    """Send SIGTERM as soon as the file "running" is there; return exit status, log and how long that took."""
-    until(lambda: (volume.folder / "running").exists() or process.poll() is not None)
-    return _stopped(process)
-
-
-def _stopped(process: subprocess.Popen[str]) -> tuple[int, str, float]:
-    start = time.monotonic()
-    process.send_signal(signal.SIGTERM)
-    status, log = _ended(process)
-    return status, log, time.monotonic() - start
-
-
-def _ended(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Wait for a container's first process, then end what it leaves behind, as the kernel does."""
-    process.wait(timeout=30)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    return process.returncode, process.communicate(timeout=30)[0]
+def _terminated(program: Program, volume: Volume) -> tuple[Result, float]:
+    """Send SIGTERM as soon as the file "running" is there; return the result, and how many seconds that took."""
+    until(lambda: (volume.folder / "running").exists() or not program.running)
+    return program.stop()
 
 
 WAITS = 'touch "$HOME/running"; exec sleep 60'
@@ -424,8 +312,8 @@ WAITS = 'touch "$HOME/running"; exec sleep 60'
 def test_sigterm_ends_an_alembic_that_has_no_handler_at_once(volume: Volume, container: Callable, shell: str) -> None:
     volume.clone("alembic.ini")
     volume.program("alembic", WAITS)
-    status, log, seconds = _terminated(volume.start(container(), shell, **CREDENTIALS), volume)
-    assert (status, log) == (
+    result, seconds = _terminated(volume.start(container(), shell, **CREDENTIALS), volume)
+    assert result == Result(
         143,
         CODE
         + "stopped by SIGTERM while running alembic upgrade head; PostgreSQL rolls back what was not committed; if it "
@@ -441,13 +329,13 @@ def test_an_alembic_that_handles_sigterm_has_the_last_word(volume: Volume, conta
         "alembic",
         "trap 'echo rolled back at 001 >&2; kill $!; exit 7' TERM\nsleep 60 &\ntouch \"$HOME/running\"; wait",
     )
-    status, log, seconds = _terminated(volume.start(container(), shell, **CREDENTIALS), volume)
-    assert (status, log.splitlines()[-1]) == (7, "rolled back at 001")
+    result, seconds = _terminated(volume.start(container(), shell, **CREDENTIALS), volume)
+    assert (result.returncode, result.lines[-1]) == (7, "rolled back at 001")
     assert seconds < 2
 
 
 @pytest.fixture
-def pip(volume: Volume, container: Callable, shell: str) -> Iterator[subprocess.Popen[str]]:
+def pip(volume: Volume, container: Callable, shell: str) -> Iterator[Program]:
     """A container whose pip waits for an index that takes the connection and does not answer."""
     folder = volume.clone("alembic.ini")
     (folder / "requirements.txt").write_text("alembic\n")
@@ -467,9 +355,9 @@ def pip(volume: Volume, container: Callable, shell: str) -> Iterator[subprocess.
     state="The database is not contacted",
     do="Deploy again",
 )
-def test_sigterm_ends_pip_at_once_and_alembic_does_not_begin(pip: subprocess.Popen[str]) -> None:
-    status, log, seconds = _stopped(pip)
-    assert (status, log) == (
+def test_sigterm_ends_pip_at_once_and_alembic_does_not_begin(pip: Program) -> None:
+    result, seconds = pip.stop()
+    assert result == Result(
         143,
         CODE
         + "stopped by SIGTERM while installing requirements.txt; the database was not contacted; if it was the time "
@@ -488,14 +376,14 @@ def test_sigterm_ends_pip_at_once_and_alembic_does_not_begin(pip: subprocess.Pop
     do="Raise it, deploy again",
 )
 @pytest.mark.parametrize("which", ["pip", "its child"])
-def test_a_pip_that_is_killed_points_to_the_memory(pip: subprocess.Popen[str], which: str) -> None:
+def test_a_pip_that_is_killed_points_to_the_memory(pip: Program, which: str) -> None:
     def child(pid: int) -> int:
         return int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
 
-    killed = child(pip.pid)  # it starts the venv's Python with itself
+    killed = child(pip.process.pid)  # it starts the venv's Python with itself
     os.kill(child(killed) if which == "its child" else killed, signal.SIGKILL)
-    status, log = _ended(pip)
-    assert (status, log.splitlines()[-1]) == (
+    result = pip.wait()
+    assert (result.returncode, result.lines[-1]) == (
         1,
         'FAILED: killed while installing requirements.txt, most likely out of memory: raise "resources.limits.memory"'
         f' ({README}, "Requirements")',
@@ -505,8 +393,8 @@ def test_a_pip_that_is_killed_points_to_the_memory(pip: subprocess.Popen[str], w
 def test_an_alembic_that_is_killed_points_to_the_memory(volume: Volume, container: Callable, shell: str) -> None:
     volume.clone("alembic.ini")
     volume.program("alembic", "kill -9 $$")
-    status, log = volume.run(container(), shell, **CREDENTIALS)
-    assert (status, log.splitlines()[-1]) == (
+    result = volume.run(container(), shell, **CREDENTIALS)
+    assert (result.returncode, result.lines[-1]) == (
         137,
         'FAILED: alembic was killed, most likely out of memory: raise "resources.limits.memory"',
     )
@@ -535,7 +423,7 @@ def test_git_sync_gets_its_flags_and_the_user(volume: Volume, clone: Callable, s
         (volume.folder / name).write_text(text)
     volume.program("git-sync", 'printf "%s|" "$@"')
     of = clone(httpsSecretName="token")
-    assert volume.run(of, shell) == (0, "|".join([*of["args"], "--username=a user", ""]))
+    assert volume.run(of, shell) == Result(0, "|".join([*of["args"], "--username=a user", ""]))
     assert not (volume.folder / "git-error").exists()
 
 
@@ -556,8 +444,8 @@ def test_a_missing_credential_of_git_is_named_by_the_other_container(
         (volume.folder / name).write_text("x")
     volume.program("git-sync", "echo not reached")
     reason = "; ".join(f'no value for key {key} in namespace "health"' for key in missing)
-    assert volume.run(clone(**git), shell) == (0, f"{reason}\n")
-    assert volume.run(container(), shell, **CREDENTIALS)[1] == (
+    assert volume.run(clone(**git), shell) == Result(0, f"{reason}\n")
+    assert volume.run(container(), shell, **CREDENTIALS).text == (
         f'FAILED: no checkout of "main" from "https://git.example.org/schema": {reason} ({README}, "Git access")\n'
     )
 
@@ -574,7 +462,7 @@ def test_a_failed_git_sync_lets_the_other_container_speak(
     volume: Volume, clone: Callable, shell: str, script: str, error: str
 ) -> None:
     volume.program("git-sync", script)
-    assert volume.run(clone(), shell)[0] == 0
+    assert volume.run(clone(), shell).returncode == 0
     assert (volume.folder / "git-error").read_text() == error
 
 
@@ -587,8 +475,8 @@ def test_a_failed_git_sync_lets_the_other_container_speak(
 )
 def test_sigterm_ends_the_clone_at_once(volume: Volume, clone: Callable, shell: str) -> None:
     volume.program("git-sync", WAITS)
-    status, _, seconds = _terminated(volume.start(clone(), shell), volume)
-    assert status == 143
+    result, seconds = _terminated(volume.start(clone(), shell), volume)
+    assert result.returncode == 143
     assert seconds < 2
 
 

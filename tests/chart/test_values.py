@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.chart.conftest import (
+from tests.support.chart import (
     MINIMAL,
     Helm,
     Objects,

@@ -9,12 +9,22 @@ import psycopg2
 import pytest
 from kubernetes import client
 
-from tests.e2e.helpers import Api, Gate, Release, Repository, contacted, in_002, kill_container, let_go, node
-from tests.e2e.test_lifecycle import TABLE
-from tests.migrations.helpers import Database, until
+from tests.support.database import Database
+from tests.support.kubernetes import (
+    FIRST_JOB,
+    TABLE,
+    Api,
+    Release,
+    Repository,
+    SwitchedService,
+    contacted,
+    in_002,
+    kill_container,
+    node,
+    release_gate,
+)
+from tests.support.waiting import until
 from tools.cluster import Cluster
-
-JOB = "hcm-db-migration-1"
 
 
 def assert_applied_once(database: Database) -> None:
@@ -41,9 +51,9 @@ def test_of_two_releases_at_once_one_works_and_the_other_waits_for_it(
     other = api if where == "one namespace" else namespaces()
     both = [releases(api).upgrading(), releases(other, name="second").upgrading()]
     waiting = f"more: another migration is running (pid N, hcm-db-migrations as {database.role} from "
-    jobs = [(api, JOB), (other, "second-hcm-db-migration-1")]
+    jobs = [(api, FIRST_JOB), (other, "second-hcm-db-migration-1")]
     until(lambda: any(waiting in log for namespace, job in jobs for log in namespace.logs(job)))
-    let_go(database)
+    release_gate(database)
     results = sorted([command.wait() for command in both], key=lambda result: waiting in result.text)
     assert [result.returncode for result in results] == [0, 0], [result.text for result in results]
     results[0].line("INFO now at 002 (head)")
@@ -66,7 +76,7 @@ def test_a_second_upgrade_of_a_release_is_refused_while_the_first_one_runs(
     second = release.upgrade()
     assert second.returncode == 1
     second.line("another operation (install/upgrade/rollback) is in progress")
-    let_go(database)
+    release_gate(database)
     result = first.wait()
     assert result.returncode == 0, result.text
     assert_applied_once(database)
@@ -101,7 +111,7 @@ def test_a_pod_that_is_cut_off_in_a_revision_is_followed_by_one_that_finishes_it
 ) -> None:
     upgrade = release.upgrading()
     first = until(lambda: in_002(database))
-    (pod,) = api.pods(JOB)
+    (pod,) = api.pods(FIRST_JOB)
     words = ["logs", "--follow", pod.metadata.name, "-n", api.namespace, "--container=migrate"]
     with ThreadPoolExecutor() as aside:
         log = aside.submit(cluster.kubectl, *words)
@@ -111,10 +121,10 @@ def test_a_pod_that_is_cut_off_in_a_revision_is_followed_by_one_that_finishes_it
     if cut_off is _drain:  # else it is killed before or after it has said it
         assert "FAILED: interrupted by SIGTERM in revision 002 " in said
     until(lambda: in_002(database) != first)  # no orphan of the first pod goes on
-    let_go(database)
+    release_gate(database)
     result = upgrade.wait()
     assert result.returncode == 0, result.text
-    result.line("INFO at 001 (the head is 002); to do: 1 (002 test)")
+    result.line("INFO at 001 (the head is 002); to do: 1 (002 add)")
     assert_applied_once(database)
 
 
@@ -131,11 +141,11 @@ def test_of_the_same_pod_twice_at_once_one_works_and_the_other_waits_for_it(
 ) -> None:
     upgrade = release.upgrading()
     until(lambda: in_002(database))
-    (pod,) = api.pods(JOB)
+    (pod,) = api.pods(FIRST_JOB)
     pod.metadata = client.V1ObjectMeta(name="twin", annotations=pod.metadata.annotations)
     api.core.create_namespaced_pod(api.namespace, pod)
     until(lambda: "another migration is running" in api.log(pod))
-    let_go(database)
+    release_gate(database)
     result = upgrade.wait()
     assert result.returncode == 0, result.text
     until(lambda: api.core.read_namespaced_pod("twin", api.namespace).status.phase == "Succeeded")
@@ -157,14 +167,14 @@ def test_a_pod_that_is_killed_before_the_database_is_contacted_is_followed_by_on
     cluster: Cluster,
     repository: Repository,
     database: Database,
-    silent: client.V1Pod,
+    unresponsive_pod: client.V1Pod,
     with_pip: dict,
     stage: str,
 ) -> None:
     """The server that this stage asks takes connections and does not answer, until the first pod is killed."""
     release = releases(api)
-    gate = Gate(api)
-    gate.lead_to(silent, 8080)
+    gate = SwitchedService(api)
+    gate.route_to(unresponsive_pod, 8080)
     repository.revision("002", "CREATE TABLE once AS SELECT 1")
     repository.push()
     if stage == "clone":
@@ -176,12 +186,12 @@ def test_a_pod_that_is_killed_before_the_database_is_contacted_is_followed_by_on
         ]
         values, container, words = {**with_pip, "extraEnv": index}, "migrate", "code: repository"
     upgrade = release.upgrading(values)
-    until(lambda: any(words in api.log(pod, container) for pod in api.pods(JOB)))
-    (pod,) = api.pods(JOB)
+    until(lambda: any(words in api.log(pod, container) for pod in api.pods(FIRST_JOB)))
+    (pod,) = api.pods(FIRST_JOB)
     (server,) = api.core.list_namespaced_pod("hcm-fixtures", label_selector="app=server").items
-    gate.lead_to(server, 80)
+    gate.route_to(server, 80)
     kill_container(cluster, pod, container)
-    until(lambda: api.pods(JOB)[0].status.phase == "Failed")
+    until(lambda: api.pods(FIRST_JOB)[0].status.phase == "Failed")
     assert not contacted(cluster, database)
     result = upgrade.wait()
     assert (result.returncode, database.at) == (0, ["002"]), result.text
@@ -205,7 +215,7 @@ def test_a_revision_that_needs_more_memory_than_the_limit_is_rolled_back_and_pas
     values = {"resources": {"limits": {"memory": "160Mi"}}, "job": {"backoffLimit": 0}}
     failed = release.upgrade(values)
     assert (failed.returncode, database.at, database.relations) == (1, ["001"], TABLE)
-    (pod,) = api.pods(JOB)
+    (pod,) = api.pods(FIRST_JOB)
     ended = pod.status.container_statuses[0].state.terminated
     assert (ended.exit_code, ended.reason) == (137, "OOMKilled")
     if "cgroup2fs" not in node(cluster, "stat", "-fc", "%T", "/sys/fs/cgroup"):
@@ -233,11 +243,11 @@ def test_a_run_survives_a_restart_of_kubelet(
     until(lambda: node(cluster, "systemctl", "is-active", "kubelet") == "active\n")
     assert node(cluster, "systemctl", "show", "--property=MainPID", "kubelet") != before
     # The new one has looked at its pods when it serves their logs.
-    until(lambda: "running upgrade 001 -> 002" in api.logs(JOB)[0])
+    until(lambda: "running upgrade 001 -> 002" in api.logs(FIRST_JOB)[0])
 
     def freed() -> bool:
         try:
-            let_go(database)
+            release_gate(database)
         except psycopg2.OperationalError:  # the new one has not yet found the database's pod ready
             return False
         return True

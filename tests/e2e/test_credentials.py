@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 import pytest
 from sqlalchemy import make_url
 
-from tests.e2e.helpers import Api, Gate, Release, contacted
-from tests.migrations.helpers import Database, until
+from tests.support.database import Database
+from tests.support.kubernetes import FIRST_JOB, Api, Release, SwitchedService, contacted
+from tests.support.waiting import until
 from tools.cluster import Cluster
 from tools.postgres import execute
 
-JOB = "hcm-db-migration-1"
 DATABASE = '(README.md of the chart, "Database")'
 
 
@@ -55,8 +55,8 @@ def test_what_is_missing_is_named_within_30_seconds(
     assert result.returncode == 1
     cure = f'create it in namespace "{api.namespace}", or set "db" or "extraEnv" to where it is'
     result.line(f"FAILED: no value for {missing}: {cure} {DATABASE}", times=2)  # a second try follows
-    assert api.seconds_to_failure(JOB) < 30
-    assert api.conditions(JOB)["Failed"] == "BackoffLimitExceeded"
+    assert api.seconds_to_failure(FIRST_JOB) < 30
+    assert api.conditions(FIRST_JOB)["Failed"] == "BackoffLimitExceeded"
     assert not contacted(cluster, database)
 
 
@@ -71,7 +71,7 @@ def test_a_secret_that_comes_late_is_found_by_the_second_try(release: Release, a
     login = api.core.read_namespaced_secret("db", api.namespace)
     api.core.delete_namespaced_secret("db", api.namespace)
     upgrade = release.upgrading()
-    until(lambda: any("FAILED: no value for DB_USER" in log for log in api.logs(JOB)))
+    until(lambda: any("FAILED: no value for DB_USER" in log for log in api.logs(FIRST_JOB)))
     login.metadata = {"name": "db"}
     api.core.create_namespaced_secret(api.namespace, login)
     result = upgrade.wait()
@@ -87,35 +87,37 @@ def test_a_wrong_password_ends_the_job_at_once_and_is_not_shown(release: Release
         f'FATAL: password authentication failed for user "{database.role}"',
         "; check DB_USER and DB_PASSWORD",
     )
-    assert (api.conditions(JOB)["Failed"], len(api.pods(JOB))) == ("PodFailurePolicy", 1)
+    assert (api.conditions(FIRST_JOB)["Failed"], len(api.pods(FIRST_JOB))) == ("PodFailurePolicy", 1)
 
 
 @pytest.fixture
-def gate(api: Api) -> Gate:
+def gate(api: Api) -> SwitchedService:
     """Where the ConfigMap says that the database is; nothing is behind it yet."""
-    gate = Gate(api, 5432)
+    gate = SwitchedService(api, 5432)
     api.core.patch_namespaced_config_map("egov-config", api.namespace, {"data": {"db-host": gate.host}})
     return gate
 
 
 def test_a_database_that_is_not_there_yet_is_waited_for(
-    release: Release, api: Api, database: Database, gate: Gate
+    release: Release, api: Api, database: Database, gate: SwitchedService
 ) -> None:
     upgrade = release.upgrading()
     waiting = f'INFO waiting, up to 90 s more: connection to server at "{gate.host}"'
-    until(lambda: any(waiting in log for log in api.logs(JOB)))
+    until(lambda: any(waiting in log for log in api.logs(FIRST_JOB)))
     (pod,) = api.core.list_namespaced_pod("hcm-fixtures", label_selector="app=postgres").items
-    gate.lead_to(pod, 5432)
+    gate.route_to(pod, 5432)
     result = upgrade.wait()
     assert (result.returncode, database.at) == (0, ["001"]), result.text
     result.line(waiting, "Connection refused")
 
 
-def test_a_database_that_never_comes_is_given_up_in_bounded_time(release: Release, api: Api, gate: Gate) -> None:
+def test_a_database_that_never_comes_is_given_up_in_bounded_time(
+    release: Release, api: Api, gate: SwitchedService
+) -> None:
     wait = {"name": "MIGRATION_WAIT_SECONDS", "value": "2"}
     values = {"extraEnv": [*release.values["extraEnv"], wait], "job": {"backoffLimit": 0}}
     result = release.upgrade(values)
-    assert (result.returncode, api.seconds_to_failure(JOB) < 30) == (1, True)
+    assert (result.returncode, api.seconds_to_failure(FIRST_JOB) < 30) == (1, True)
     result.line(
         "FAILED: could not connect to database ",
         f" at {gate.host}:5432 ",
@@ -123,7 +125,7 @@ def test_a_database_that_never_comes_is_given_up_in_bounded_time(release: Releas
         "Connection refused",
         "; check that the server is up and DB_HOST, DB_PORT and the network, or raise MIGRATION_WAIT_SECONDS",
     )
-    assert api.conditions(JOB)["Failed"] == "BackoffLimitExceeded"
+    assert api.conditions(FIRST_JOB)["Failed"] == "BackoffLimitExceeded"
 
 
 @pytest.fixture

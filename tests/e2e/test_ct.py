@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import OWN_IMAGE
-from tests.e2e.helpers import Api
-from tests.e2e.test_lifecycle import TABLE
-from tests.migrations.helpers import Database
+from tests.support.cluster import OWN_IMAGE
+from tests.support.database import Database
+from tests.support.git import git
+from tests.support.kubernetes import TABLE, Api
+from tests.support.programs import Result, run
 from tools.binaries import find_or_build, source_folder
 from tools.cluster import Cluster
 from tools.paths import ROOT
-from tools.steps import run
 
-Ct = Callable[..., subprocess.CompletedProcess[str]]
+Ct = Callable[..., Result]
 
 
 @pytest.fixture
@@ -33,11 +32,6 @@ def folder(tmp_path: Path) -> Path:
     commit(origin)
     git(tmp_path, "clone", "--quiet", str(origin), str(clone))
     return clone
-
-
-def git(folder: Path, *words: str) -> str:
-    who = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
-    return run(["git", "-C", folder, *who, *words], env={"PATH": os.environ["PATH"], "HOME": str(folder)})
 
 
 def commit(folder: Path) -> None:
@@ -56,9 +50,9 @@ def ct(folder: Path, tmp_path: Path, cluster: Cluster) -> Ct:
         (programs / name).symlink_to(Path(sys.executable).with_name(name))
     environment = {"PATH": f"{programs}:{os.environ['PATH']}", "HOME": str(tmp_path), "KUBECONFIG": cluster.kubeconfig}
 
-    def ct(*words: str | Path) -> subprocess.CompletedProcess[str]:
-        command = [find_or_build("ct"), *words, "--config", "ct.yaml"]
-        return subprocess.run(command, cwd=folder, env=environment, text=True, stdout=-1, stderr=subprocess.STDOUT)
+    def ct(*arguments: str | Path) -> Result:
+        command = [find_or_build("ct"), *arguments, "--config", "ct.yaml"]
+        return run(command, cwd=folder, env=environment, one_stream=True, seconds=300)
 
     return ct
 

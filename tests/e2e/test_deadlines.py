@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from kubernetes import client
 
-from tests.e2e.helpers import Api, Gate, Release, Repository, contacted, let_go
-from tests.e2e.test_concurrency import JOB
-from tests.migrations.helpers import Database, until
+from tests.support.database import Database
+from tests.support.kubernetes import FIRST_JOB, Api, Release, Repository, SwitchedService, contacted, release_gate
+from tests.support.waiting import until
 from tools.cluster import Cluster
 
 
@@ -29,13 +29,13 @@ def test_a_revision_that_meets_the_deadline_is_rolled_back_and_helm_says_which_v
     result = release.upgrade({"job": {"activeDeadlineSeconds": 25, "backoffLimit": 0}})
     assert result.returncode == 1
     result.line(
-        "FAILED: interrupted by SIGTERM in revision 002 (20251202_143000_002_test.py) after ",
+        "FAILED: interrupted by SIGTERM in revision 002 (20251202_143000_002_add.py) after ",
         "; rolled back; the database is at revision 001; run again to resume; if the Job's deadline was exceeded,"
         " raise 'job.activeDeadlineSeconds'"
         " and Helm's --timeout together",
     )
-    assert api.conditions(JOB)["Failed"] == "BackoffLimitExceeded"
-    (log,) = api.logs(JOB)
+    assert api.conditions(FIRST_JOB)["Failed"] == "BackoffLimitExceeded"
+    (log,) = api.logs(FIRST_JOB)
     assert log.splitlines()[-1].startswith("FAILED: interrupted by SIGTERM")
     assert (database.at, database.execute("SELECT revision FROM audit")) == (["001"], [])
     assert database.activity() == []
@@ -53,9 +53,9 @@ def test_a_helm_that_does_not_wait_for_long_enough_leaves_the_job_to_finish(
 ) -> None:
     result = release.upgrade({}, "--timeout", "15s")
     assert (result.returncode, release.status()) == (1, "failed"), result.text
-    result.line("Error: ", f"Job/{api.namespace}/{JOB} not ready. status: InProgress")
-    let_go(database)
-    until(lambda: "Complete" in api.conditions(JOB))
+    result.line("Error: ", f"Job/{api.namespace}/{FIRST_JOB} not ready. status: InProgress")
+    release_gate(database)
+    until(lambda: "Complete" in api.conditions(FIRST_JOB))
     assert database.at == ["002"]
     again = release.upgrade()
     assert again.returncode == 0, again.text
@@ -70,12 +70,12 @@ def test_a_helm_that_does_not_wait_for_long_enough_leaves_the_job_to_finish(
     do="Mend the git server, deploy again",
 )
 def test_a_git_server_that_hangs_is_named_before_the_deadline(
-    release: Release, api: Api, cluster: Cluster, database: Database, silent: client.V1Pod
+    release: Release, api: Api, cluster: Cluster, database: Database, unresponsive_pod: client.V1Pod
 ) -> None:
-    gate = Gate(api)
-    gate.lead_to(silent, 8080)
+    gate = SwitchedService(api)
+    gate.route_to(unresponsive_pod, 8080)
     address = f"http://{gate.host}/schema.git"
     result = release.upgrade({"git": {"repo": address}, "job": {"activeDeadlineSeconds": 45, "backoffLimit": 0}})
-    assert (result.returncode, api.seconds_to_failure(JOB) < 45) == (1, True)
+    assert (result.returncode, api.seconds_to_failure(FIRST_JOB) < 45) == (1, True)
     result.line(f'FAILED: no checkout of "main" from "{address}": ', "context deadline exceeded")
-    assert (api.conditions(JOB)["Failed"], contacted(cluster, database)) == ("BackoffLimitExceeded", False)
+    assert (api.conditions(FIRST_JOB)["Failed"], contacted(cluster, database)) == ("BackoffLimitExceeded", False)

@@ -9,9 +9,8 @@ import pytest
 import yaml
 from sqlalchemy import make_url
 
-from tests.e2e.helpers import Api, Release
-from tests.e2e.test_lifecycle import TABLE
-from tests.migrations.helpers import until
+from tests.support.kubernetes import TABLE, Api, Release
+from tests.support.waiting import until
 from tools.cluster import NAME, Cluster, push_checkout
 from tools.cluster import install as make_install
 from tools.postgres import execute

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.helpers import Api, Release, Repository, contacted
-from tests.migrations.helpers import Database
+from tests.support.database import Database
+from tests.support.kubernetes import FIRST_JOB, Api, Release, Repository, contacted
 from tools.cluster import Cluster
 
-JOB = "hcm-db-migration-1"
 GIT = '(README.md of the chart, "Git access")'
 # A failed run is tried again after 10 s, with the same end.
 ONE_TRY = {"job": {"backoffLimit": 0}}
@@ -115,14 +114,14 @@ def test_over_ssh_a_wrong_key_ends_the_run_before_the_database_is_contacted(
         key = cluster.kubectl("exec", "-n", "hcm-fixtures", "deploy/server", "--", "sh", "-c", make)
     api.secret("git-creds", ssh=key, known_hosts=known_hosts)
     result = release.upgrade(over_ssh)
-    assert (result.returncode, api.conditions(JOB)["Failed"]) == (1, "BackoffLimitExceeded")
+    assert (result.returncode, api.conditions(FIRST_JOB)["Failed"]) == (1, "BackoffLimitExceeded")
     result.line(f'FAILED: no checkout of "main" from "{over_ssh["git"]["repo"]}": ', reason, GIT)
     assert not contacted(cluster, database)
 
 
 def test_ssh_without_its_secret_names_the_secret_and_its_keys(release: Release, api: Api, over_ssh: dict) -> None:
     result = release.upgrade(over_ssh)
-    assert (result.returncode, api.conditions(JOB)["Failed"]) == (1, "BackoffLimitExceeded")
+    assert (result.returncode, api.conditions(FIRST_JOB)["Failed"]) == (1, "BackoffLimitExceeded")
     result.line(
         f'FAILED: no checkout of "main" from "{over_ssh["git"]["repo"]}": no value for key "ssh" of Secret "git-creds"'
         f' in namespace "{api.namespace}"; no value for key "known_hosts" of Secret "git-creds" in namespace'
@@ -170,7 +169,7 @@ def test_over_https_a_wrong_token_or_ca_ends_the_run_before_the_database_is_cont
     else:
         over_https["git"]["ca"]["configMapName"] = "kube-root-ca.crt"  # every namespace has it
     result = release.upgrade(over_https)
-    assert (result.returncode, api.conditions(JOB)["Failed"]) == (1, "BackoffLimitExceeded")
+    assert (result.returncode, api.conditions(FIRST_JOB)["Failed"]) == (1, "BackoffLimitExceeded")
     result.line(f'FAILED: no checkout of "main" from "{over_https["git"]["repo"]}": ', reason, GIT)
     assert not contacted(cluster, database)
 
@@ -238,4 +237,4 @@ def test_what_is_wrong_with_the_code_stands_in_helms_output_and_the_database_is_
     result = release.upgrade({**values, **ONE_TRY})
     assert result.returncode == 1
     result.line(*words)
-    assert (set(api.conditions(JOB)), contacted(cluster, database)) == ({"FailureTarget", "Failed"}, False)
+    assert (set(api.conditions(FIRST_JOB)), contacted(cluster, database)) == ({"FailureTarget", "Failed"}, False)

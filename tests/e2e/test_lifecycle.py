@@ -6,22 +6,20 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.e2e.helpers import Api, Release, Repository, contacted, in_002, let_go
-from tests.migrations.helpers import Database, until
+from tests.support.database import Database
+from tests.support.kubernetes import (
+    JOB,
+    NOTHING_TO_DO,
+    TABLE,
+    Api,
+    Release,
+    Repository,
+    contacted,
+    in_002,
+    release_gate,
+)
+from tests.support.waiting import until
 from tools.cluster import Cluster
-
-JOB = "hcm-db-migration"
-TABLE = [
-    "hcm_report_metadata",
-    "hcm_report_metadata_id_seq",
-    "hcm_report_metadata_pkey",
-    "idx_hcm_report_campaign",
-    "idx_hcm_report_campaign_report_freq",
-    "idx_hcm_report_frequency",
-    "idx_hcm_report_name",
-    "idx_hcm_report_trigger_date",
-]
-NOTHING_TO_DO = "HH:MM:SS INFO at 001 (head): nothing to do"
 
 
 def test_install_migrates_an_empty_database_says_how_and_leaves_no_job(
@@ -67,7 +65,7 @@ def test_an_upgrade_does_nothing_until_a_revision_is_pushed(
     assert (api.jobs(), release.status()) == ([], "deployed")
     if version == 4:  # Helm 3.17 does not print a hook's log
         again.line(NOTHING_TO_DO)
-        upgrade.line("HH:MM:SS INFO running upgrade 001 -> 002, test")
+        upgrade.line("HH:MM:SS INFO running upgrade 001 -> 002, add")
 
 
 def test_uninstall_leaves_the_schema_and_nothing_else_and_a_reinstall_finds_it(
@@ -126,7 +124,7 @@ def test_a_failed_run_shows_its_reason_leaves_job_pod_and_log_and_the_next_upgra
         " rolled back; the database is at revision 002; fix it, then retry"
     )
     failed.line(reason)
-    failed.line("HH:MM:SS INFO running upgrade 001 -> 002, test")
+    failed.line("HH:MM:SS INFO running upgrade 001 -> 002, add")
     assert api.jobs() == [f"{JOB}-1"]
     assert api.conditions(f"{JOB}-1")["Failed"] == "PodFailurePolicy"
     (log,) = api.logs(f"{JOB}-1")
@@ -138,7 +136,7 @@ def test_a_failed_run_shows_its_reason_leaves_job_pod_and_log_and_the_next_upgra
     repository.push()
     mended = release.upgrade()
     assert (mended.returncode, database.at, release.status()) == (0, ["003"], "deployed")
-    mended.line("HH:MM:SS INFO at 002 (the head is 003); to do: 1 (003 test)")
+    mended.line("HH:MM:SS INFO at 002 (the head is 003); to do: 1 (003 add)")
     assert api.jobs() == [f"{JOB}-1"]  # until its time to live ends
 
 
@@ -178,7 +176,7 @@ def test_wait_succeeds_and_a_failed_upgrade_is_rolled_back_to_the_release_before
     assert (failed.returncode, release.status(), database.at) == (1, "deployed", ["001"])
     assert api.core.read_namespaced_config_map(JOB, api.namespace).data["ref"] == "main"
     (log,) = api.logs(f"{JOB}-2")
-    assert "FAILED: revision 002 (20251202_143000_002_test.py) failed: division by zero" in log
+    assert "FAILED: revision 002 (20251202_143000_002_add.py) failed: division by zero" in log
     if version == 4:
         failed.line("FAILED: revision 002", "division by zero")
 
@@ -187,9 +185,8 @@ def _killed(release: Release, database: Database) -> None:
     """Kill Helm while the Job runs revision 002, then wait for the Job's end, as the README says."""
     upgrade = release.upgrading()
     until(lambda: in_002(database))
-    upgrade.process.kill()
-    upgrade.process.communicate()
-    let_go(database)
+    upgrade.kill()
+    release_gate(database)
     until(lambda: database.at == ["002"])
 
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import secrets
-import subprocess
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 from kubernetes import client
 
-from tests.conftest import CANARY
-from tests.e2e.conftest import assert_no_secret
-from tests.e2e.helpers import Api, Release, Repository, in_002, in_node, let_go, node
-from tests.e2e.test_concurrency import JOB
-from tests.migrations.helpers import PASSWORD, Database, until
+from tests.support.canary import CANARY, PASSWORD, assert_no_secret
+from tests.support.database import Database
+from tests.support.kubernetes import FIRST_JOB, Api, Release, Repository, in_002, in_node, node, release_gate
+from tests.support.programs import start
+from tests.support.waiting import until
 from tools.cluster import Cluster
 
 
@@ -39,17 +37,15 @@ def watched(cluster: Cluster) -> Iterator[set[str]]:
     stop = f"/tmp/{secrets.token_hex(8)}"  # noqa: S108, of the node
     collect = "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' '; echo"
     script = f"until [ -e {stop} ]; do sleep 0.05; {collect}; done; rm {stop}"
-    words, environment = in_node(cluster, "sh", "-c", script)
-    process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True, errors="replace")
+    arguments, environment = in_node(cluster, "sh", "-c", script)
+    collector = start(arguments, env=environment)
     seen: set[str] = set()
-    reader = threading.Thread(target=lambda: seen.update(process.stdout))
-    reader.start()
     try:
         yield seen
     finally:
         node(cluster, "touch", stop)
-        process.wait(timeout=20)
-        reader.join(timeout=20)
+        collector.wait(20)
+        seen.update(collector.output.splitlines())
 
 
 def test_password_and_token_are_in_no_log_event_description_manifest_or_process_list(
@@ -66,12 +62,12 @@ def test_password_and_token_are_in_no_log_event_description_manifest_or_process_
     with watched(cluster) as processes:
         upgrade = release.upgrading({"git": git}, "--debug")
         until(lambda: in_002(database))
-        (pod,) = api.pods(JOB)
+        (pod,) = api.pods(FIRST_JOB)
         described = [cluster.kubectl("describe", kind, "-n", api.namespace) for kind in ("pods", "jobs", "events")]
         logs = [api.log(pod, container) for container in ("git-sync", "migrate")]
         events = cluster.kubectl("get", "events", "-n", api.namespace, "-o", "yaml")
         pods = cluster.kubectl("get", "pods,jobs", "-n", api.namespace, "-o", "yaml")
-        let_go(database)
+        release_gate(database)
         result = upgrade.wait()
     assert result.returncode == 0, result.text
     stored = [release.run("get", what, release.name).text for what in ("manifest", "hooks", "values", "notes")]
@@ -79,11 +75,11 @@ def test_password_and_token_are_in_no_log_event_description_manifest_or_process_
     lines = "\n".join(processes)
     for text, word in [
         (described[0], "git-https"),
-        (described[1], JOB),
+        (described[1], FIRST_JOB),
         (logs[0], audited.name),
         (logs[1], database.name),
-        (events, JOB),
-        (pods, JOB),
+        (events, FIRST_JOB),
+        (pods, FIRST_JOB),
         (stored[1], "DB_PASSWORD"),
         (lines, "alembic upgrade head"),
         (lines, "--password-file=/etc/git-sync/password"),

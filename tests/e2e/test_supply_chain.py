@@ -8,12 +8,11 @@ import urllib.request
 
 import pytest
 
-from tests.chart.test_scripts import make_wheel
-from tests.e2e.helpers import Api, Release, Repository, in_002, let_go, node, sessions
-from tests.migrations.helpers import Database, until
+from tests.support.database import Database
+from tests.support.kubernetes import FIRST_JOB, Api, Release, Repository, in_002, node, release_gate, sessions
+from tests.support.pod_scripts import make_wheel
+from tests.support.waiting import until
 from tools.cluster import Cluster
-
-JOB = "hcm-db-migration-1"
 
 
 @pytest.mark.fault(
@@ -37,8 +36,8 @@ def test_an_image_that_is_named_by_its_digest_is_the_one_that_runs(
     upgrade = release.upgrading({"image": {"tag": "moved", "digest": digest}})
     until(lambda: in_002(database))
     # The pod's own status comes late.
-    pod = until(lambda: next((pod for pod in api.pods(JOB) if pod.status.container_statuses[0].image_id), None))
-    let_go(database)
+    pod = until(lambda: next((pod for pod in api.pods(FIRST_JOB) if pod.status.container_statuses[0].image_id), None))
+    release_gate(database)
     assert upgrade.wait().returncode == 0
     assert pod.spec.containers[0].image.endswith(f":moved@{digest}")
     assert pod.status.container_statuses[0].image_id.endswith(digest)

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft7Validator
 
-from tests.chart.conftest import TEXT
-from tests.e2e.helpers import Release, merged
+from tests.support.chart import TEXT
+from tests.support.kubernetes import Release, merged
 from tools.cluster import Cluster
 from tools.paths import CHART
 

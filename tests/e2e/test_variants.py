@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.e2e.helpers import Api, Release, Repository
-from tests.e2e.test_lifecycle import NOTHING_TO_DO, TABLE
-from tests.migrations.helpers import PASSWORD, Database, until
-from tools.paths import CHART
-
-JOB = "hcm-db-migration-1"
+from tests.support.canary import PASSWORD
+from tests.support.database import Database
+from tests.support.kubernetes import NOTHING_TO_DO, TABLE, Api, Release, Repository
+from tests.support.programs import run
+from tests.support.waiting import until
+from tools.paths import BIN, CHART
 
 
 def test_an_image_with_its_own_dependencies_needs_no_pip_and_nothing_but_git_and_the_database(
@@ -83,7 +81,7 @@ def test_a_plan_is_printed_and_changes_nothing_and_a_downgrade_goes_back_and_for
     assert database.relations == ["added", *TABLE]
     back = release.upgrade({"args": ["downgrade", "001"]})
     assert (back.returncode, database.at, database.relations) == (0, ["001"], TABLE), back.text
-    back.line("HH:MM:SS INFO running downgrade 002 -> 001, test")
+    back.line("HH:MM:SS INFO running downgrade 002 -> 001, add")
     assert (release.upgrade().returncode, database.at) == (0, ["002"])
 
 
@@ -124,14 +122,13 @@ def test_a_folder_made_by_alembic_init_runs_with_its_own_env_py(
     for path in ("alembic.ini", "migrations"):
         path = repository.folder / path
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    alembic = Path(sys.executable).with_name("alembic")
-    subprocess.run([alembic, "init", "migrations"], cwd=repository.folder, check=True, capture_output=True)
+    run([BIN / "alembic", "init", "migrations"], cwd=repository.folder, check=True)
     env = repository.folder / "migrations" / "env.py"
     anchor = "config = context.config\n"
     assert anchor in env.read_text()
     env.write_text(env.read_text().replace(anchor, anchor + FOREIGN))
     repository.revision("001", "CREATE TABLE theirs ()")
-    first = repository.folder / "migrations/versions/20251202_143000_001_test.py"
+    first = repository.folder / "migrations/versions/20251202_143000_001_add.py"
     first.write_text(first.read_text().replace("down_revision = '000'", "down_revision = None"))
     repository.push()
     url = database.url.set(host="postgres.hcm-fixtures", port=5432, drivername="postgresql+psycopg2")
@@ -142,7 +139,7 @@ def test_a_folder_made_by_alembic_init_runs_with_its_own_env_py(
     result = release.upgrade(values)
     assert (result.returncode, database.relations) == (0, ["theirs"]), result.text
     result.line(f"code: repository {repository.url}, ref main, commit <commit>, path .")
-    result.line("INFO  [alembic.runtime.migration] Running upgrade  -> 001, test")
+    result.line("INFO  [alembic.runtime.migration] Running upgrade  -> 001, add")
     repository.revision("002", "SELECT 1 / 0")
     repository.push()
     failed = release.upgrade({**values, "job": {"backoffLimit": 0}})

@@ -14,16 +14,16 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import pairwise
-from pathlib import Path
 
 import psycopg2
 import pytest
 from sqlalchemy import URL
 
-from tests.conftest import CANARY
-from tests.migrations.helpers import Database, Project, fresh_database, until
-from tests.support.alembic_process import Runner
+from tests.support.database import Database, fresh_database
+from tests.support.programs import Program, Result
+from tests.support.project import Project
 from tests.support.revisions import BLOCK
+from tests.support.waiting import until
 from tools.postgres import dsn, execute
 
 RUNNERS = 10
@@ -70,10 +70,11 @@ ENDS = {"SIGKILL": {-9}, "SIGTERM": {143, -15}, "SIGINT": {130, -2, 1}}
 class Round:
     """One database, ten runs at once, faults from a plan that the seed decides."""
 
-    def __init__(self, database: Database, project: Project, output: Path, seed: str) -> None:
-        self.database, self.project, self.output = database, project, output
+    def __init__(self, database: Database, project: Project, seed: str) -> None:
+        self.database, self.project = database, project
         self.random = random.Random(seed)  # noqa: S311
-        self.struck: dict[Runner, list[str]] = {}  # every run of the round, with what struck it
+        self.runs: dict[str, Program] = {}
+        self.struck: dict[str, list[str]] = {}  # what struck each run
         self.admin = psycopg2.connect(dsn(database.admin))
         self.admin.autocommit = True
 
@@ -82,34 +83,33 @@ class Round:
             cursor.execute(statement, parameters)
             return cursor.fetchall()
 
-    def start(self) -> Runner:
-        name = f"runner-{len(self.struck)}"
+    def start(self) -> Program:
+        name = f"runner-{len(self.runs)}"
         environment = {"DATABASE_URL": dsn(self.database.url), "MIGRATION_WAIT_SECONDS": str(WAIT), "PGAPPNAME": name}
-        environment |= {"PATH": "/usr/bin:/bin", "HOME": str(self.output)}
-        runner = Runner(self.project.folder, self.output / name, environment, "upgrade", "head")
-        self.struck[runner] = []
-        return runner
+        self.runs[name] = self.project.fork("upgrade", "head", **environment)
+        self.struck[name] = []
+        return self.runs[name]
 
-    def alive(self) -> list[Runner]:
-        return [runner for runner in self.struck if runner.returncode is None]
+    def alive(self) -> list[str]:
+        return [name for name, run in self.runs.items() if run.running]
 
-    def at_work(self) -> list[Runner]:
+    def migrating(self) -> list[str]:
         """The run that holds the lock, if it lives: faults strike there more often than among those who wait."""
         held = "SELECT application_name FROM pg_locks JOIN pg_stat_activity USING (pid) WHERE locktype = 'advisory'"
         names = {name for (name,) in self.query(f"{held} AND datname = current_database()")}
-        return [runner for runner in self.alive() if runner.output.name in names]
+        return [name for name in self.alive() if name in names]
 
     def strike(self) -> str | None:
-        victims = (self.random.random() < 0.7 and self.at_work()) or self.alive()
+        victims = (self.random.random() < 0.7 and self.migrating()) or self.alive()
         if not victims:
             return None
         victim, fault = self.random.choice(victims), self.random.choice(FAULTS)
         self.struck[victim].append(fault)
         if fault.startswith("SIG"):
-            victim.kill(signal.Signals[fault])
+            self.runs[victim].process.send_signal(signal.Signals[fault])
         else:
             ended = "FROM pg_stat_activity WHERE application_name = %s AND datname = current_database()"
-            self.query(f"SELECT {fault}(pid) {ended}", victim.output.name)
+            self.query(f"SELECT {fault}(pid) {ended}", victim)
         return fault
 
     def run(self) -> Counter[str]:
@@ -123,42 +123,39 @@ class Round:
                 faults[fault] += 1
                 if fault in ENDS and self.random.random() < 0.5:  # as a Job starts another pod
                     self.start()
-        for runner, struck in self.struck.items():
-            self.check_end(runner, struck)
+        for name, run in self.runs.items():
+            self.check_end(run.wait(WAIT + 30), self.struck[name])
         self.finish(faults)
         self.check_state()
         return faults
 
-    def check_end(self, runner: Runner, struck: list[str]) -> None:
-        text = runner.wait(WAIT + 30)
-        code = runner.returncode
-        assert CANARY not in text, text
+    def check_end(self, result: Result, struck: list[str]) -> None:
+        text, code = result.text, result.returncode
         allowed = {0}.union(*(ENDS.get(fault, set()) for fault in struck))
         if code in allowed and code not in (143, 130):
             return
-        told = [line for line in text.splitlines() if line.startswith("FAILED: ")]
-        assert len(told) == 1, (code, struck, text)
+        failures = [line for line in result.lines if line.startswith("FAILED: ")]
+        assert len(failures) == 1, (code, struck, text)
         # psycopg2 prints, and swallows, what is raised while it decodes the server's words; the run ends all the same.
         assert text.count("Traceback") == text.count("\nmigration_runner.errors.Interrupted\nFAILED: "), text
         # A run that was not struck may meet an index that one that was struck has left.
-        left = re.search(r"revision 00[58] .*(already exists|INVALID|outside its|cancel|closed|terminat)", told[0])
-        cancelled = "pg_cancel_backend" in struck and "cancel" in told[0]
+        left = re.search(r"revision 00[58] .*(already exists|INVALID|outside its|cancel|closed|terminat)", failures[0])
+        cancelled = "pg_cancel_backend" in struck and "cancel" in failures[0]
         assert code in allowed or (code == 255 and (left or cancelled)), (code, struck, text)
 
     def finish(self, faults: Counter[str]) -> None:
         """The next run reaches the head, after what its message asks for, as a person would do it."""
         for _ in range(4):
-            runner = self.start()
-            text = runner.wait(WAIT)
-            assert CANARY not in text, text
-            if runner.returncode == 0:
+            result = self.start().wait(WAIT)
+            if result.returncode == 0:
                 return
-            faults["a hand was needed"] += 1
+            faults["an index had to be dropped"] += 1
             # INVALID: the message has the statement. Valid, but not recorded before the run was killed: README.md.
-            index = re.search(r"DROP INDEX CONCURRENTLY (\S+?);", text) or re.search('relation "(.*?)" already', text)
-            assert index, (runner.returncode, text)
+            index = re.search(r"DROP INDEX CONCURRENTLY (\S+?);", result.failure)
+            index = index or re.search('relation "(.*?)" already', result.failure)
+            assert index, result
             execute(self.database.url, f"DROP INDEX CONCURRENTLY {index[1]}")
-        raise AssertionError(text)
+        raise AssertionError(result)
 
     def check_state(self) -> None:
         left = "SELECT application_name, state, query FROM pg_stat_activity WHERE application_name LIKE 'runner-%%'"
@@ -176,21 +173,20 @@ class Round:
         assert facts == {"audit": audit, "alembic_version": [(NUMBERS[-1],)], "indexes": [], "locks": []}
 
 
-def play(server: URL, project: Project, folder: Path, seed: str) -> Counter[str]:
-    folder.mkdir()
+def play(server: URL, project: Project, seed: str) -> Counter[str]:
     with fresh_database(server) as database:
-        this = Round(database, project, folder, seed)
+        this = Round(database, project, seed)
         try:
             return this.run()
         except BaseException as error:
             outputs = "".join(
-                f"\n--- {runner.output.name} {struck} ended {runner.returncode}\n{runner.text}"
-                for runner, struck in this.struck.items()
+                f"\n--- {name} {this.struck[name]} ended {run.process.poll()}\n{run.output}"
+                for name, run in this.runs.items()
             )
             raise AssertionError(f"round {seed}: {error!r}{outputs}") from error
         finally:
-            for runner in this.alive():
-                runner.kill(signal.SIGKILL)
+            for name in this.alive():
+                this.runs[name].kill()
             this.admin.close()
 
 
@@ -206,21 +202,21 @@ def play(server: URL, project: Project, folder: Path, seed: str) -> Counter[str]
 @pytest.mark.timeout(0)  # it has its own bounds
 @pytest.mark.disruptive  # ten processes at once would make others' limits in time too short
 def test_ten_runs_at_once_with_random_kills_apply_each_revision_once(
-    server: URL, files: Project, tmp_path: Path, pytestconfig: pytest.Config
+    server: URL, offline_project: Project, pytestconfig: pytest.Config
 ) -> None:
-    files.add("002", AUDIT)
+    offline_project.add("002", AUDIT)
     for number in NUMBERS[2:]:
         if number in INDEXES:
-            files.add(number, BLOCK + INDEXES[number])
+            offline_project.add(number, BLOCK + INDEXES[number])
         else:
             statement = f"INSERT INTO audit (revision) VALUES ('{number}')"
-            files.add(number, f'op.execute("{statement}")\n{BODIES.get(number, "")}')
+            offline_project.add(number, f'op.execute("{statement}")\n{BODIES.get(number, "")}')
     rounds, seed = pytestconfig.getoption("rounds"), pytestconfig.getoption("seed") or random.randrange(10**6)  # noqa: S311
     print(f"{rounds} rounds of {RUNNERS} runs, --seed {seed}", file=sys.stderr, flush=True)
     faults: Counter[str] = Counter()
     start = time.monotonic()
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        played = [pool.submit(play, server, files, tmp_path / f"round-{n}", f"{seed}/{n}") for n in range(rounds)]
+        played = [pool.submit(play, server, offline_project, f"{seed}/{n}") for n in range(rounds)]
         try:
             for done, future in enumerate(as_completed(played, timeout=120 + 30 * rounds), 1):
                 faults += future.result()

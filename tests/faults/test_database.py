@@ -1,6 +1,5 @@
 """A server that is full, busy, a standby, or behind a pooler: the run says so, and the next one finishes the work."""
 
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -10,9 +9,12 @@ from pathlib import Path
 import psycopg2
 import pytest
 
-from tests.faults.conftest import namespace, pgbouncer, root_only
-from tests.migrations.helpers import Database, Project, until
+from tests.support.database import Database
+from tests.support.fault_injection import namespace, pgbouncer, root_only
+from tests.support.programs import run
+from tests.support.project import Project
 from tests.support.revisions import AUDIT, FILE, audit, audited, sleeping, terminate
+from tests.support.waiting import until
 from tools.postgres import Postgres, dsn
 
 FILL = "op.execute(\"CREATE TABLE filled AS SELECT repeat('x', 1000) FROM generate_series(1, {})\")"
@@ -31,7 +33,7 @@ def small_disk() -> Iterator[tuple[Path, list[str]]]:
 
 def enlarge(disk: tuple[Path, list[str]]) -> None:
     folder, enter = disk
-    subprocess.run([*enter, "mount", "-o", "remount,size=512m", folder], check=True)
+    run([*enter, "mount", "-o", "remount,size=512m", folder], check=True)
 
 
 @pytest.mark.fault(
@@ -44,24 +46,24 @@ def enlarge(disk: tuple[Path, list[str]]) -> None:
 )
 @root_only
 def test_a_full_disk_is_named_and_with_more_room_the_next_run_finishes(
-    files: Project, own_server: Postgres, small_disk: tuple[Path, list[str]]
+    offline_project: Project, own_server: Postgres, small_disk: tuple[Path, list[str]]
 ) -> None:
     own_server.kill()
     own_server.enter = small_disk[1]
     own_server.start()
     own_server.execute(f"CREATE TABLESPACE small LOCATION '{small_disk[0]}'")
     own_server.execute("CREATE DATABASE reports TABLESPACE small")
-    files.add("002", FILL.format(20_000))
+    offline_project.add("002", FILL.format(20_000))
     url = own_server.url.set(database="reports")
-    files.environment["DATABASE_URL"] = dsn(url)
-    result = files.alembic("upgrade", "head", MIGRATION_WAIT_SECONDS="2")
+    offline_project.environment["DATABASE_URL"] = dsn(url)
+    result = offline_project.alembic("upgrade", "head", MIGRATION_WAIT_SECONDS="2")
     assert result.returncode == 1
     assert result.failure.startswith(f"revision 002 ({FILE.format('002')}) failed: could not extend file ")
     assert "No space left on device" in result.failure
     assert "(the server's disk is full: free disk space)" in result.failure
     assert result.failure.endswith("; rolled back; the database is at revision 001; timed out after 2 s; retry later")
     enlarge(small_disk)
-    assert files.alembic("upgrade", "head").returncode == 0
+    assert offline_project.alembic("upgrade", "head").returncode == 0
     assert own_server.execute("SELECT version_num FROM alembic_version", database="reports") == [("002",)]
     assert own_server.execute("SELECT count(*) FROM filled", database="reports") == [(20_000,)]
 
@@ -76,7 +78,7 @@ def test_a_full_disk_is_named_and_with_more_room_the_next_run_finishes(
 )
 @root_only
 def test_a_server_that_crashes_for_lack_of_room_is_waited_for_and_the_next_run_finishes(
-    files: Project, own_server: Postgres
+    offline_project: Project, own_server: Postgres
 ) -> None:
     own_server.kill()
     wal = own_server.folder / "data" / "pg_wal"
@@ -86,9 +88,9 @@ def test_a_server_that_crashes_for_lack_of_room_is_waited_for_and_the_next_run_f
     with namespace("mount", script) as enter:
         own_server.enter = enter
         own_server.start()
-        files.add("002", FILL.format(100_000))
-        files.environment["DATABASE_URL"] = dsn(own_server.url)
-        result = files.alembic("upgrade", "head", MIGRATION_WAIT_SECONDS="3")
+        offline_project.add("002", FILL.format(100_000))
+        offline_project.environment["DATABASE_URL"] = dsn(own_server.url)
+        result = offline_project.alembic("upgrade", "head", MIGRATION_WAIT_SECONDS="3")
         assert result.returncode == 1
         assert "No space left on device" in (own_server.folder / "log").read_text()
         assert "failed: server closed the connection unexpectedly" in result.stderr
@@ -96,7 +98,7 @@ def test_a_server_that_crashes_for_lack_of_room_is_waited_for_and_the_next_run_f
         enlarge((wal, enter))
         own_server.kill()
         own_server.start()
-        assert files.alembic("upgrade", "head").returncode == 0
+        assert offline_project.alembic("upgrade", "head").returncode == 0
         assert own_server.execute("SELECT version_num, count(*) FROM alembic_version, filled GROUP BY 1") == [
             ("002", 100_000)
         ]
@@ -109,18 +111,18 @@ def test_a_server_that_crashes_for_lack_of_room_is_waited_for_and_the_next_run_f
     state="Nothing was begun",
     do="Nothing: it goes on by itself, and one free slot is enough; else find who holds the connections",
 )
-def test_a_server_without_a_free_connection_is_waited_for_and_one_is_enough(files: Project) -> None:
+def test_a_server_without_a_free_connection_is_waited_for_and_one_is_enough(offline_project: Project) -> None:
     with Postgres(max_connections="6", superuser_reserved_connections="2") as server:
         server.execute("CREATE ROLE migrations LOGIN PASSWORD 'x'")
         server.execute("CREATE DATABASE reports OWNER migrations")
         url = server.url.set(database="reports", username="migrations", password="x")  # noqa: S106
-        files.environment["DATABASE_URL"] = dsn(url)
+        offline_project.environment["DATABASE_URL"] = dsn(url)
         with ExitStack() as stack:
             others = [psycopg2.connect(dsn(url)) for _ in range(4)]
             for other in others:
                 stack.callback(other.close)
-            running = files.popen("upgrade", "head")
-            running.says("connection slots are reserved")
+            running = offline_project.start("upgrade", "head")
+            running.prints("connection slots are reserved")
             others[0].close()
             result = running.wait()
         assert result.returncode == 0, result
@@ -135,18 +137,20 @@ def test_a_server_without_a_free_connection_is_waited_for_and_one_is_enough(file
     state="Nothing was changed",
     do="Set the host to the primary's address",
 )
-def test_a_standby_is_named_and_a_run_with_nothing_to_do_passes_there(files: Project, own_server: Postgres) -> None:
-    files.environment["DATABASE_URL"] = dsn(own_server.url)
-    assert files.alembic("upgrade", "head").returncode == 0
+def test_a_standby_is_named_and_a_run_with_nothing_to_do_passes_there(
+    offline_project: Project, own_server: Postgres
+) -> None:
+    offline_project.environment["DATABASE_URL"] = dsn(own_server.url)
+    assert offline_project.alembic("upgrade", "head").returncode == 0
     own_server.execute("CHECKPOINT")
     own_server.kill()
     (own_server.folder / "data" / "standby.signal").touch()
     own_server.start()
     assert own_server.execute("SELECT pg_is_in_recovery()") == [(True,)]
-    result = files.alembic("upgrade", "head")
+    result = offline_project.alembic("upgrade", "head")
     assert (result.returncode, result.lines[-1]) == (0, "HH:MM:SS INFO at 001 (head): nothing to do")
-    path = files.add("002", AUDIT)
-    result = files.alembic("upgrade", "head")
+    path = offline_project.add("002", AUDIT)
+    result = offline_project.alembic("upgrade", "head")
     assert (result.returncode, result.failure) == (
         255,
         f"revision 002 ({path.name}) failed: cannot execute CREATE TABLE in a read-only transaction (the server is"
@@ -194,7 +198,7 @@ def test_pgbouncer_in_session_mode_is_as_good_as_the_server(project: Project, da
     project.add("002", AUDIT)
     project.add("003", audited("003", 'op.execute("SELECT pg_sleep(1)")'))
     with pgbouncer(database, "session") as url:
-        runs = [project.popen("upgrade", "head", DATABASE_URL=dsn(url)) for _ in range(2)]
+        runs = [project.start("upgrade", "head", DATABASE_URL=dsn(url)) for _ in range(2)]
         results = [running.wait() for running in runs]
         assert [result.returncode for result in results] == [0, 0], results
         # PgBouncer keeps the server's session; its reset query (DISCARD ALL) lets go of the lock.
@@ -233,7 +237,7 @@ def test_what_pgbouncer_refuses_fails_at_once(
 def test_a_revisions_own_time_is_no_waiting(project: Project, database: Database) -> None:
     project.add("002", AUDIT)
     project.add("003", audited("003", 'op.execute("SELECT pg_sleep(8)")'))
-    running = project.popen("upgrade", "head", MIGRATION_WAIT_SECONDS="2")
+    running = project.start("upgrade", "head", MIGRATION_WAIT_SECONDS="2")
     until(lambda: sleeping(database))
     time.sleep(2.5)
     terminate(database)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ast
-import itertools
 import os
 import re
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 from alembic.util import CommandError
@@ -17,10 +15,10 @@ from sqlalchemy import text
 
 from migration_runner import database as databases
 from migration_runner import settings as of_the_run
-from tests.conftest import CANARY
-from tests.migrations.helpers import Database, Project, parts
-from tests.migrations.test_numbering import FIRST, RULES
-from tests.support.alembic_process import Runner
+from tests.support.canary import CANARY
+from tests.support.database import Database, parts
+from tests.support.project import Project
+from tests.support.revisions import FIRST, RULES
 from tools.postgres import dsn
 
 # An environment variable holds no NUL; a lone surrogate is no character.
@@ -123,21 +121,6 @@ def test_any_database_url_is_read_or_refused_without_being_shown(load: Callable)
     check()
 
 
-@pytest.fixture
-def run(files: Project, tmp_path: Path) -> Iterator[Callable[..., tuple[int, str]]]:
-    """Run `alembic` as a process that costs a fork; return its exit status and what it printed."""
-    numbers = itertools.count()
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "DATABASE_URL": files.environment["DATABASE_URL"]}
-    (tmp_path / "output").mkdir()
-
-    def run(*arguments: str) -> tuple[int, str]:
-        runner = Runner(files.folder, tmp_path / "output" / str(next(numbers)), environment, *arguments)
-        printed = runner.wait(60)
-        return runner.returncode, printed
-
-    yield run
-
-
 @pytest.mark.fault(
     "Code and settings",
     fault="The message of `alembic revision -m` is anything",
@@ -145,15 +128,15 @@ def run(files: Project, tmp_path: Path) -> Iterator[Callable[..., tuple[int, str
     state="One new file",
     do="Nothing",
 )
-def test_any_message_makes_one_file_that_loads(files: Project, run: Callable) -> None:
-    before = set(files.versions.iterdir())
+def test_any_message_makes_one_file_that_loads(offline_project: Project) -> None:
+    before = set(offline_project.versions.iterdir())
 
     @settings(often, max_examples=60)
     @given(st.one_of(TEXT, st.text("\"'\\$`{}%<>#!/.\n\r\t\v\f\x85\u2028 a", max_size=300)))
     def check(message: str) -> None:
-        status, printed = run("revision", f"--message={message}")
-        assert status == 0, printed
-        made = set(files.versions.glob("*.py")) - before
+        result = offline_project.alembic("revision", f"--message={message}")
+        assert result.returncode == 0, result
+        made = set(offline_project.versions.glob("*.py")) - before
         try:
             (path,) = made
             assert re.fullmatch(r"\d{8}_\d{6}_002_\w*\.py", path.name)
@@ -177,8 +160,8 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:%b\nsize 12\n" % 
     state="Finished revisions stay",
     do="Mend the file, push, deploy again",
 )
-def test_any_content_of_a_revision_file_runs_or_is_refused_by_name(files: Project, run: Callable) -> None:
-    path = files.add("002", 'op.execute("CREATE TABLE größe ()")')
+def test_any_content_of_a_revision_file_runs_or_is_refused_by_name(offline_project: Project) -> None:
+    path = offline_project.add("002", 'op.execute("CREATE TABLE größe ()")')
     content = path.read_bytes()
     place = st.integers(0, len(content))
     changed = st.one_of(
@@ -193,23 +176,19 @@ def test_any_content_of_a_revision_file_runs_or_is_refused_by_name(files: Projec
     @given(changed)
     def check(content: bytes) -> None:
         path.write_bytes(content)
-        status, printed = run("upgrade", "head", "--sql")
-        failures = [line for line in printed.splitlines() if line.startswith("FAILED: ")]
-        assert "Traceback" not in printed, printed
-        if status == 0:
-            assert failures == []
-            assert "COMMIT;" in printed
+        result = offline_project.alembic("upgrade", "head", "--sql")
+        assert "Traceback" not in result.text, result
+        if result.returncode == 0:
+            assert "FAILED" not in result.text
+            assert "COMMIT;" in result.stdout
         else:
-            (failure,) = failures
-            assert status == 255
-            assert path.name in failure or "002" in failure, failure
+            assert result.returncode == 255
+            assert path.name in result.failure or "002" in result.failure
 
     check()
 
 
-def test_no_content_of_a_revision_file_leaves_half_of_it_in_the_database(
-    project: Project, run: Callable, database: Database
-) -> None:
+def test_no_content_of_a_revision_file_leaves_half_of_it_in_the_database(project: Project, database: Database) -> None:
     path = project.add("002", 'op.execute("CREATE TABLE one ()")\n    op.execute("CREATE TABLE two ()")')
     content = path.read_bytes()
     place = st.integers(0, len(content))
@@ -219,9 +198,9 @@ def test_no_content_of_a_revision_file_leaves_half_of_it_in_the_database(
     def check(at: int, length: int) -> None:
         path.write_bytes(content[:at] + content[at + length :])
         database.execute(f"DROP SCHEMA public CASCADE; CREATE SCHEMA public AUTHORIZATION {database.role}")
-        status, printed = run("upgrade", "head")
-        made = {name for name in database.relations if "hcm" not in name}
-        assert made == set() or status == 0, printed
+        result = project.alembic("upgrade", "head")
+        created = {name for name in database.relations if "hcm" not in name}
+        assert created == set() or result.returncode == 0, result
 
     check()
 
@@ -234,10 +213,10 @@ def test_no_content_of_a_revision_file_leaves_half_of_it_in_the_database(
     do="What the line says",
 )
 @pytest.mark.parametrize("target", ["../../../gone.py", "/etc/passwd", "20251202_143000_002_away.py", "..", FIRST])
-def test_a_symlink_is_refused_by_name(files: Project, target: str) -> None:
-    path = files.versions / "20251202_143000_002_away.py"
+def test_a_symlink_is_refused_by_name(offline_project: Project, target: str) -> None:
+    path = offline_project.versions / "20251202_143000_002_away.py"
     path.symlink_to(target)
-    result = files.alembic("upgrade", "head")
+    result = offline_project.alembic("upgrade", "head")
     assert (result.returncode, result.failure) == (
         255,
         f"{path.name} is a symlink; commit the file itself, {RULES}",

@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.faults.conftest import Proxy
-from tests.migrations.helpers import Database, Project, Running, until
+from tests.support.database import Database
+from tests.support.fault_injection import Proxy
+from tests.support.programs import Program
+from tests.support.project import Project
 from tests.support.revisions import AUDIT, FILE, KILLED, SLEEP, audit, audited, idle, sleeping
+from tests.support.waiting import until
 from tools.postgres import dsn
 
 UNDECIDED = "commit status unknown: check with 'alembic current'"
@@ -50,11 +53,11 @@ def test_a_slow_network_only_takes_longer(proxied: Project, database: Database, 
 )
 def test_a_connection_that_is_cut_is_made_again(proxied: Project, database: Database, proxy: Proxy) -> None:
     proxied.add("003", audited("003", 'op.execute("SELECT pg_sleep(2)")'))
-    running = proxied.popen("upgrade", "head")
+    running = proxied.start("upgrade", "head")
     until(lambda: sleeping(database))
     proxy.cut()
-    running.says(" waiting, ")
-    proxy.mend()
+    running.prints(" waiting, ")
+    proxy.restore()
     result = running.wait()
     assert (result.returncode, database.at, audit(database)) == (0, ["003"], ["003"]), result
     assert f"revision 003 ({FILE.format('003')}) failed: server closed the connection" in result.stderr
@@ -69,7 +72,7 @@ def brake(database: Database) -> Iterator[Callable[[], None]]:
 
 
 @pytest.fixture
-def committing(proxied: Project, database: Database, brake: Callable[[], None]) -> Running:
+def committing(proxied: Project, database: Database, brake: Callable[[], None]) -> Program:
     """A run in whose revision 003 the server is about to commit."""
     proxied.add("003", audited("003"))
     assert proxied.alembic("upgrade", "002").returncode == 0
@@ -79,13 +82,13 @@ def committing(proxied: Project, database: Database, brake: Callable[[], None]) 
         "CREATE CONSTRAINT TRIGGER wait AFTER INSERT ON audit DEFERRABLE INITIALLY DEFERRED FOR EACH ROW"
         " EXECUTE FUNCTION wait()"
     )
-    running = proxied.popen("upgrade", "head")
+    running = proxied.start("upgrade", "head")
     until(lambda: any(row == "active: COMMIT" for row in database.activity()))
     return running
 
 
 def test_a_signal_while_the_server_commits_does_not_say_rolled_back_where_that_is_not_known(
-    committing: Running, database: Database, proxy: Proxy
+    committing: Program, database: Database, proxy: Proxy
 ) -> None:
     proxy.toxic("timeout", timeout=0)
     result, seconds = committing.stop(signal.SIGTERM)
@@ -107,14 +110,14 @@ def test_a_signal_while_the_server_commits_does_not_say_rolled_back_where_that_i
     do="Nothing",
 )
 def test_a_commit_whose_answer_is_lost_is_not_done_again(
-    committing: Running, database: Database, proxy: Proxy, brake: Callable[[], None]
+    committing: Program, database: Database, proxy: Proxy, brake: Callable[[], None]
 ) -> None:
     running = committing
     proxy.cut()
     brake()
-    running.says(f"; {UNDECIDED}")
+    running.prints(f"; {UNDECIDED}")
     until(lambda: database.at == ["003"])
-    proxy.mend()
+    proxy.restore()
     result = running.wait()
     assert (result.returncode, database.at, audit(database)) == (0, ["003"], ["003"]), result
     assert result.lines[-1] == "HH:MM:SS INFO at 003 (head): nothing to do"
@@ -131,7 +134,7 @@ def test_a_network_that_stays_away_ends_the_run_and_the_next_one_finishes(
     proxied: Project, database: Database, proxy: Proxy
 ) -> None:
     path = proxied.add("003", audited("003", SLEEP))
-    running = proxied.popen("upgrade", "head", MIGRATION_WAIT_SECONDS="3")
+    running = proxied.start("upgrade", "head", MIGRATION_WAIT_SECONDS="3")
     until(lambda: sleeping(database))
     start = time.monotonic()
     proxy.cut()
@@ -141,7 +144,7 @@ def test_a_network_that_stays_away_ends_the_run_and_the_next_one_finishes(
     assert result.failure.startswith(f"could not connect to database {database.name} at ")
     idle(database)
     assert (database.at, audit(database)) == (["002"], [])
-    proxy.mend()
+    proxy.restore()
     path.write_text(path.read_text().replace("pg_sleep(60)", "1"))
     assert proxied.alembic("upgrade", "head").returncode == 0
     assert (database.at, audit(database)) == (["003"], ["003"])
@@ -177,7 +180,7 @@ def test_a_connection_that_never_answers_is_an_error(proxied: Project, database:
 )
 def test_a_connection_that_is_swallowed_ends_with_sigterm(proxied: Project, database: Database, proxy: Proxy) -> None:
     path = proxied.add("003", audited("003", SLEEP))
-    running = proxied.popen("upgrade", "head")
+    running = proxied.start("upgrade", "head")
     until(lambda: sleeping(database))
     proxy.toxic("timeout", timeout=0)
     result, seconds = running.stop(signal.SIGTERM)

@@ -4,7 +4,8 @@ import signal
 
 import pytest
 
-from tests.migrations.helpers import Database, Project, until
+from tests.support.database import Database
+from tests.support.project import Project
 from tests.support.revisions import (
     AGAIN,
     AUDIT,
@@ -19,6 +20,7 @@ from tests.support.revisions import (
     sleeping,
     terminate,
 )
+from tests.support.waiting import until
 
 ENDS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)]
 ends = pytest.mark.parametrize(("number", "code"), ENDS, ids=["SIGTERM", "SIGINT", "SIGKILL"])
@@ -76,10 +78,10 @@ def test_a_run_that_ends_between_two_revisions_has_done_whole_ones(
 def test_a_run_that_is_killed_while_it_waits_does_not_disturb_the_other(project: Project, database: Database) -> None:
     project.add("002", AUDIT)
     project.add("003", audited("003", 'op.execute("SELECT pg_sleep(4)")'))
-    first = project.popen("upgrade", "head")
+    first = project.start("upgrade", "head")
     until(lambda: sleeping(database))
-    second = project.popen("upgrade", "head")
-    second.says(" waiting, ")
+    second = project.start("upgrade", "head")
+    second.prints(" waiting, ")
     result, _ = second.stop(signal.SIGKILL)
     assert result.returncode == -9
     assert first.wait().returncode == 0
@@ -101,7 +103,7 @@ def test_an_index_whose_building_was_killed_is_named_by_the_next_run(project: Pr
     assert project.alembic("upgrade", "002").returncode == 0
     with database.session() as writer:
         writer.execute("INSERT INTO audit VALUES ('writer')")  # CREATE INDEX CONCURRENTLY waits for it to end
-        running = project.popen("upgrade", "head")
+        running = project.start("upgrade", "head")
         until(lambda: building(database))
         running.stop(signal.SIGKILL)
         idle(database)
@@ -157,7 +159,7 @@ def test_an_index_that_was_built_but_not_recorded_is_told_with_the_cure(project:
 def test_a_connection_that_breaks_in_an_autocommit_block_lists_what_stays(project: Project, database: Database) -> None:
     project.add("002", AUDIT)
     path = project.add("003", f"{BLOCK}{BUILD}\n    {SLEEP}")
-    running = project.popen("upgrade", "head")
+    running = project.start("upgrade", "head")
     until(lambda: sleeping(database))
     terminate(database)
     result = running.wait()

@@ -9,9 +9,9 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 
 from migration_runner import revisions
-from tests.migrations.helpers import Database, Project
-from tests.migrations.test_numbering import FIRST, RULES
-from tests.support.revisions import FIX
+from tests.support.database import Database
+from tests.support.project import Project
+from tests.support.revisions import FIRST, FIX, RULES
 
 
 def extra(path: Path, line: str) -> None:
@@ -57,23 +57,23 @@ def test_an_error_in_one_branch_says_where_both_stand(project: Project, database
 
 
 @pytest.mark.parametrize("heads", [(), ("001",), ("b2",), ("003", "b2"), ("004",), ("002", "b1")], ids=",".join)
-def test_current_in_linear_time_shows_what_alembic_shows(files: Project, heads: tuple[str, ...]) -> None:
-    branch(files)
-    files.add("002")
-    files.add("003")
-    merge = files.add("004")
+def test_current_in_linear_time_shows_what_alembic_shows(offline_project: Project, heads: tuple[str, ...]) -> None:
+    branch(offline_project)
+    offline_project.add("002")
+    offline_project.add("003")
+    merge = offline_project.add("004")
     merge.write_text(merge.read_text().replace("down_revision = '003'", "down_revision = ('003', 'b2')"))
-    script = ScriptDirectory.from_config(Config(files.folder / "alembic.ini"))
+    script = ScriptDirectory.from_config(Config(offline_project.folder / "alembic.ini"))
     assert revisions.branch_heads(script, heads) == script.get_all_current(heads)
 
 
 def test_what_current_costs_grows_with_the_revisions_and_not_with_their_square(
-    files: Project, monkeypatch: pytest.MonkeyPatch
+    offline_project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def lookups(count: int) -> int:
-        for number in range(len(files.files()) + 1, count + 1):
-            files.add(f"{number:03}")
-        script = ScriptDirectory.from_config(Config(files.folder / "alembic.ini"))
+        for number in range(len(offline_project.files()) + 1, count + 1):
+            offline_project.add(f"{number:03}")
+        script = ScriptDirectory.from_config(Config(offline_project.folder / "alembic.ini"))
         seen: list[str] = []
         get = script.get_revision
         monkeypatch.setattr(script, "get_revision", lambda name: seen.append(name) or get(name))
@@ -130,17 +130,19 @@ def test_revisions_of_all_folders_are_run_and_checked_alike(
     ],
     ids=["dash", "colon", "at and plus", "int", "int parent", "depends_on"],
 )
-def test_an_id_or_a_link_of_a_wrong_kind_is_named_with_its_file(files: Project, fields: str, said: str) -> None:
-    path = files.versions / "20260101_000000_002_wrong.py"
+def test_an_id_or_a_link_of_a_wrong_kind_is_named_with_its_file(
+    offline_project: Project, fields: str, said: str
+) -> None:
+    path = offline_project.versions / "20260101_000000_002_wrong.py"
     path.write_text(f"down_revision = '001'\n{fields}\n\ndef upgrade(): pass\n\ndef downgrade(): pass\n")
-    result = files.alembic("upgrade", "head")
+    result = offline_project.alembic("upgrade", "head")
     assert (result.returncode, result.failure) == (255, f"{path.name} {said}, {RULES}")
 
 
 @pytest.mark.parametrize("arguments", [("revision", "--autogenerate", "-m", "x"), ("check",)], ids=" ".join)
-def test_what_compares_models_says_that_there_are_none(files: Project, arguments: tuple[str, ...]) -> None:
-    result = files.alembic(*arguments)
-    assert (result.returncode, result.failure, files.files()) == (
+def test_what_compares_models_says_that_there_are_none(offline_project: Project, arguments: tuple[str, ...]) -> None:
+    result = offline_project.alembic(*arguments)
+    assert (result.returncode, result.failure, offline_project.files()) == (
         255,
         "--autogenerate and check compare models with the database, and there are no models here; write the revision"
         ' yourself: alembic revision -m "what"',

@@ -6,8 +6,10 @@ import time
 
 import pytest
 
-from tests.migrations.helpers import Database, Project, until
+from tests.support.database import Database
+from tests.support.project import Project
 from tests.support.revisions import AUDIT, FILE, SLEEP, audit, audited, sleeping, terminate
+from tests.support.waiting import until
 from tools.postgres import Postgres, dsn
 
 
@@ -27,7 +29,7 @@ def test_a_backend_that_is_terminated_in_a_revision_is_tried_again(
 ) -> None:
     project.add("002", AUDIT)
     project.add("003", audited("003", f'{execute}("SELECT pg_sleep(2)")'))
-    running = project.popen("upgrade", "head")
+    running = project.start("upgrade", "head")
     until(lambda: sleeping(database))
     terminate(database)
     result = running.wait()
@@ -46,10 +48,10 @@ def test_a_backend_that_is_terminated_in_a_revision_is_tried_again(
     state="All done, each revision once",
     do="Nothing: the server recovers by itself",
 )
-def test_a_backend_that_is_killed_in_a_revision_is_tried_again(files: Project, own_server: Postgres) -> None:
-    files.add("002", AUDIT)
-    files.add("003", audited("003", 'op.execute("SELECT pg_sleep(2)")'))
-    running = files.popen("upgrade", "head", DATABASE_URL=dsn(own_server.url))
+def test_a_backend_that_is_killed_in_a_revision_is_tried_again(offline_project: Project, own_server: Postgres) -> None:
+    offline_project.add("002", AUDIT)
+    offline_project.add("003", audited("003", 'op.execute("SELECT pg_sleep(2)")'))
+    running = offline_project.start("upgrade", "head", DATABASE_URL=dsn(own_server.url))
     query = "SELECT pid FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(2)'"
     os.kill(until(lambda: own_server.execute(query))[0][0], signal.SIGKILL)
     result = running.wait()
@@ -65,10 +67,12 @@ def test_a_backend_that_is_killed_in_a_revision_is_tried_again(files: Project, o
     state="All done, each revision once",
     do="Nothing",
 )
-def test_a_server_that_is_killed_in_a_revision_and_restarted_is_migrated(files: Project, own_server: Postgres) -> None:
-    files.add("002", AUDIT)
-    files.add("003", audited("003", 'op.execute("SELECT pg_sleep(2)")'))
-    running = files.popen("upgrade", "head", DATABASE_URL=dsn(own_server.url))
+def test_a_server_that_is_killed_in_a_revision_and_restarted_is_migrated(
+    offline_project: Project, own_server: Postgres
+) -> None:
+    offline_project.add("002", AUDIT)
+    offline_project.add("003", audited("003", 'op.execute("SELECT pg_sleep(2)")'))
+    running = offline_project.start("upgrade", "head", DATABASE_URL=dsn(own_server.url))
     until(lambda: own_server.execute("SELECT 1 FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(2)'"))
     own_server.kill()
     time.sleep(1)
@@ -86,9 +90,11 @@ def test_a_server_that_is_killed_in_a_revision_and_restarted_is_migrated(files: 
     state="Finished revisions stay, this one is rolled back",
     do="Start the server, deploy again",
 )
-def test_a_server_that_is_killed_in_a_revision_and_stays_away_is_an_error(files: Project, own_server: Postgres) -> None:
-    files.add("002", SLEEP)
-    running = files.popen("upgrade", "head", DATABASE_URL=dsn(own_server.url), MIGRATION_WAIT_SECONDS="2")
+def test_a_server_that_is_killed_in_a_revision_and_stays_away_is_an_error(
+    offline_project: Project, own_server: Postgres
+) -> None:
+    offline_project.add("002", SLEEP)
+    running = offline_project.start("upgrade", "head", DATABASE_URL=dsn(own_server.url), MIGRATION_WAIT_SECONDS="2")
     until(lambda: own_server.execute("SELECT 1 FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(60)'"))
     own_server.kill()
     result = running.wait()

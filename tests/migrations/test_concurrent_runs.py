@@ -4,8 +4,10 @@ import signal
 
 import pytest
 
-from tests.migrations.helpers import Database, Project, until
+from tests.support.database import Database
+from tests.support.project import Project
 from tests.support.revisions import AUDIT, BLOCK, BUILD, FILE, FIX, SLEEP, audit, audited, idle, sleeping
+from tests.support.waiting import until
 
 
 @pytest.mark.fault(
@@ -22,7 +24,7 @@ def test_runs_at_the_same_time_apply_each_revision_once(project: Project, databa
     project.add("003", audited("003", 'op.execute("SELECT pg_sleep(0.5)")'))
     project.add("004", audited("004", BLOCK + BUILD))
     project.add("005", audited("005"))
-    results = [running.wait() for running in [project.popen("upgrade", "head") for _ in range(runners)]]
+    results = [running.wait() for running in [project.start("upgrade", "head") for _ in range(runners)]]
     assert [result.returncode for result in results] == [0] * runners, results
     assert sorted(result.lines[-1] for result in results) == (
         ["HH:MM:SS INFO at 005 (head): nothing to do"] * (runners - 1) + ["HH:MM:SS INFO now at 005 (head)"]
@@ -39,11 +41,11 @@ def test_runs_at_the_same_time_apply_each_revision_once(project: Project, databa
     state="The other run's work",
     do="What the line says",
 )
-def test_a_second_run_says_whom_it_waits_for_and_gives_up(prepared: Project, database: Database) -> None:
-    prepared.add("003", audited("003", SLEEP))
-    first = prepared.popen("upgrade", "head")
+def test_a_second_run_says_whom_it_waits_for_and_gives_up(project_at_002: Project, database: Database) -> None:
+    project_at_002.add("003", audited("003", SLEEP))
+    first = project_at_002.start("upgrade", "head")
     until(lambda: sleeping(database))
-    second = prepared.alembic("upgrade", "head", MIGRATION_WAIT_SECONDS="1")
+    second = project_at_002.alembic("upgrade", "head", MIGRATION_WAIT_SECONDS="1")
     holder = f"pid N, hcm-db-migrations as {database.role} from 127.0.0.1"
     assert second.lines[1:] == [
         f"HH:MM:SS INFO waiting, up to 1 s more: another migration is running ({holder})",
@@ -56,25 +58,27 @@ def test_a_second_run_says_whom_it_waits_for_and_gives_up(prepared: Project, dat
     assert audit(database) == []
 
 
-def test_projects_with_other_version_tables_do_not_wait_for_each_other(prepared: Project, database: Database) -> None:
-    prepared.add("003", audited("003", SLEEP))
-    first = prepared.popen("upgrade", "head")
+def test_projects_with_other_version_tables_do_not_wait_for_each_other(
+    project_at_002: Project, database: Database
+) -> None:
+    project_at_002.add("003", audited("003", SLEEP))
+    first = project_at_002.start("upgrade", "head")
     until(lambda: sleeping(database))
-    second = prepared.alembic("stamp", "head", ALEMBIC_VERSION_TABLE="other", MIGRATION_WAIT_SECONDS="0")
+    second = project_at_002.alembic("stamp", "head", ALEMBIC_VERSION_TABLE="other", MIGRATION_WAIT_SECONDS="0")
     assert second.returncode == 0, second
     first.stop(signal.SIGTERM)
 
 
-def test_reading_commands_do_not_wait_for_a_run(prepared: Project, database: Database) -> None:
-    prepared.add("003", audited("003", SLEEP))
-    first = prepared.popen("upgrade", "head")
+def test_reading_commands_do_not_wait_for_a_run(project_at_002: Project, database: Database) -> None:
+    project_at_002.add("003", audited("003", SLEEP))
+    first = project_at_002.start("upgrade", "head")
     until(lambda: sleeping(database))
-    assert prepared.alembic("current", MIGRATION_WAIT_SECONDS="0").stdout == "002\n"
+    assert project_at_002.alembic("current", MIGRATION_WAIT_SECONDS="0").stdout == "002\n"
     first.stop(signal.SIGTERM)
 
 
 def test_a_revision_that_lets_go_of_the_lock_lets_no_other_run_in_between(
-    prepared: Project, database: Database
+    project_at_002: Project, database: Database
 ) -> None:
     key = "SELECT classid::bigint << 32 | objid::bigint FROM pg_locks WHERE locktype = 'advisory'"
     body = f"""
@@ -83,10 +87,10 @@ key = ask("{key}").scalar()
 op.execute("SELECT pg_advisory_unlock_all()")
 with open("key", "x") as file: file.write(f"{{key}}\\n")
 while not ask("{key}").all(): time.sleep(0.05)"""
-    prepared.add("003", audited("003", body))
-    prepared.add("004", audited("004"))
-    running = prepared.popen("upgrade", "head")
-    file = prepared.folder / "key"
+    project_at_002.add("003", audited("003", body))
+    project_at_002.add("004", audited("004"))
+    running = project_at_002.start("upgrade", "head")
+    file = project_at_002.folder / "key"
     until(lambda: file.exists() and file.read_text().endswith("\n"))
     with database.session() as other:
         other.execute(f"SELECT pg_try_advisory_lock({file.read_text()})")

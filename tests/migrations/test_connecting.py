@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.migrations.helpers import PASSWORD, Database, Project, parts
+from tests.support.canary import PASSWORD
+from tests.support.database import Database, parts
+from tests.support.project import Project
 from tests.support.revisions import target
 from tools.postgres import Postgres, dsn
 
@@ -76,11 +78,11 @@ def test_what_no_waiting_mends_fails_at_once(
     do="What the line says, deploy again",
 )
 @pytest.mark.parametrize("host", ["127.0.0.1", "certificate.invalid"], ids=["closed port", "unknown host"])
-def test_a_database_that_cannot_be_reached_is_waited_for_in_vain(files: Project, host: str) -> None:
+def test_a_database_that_cannot_be_reached_is_waited_for_in_vain(offline_project: Project, host: str) -> None:
     start = time.monotonic()
     url = f"postgresql://me:x@{host}:1/db"
     resolver = {"RES_OPTIONS": "timeout:1 attempts:1"}  # this machine's may be a dead one, and libpq has no limit there
-    result = files.alembic("upgrade", "head", DATABASE_URL=url, MIGRATION_WAIT_SECONDS="2", **resolver)
+    result = offline_project.alembic("upgrade", "head", DATABASE_URL=url, MIGRATION_WAIT_SECONDS="2", **resolver)
     assert 2 < time.monotonic() - start < 8
     assert result.returncode == 1
     assert result.lines[0].startswith("HH:MM:SS INFO waiting, up to 2 s more: ")
@@ -97,10 +99,10 @@ def test_a_database_that_cannot_be_reached_is_waited_for_in_vain(files: Project,
     state="All done",
     do="Nothing",
 )
-def test_a_server_that_starts_late_is_waited_for(files: Project, own_server: Postgres) -> None:
+def test_a_server_that_starts_late_is_waited_for(offline_project: Project, own_server: Postgres) -> None:
     own_server.kill()
-    running = files.popen("upgrade", "head", DATABASE_URL=dsn(own_server.url))
-    running.says(" waiting, ")
+    running = offline_project.start("upgrade", "head", DATABASE_URL=dsn(own_server.url))
+    running.prints(" waiting, ")
     own_server.start()
     result = running.wait()
     assert (result.returncode, own_server.execute("SELECT version_num FROM alembic_version")) == (0, [("001",)])
@@ -116,8 +118,8 @@ def test_a_server_that_starts_late_is_waited_for(files: Project, own_server: Pos
 )
 def test_a_database_that_takes_no_more_connections_is_waited_for(project: Project, database: Database) -> None:
     database.execute(f"ALTER ROLE {database.role} CONNECTION LIMIT 0")
-    running = project.popen("upgrade", "head")
-    running.says(" waiting, ")
+    running = project.start("upgrade", "head")
+    running.prints(" waiting, ")
     database.execute(f"ALTER ROLE {database.role} CONNECTION LIMIT -1")
     result = running.wait()
     assert (result.returncode, database.at) == (0, ["001"]), result
@@ -174,10 +176,10 @@ STAYS = [
 
 
 @pytest.mark.parametrize("message", PASSES)
-def test_what_is_known_to_pass_is_waited_for(files: Project, message: str) -> None:
+def test_what_is_known_to_pass_is_waited_for(offline_project: Project, message: str) -> None:
     with answering(refusal("57P03", message)) as port:
         url = f"postgresql://app:x@127.0.0.1:{port}/reports?sslmode=disable"
-        result = files.alembic("current", DATABASE_URL=url, MIGRATION_WAIT_SECONDS="0")
+        result = offline_project.alembic("current", DATABASE_URL=url, MIGRATION_WAIT_SECONDS="0")
     assert result.returncode == 1
     assert result.failure.startswith(f"could not connect to database reports at 127.0.0.1:{port} within 0 s: ")
 
@@ -191,10 +193,10 @@ def test_what_is_known_to_pass_is_waited_for(files: Project, message: str) -> No
     do="What its words say",
 )
 @pytest.mark.parametrize("message", STAYS)
-def test_whatever_else_a_server_says_fails_at_once(files: Project, message: str) -> None:
+def test_whatever_else_a_server_says_fails_at_once(offline_project: Project, message: str) -> None:
     with answering(refusal("28000", message)) as port:
         url = f"postgresql://app:x@127.0.0.1:{port}/reports?sslmode=disable"
-        result = files.alembic("current", DATABASE_URL=url)
+        result = offline_project.alembic("current", DATABASE_URL=url)
     assert result.returncode == 255
     assert result.failure.startswith(f"cannot connect to database reports at 127.0.0.1:{port}: ")
     assert message in result.failure
@@ -233,9 +235,9 @@ def test_a_setting_of_libpq_that_cannot_be_met_fails_at_once(
     state="Nothing was changed",
     do="What the line says",
 )
-def test_a_proxys_refusal_fails_at_once(files: Project) -> None:
+def test_a_proxys_refusal_fails_at_once(offline_project: Project) -> None:
     with answering(b"HTTP/1.1 403 Forbidden\r\n\r\n") as port:
-        result = files.alembic("current", DATABASE_URL=f"postgresql://app:x@127.0.0.1:{port}/reports")
+        result = offline_project.alembic("current", DATABASE_URL=f"postgresql://app:x@127.0.0.1:{port}/reports")
     assert result.returncode == 255
     assert result.failure.endswith("; what listens there is no PostgreSQL: check DB_HOST and DB_PORT, or the proxy")
     assert "waiting" not in result.stderr
@@ -298,8 +300,10 @@ def test_the_log_names_the_server_that_answered(project: Project, database: Data
     assert failed.failure.startswith("could not connect to database x at db.prod.invalid [127.0.0.1]:1 within 0 s: ")
 
 
-def test_an_address_in_brackets_is_an_address(files: Project) -> None:
-    result = files.alembic("current", DATABASE_URL=None, DB_HOST="[::1]", DB_PORT="1", MIGRATION_WAIT_SECONDS="0")
+def test_an_address_in_brackets_is_an_address(offline_project: Project) -> None:
+    result = offline_project.alembic(
+        "current", DATABASE_URL=None, DB_HOST="[::1]", DB_PORT="1", MIGRATION_WAIT_SECONDS="0"
+    )
     assert result.returncode == 1
     assert result.failure.startswith("could not connect to database unifieddevdb at ::1:1 as postgres within 0 s: ")
 

@@ -4,8 +4,10 @@ import time
 
 import pytest
 
-from tests.migrations.helpers import Database, Project, until
+from tests.support.database import Database
+from tests.support.project import Project
 from tests.support.revisions import AUDIT, BLOCK, FILE, FIX, audit, audited, building, follow
+from tests.support.waiting import until
 
 
 @pytest.mark.fault(
@@ -165,7 +167,7 @@ def test_an_index_that_is_built_concurrently_waits_for_all_transactions(project:
     assert project.alembic("upgrade", "002").returncode == 0
     with database.session() as writer:
         writer.execute("INSERT INTO audit VALUES ('writer')")
-        running = project.popen("upgrade", "head")
+        running = project.start("upgrade", "head")
         until(lambda: building(database))
         time.sleep(4)  # lock_timeout is 3 s
         writer.connection.commit()
@@ -181,7 +183,7 @@ def test_two_grants_at_once_are_tried_again(project: Project, database: Database
     assert project.alembic("upgrade", "001").returncode == 0
     with database.session() as other:
         other.execute("GRANT INSERT ON hcm_report_metadata TO public")
-        running = project.popen("upgrade", "head")
+        running = project.start("upgrade", "head")
         until(lambda: any("GRANT SELECT" in statement for statement in database.activity()))
         other.connection.commit()
         result = running.wait()
@@ -222,8 +224,8 @@ def test_a_table_that_is_locked_for_the_drivers_own_cursor_is_tried_again(projec
     assert project.alembic("upgrade", "001").returncode == 0
     with database.session() as other:
         other.execute("LOCK TABLE hcm_report_metadata")
-        running = project.popen("upgrade", "head")
-        running.says("failed: canceling statement due to lock timeout")
+        running = project.start("upgrade", "head")
+        running.prints("failed: canceling statement due to lock timeout")
         other.connection.commit()
         result = running.wait()
     assert (result.returncode, database.at) == (0, ["002"]), result

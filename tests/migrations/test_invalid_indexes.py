@@ -5,8 +5,10 @@ import threading
 import psycopg2
 import pytest
 
-from tests.migrations.helpers import Database, Project, until
+from tests.support.database import Database
+from tests.support.project import Project
 from tests.support.revisions import AUDIT, BLOCK, FILE, FIX, audit, audited, follow, sleeping
+from tests.support.waiting import until
 
 UNIQUE = 'CREATE UNIQUE INDEX CONCURRENTLY {}"Only" ON audit (revision)'
 DROP = 'left INVALID: public."Only"; drop with: DROP INDEX CONCURRENTLY public."Only"; the database is at revision 002'
@@ -106,7 +108,7 @@ def test_an_index_that_another_session_builds_meanwhile_is_not_blamed(project: P
     project.add("003", audited("003", 'op.execute("SELECT pg_sleep(2)")'))
     with database.session() as writer:
         writer.execute("INSERT INTO theirs VALUES (1)")  # the build waits for this transaction to end
-        running = project.popen("upgrade", "head")
+        running = project.start("upgrade", "head")
         until(lambda: sleeping(database))
         build = "CREATE INDEX CONCURRENTLY theirs_x ON theirs (x)"
         thread = threading.Thread(target=database.execute, args=(build,))
@@ -132,7 +134,7 @@ def test_an_index_that_becomes_invalid_elsewhere_meanwhile_is_not_blamed(project
     ours = 'op.execute("CREATE INDEX CONCURRENTLY ours ON audit (revision)")\n'
     wait = 'open("begun", "w")\nwhile __import__("os").path.exists("begun"): time.sleep(0.05)'
     project.add("003", BLOCK + ours + wait)
-    running = project.popen("upgrade", "head")
+    running = project.start("upgrade", "head")
     begun = project.folder / "begun"
     until(begun.exists)
     with pytest.raises(psycopg2.errors.UniqueViolation):

@@ -10,8 +10,10 @@ from migration_runner.monitor import Monitor
 from migration_runner.retry import RetryBudget
 from migration_runner.session import open_session
 from migration_runner.settings import Settings
-from tests.migrations.helpers import Database, Project, until
+from tests.support.database import Database
+from tests.support.project import Project
 from tests.support.revisions import AUDIT, BLOCK, FILE, SLEEP, audit, audited, sleeping
+from tests.support.waiting import until
 
 
 @pytest.mark.fault(
@@ -23,12 +25,12 @@ from tests.support.revisions import AUDIT, BLOCK, FILE, SLEEP, audit, audited, s
     do="Nothing",
 )
 def test_a_locked_table_is_tried_again_until_it_is_free_and_nobody_waits_long(
-    prepared: Project, database: Database
+    project_at_002: Project, database: Database
 ) -> None:
-    prepared.add("003", audited("003", 'op.execute("ALTER TABLE hcm_report_metadata ADD COLUMN status text")'))
+    project_at_002.add("003", audited("003", 'op.execute("ALTER TABLE hcm_report_metadata ADD COLUMN status text")'))
     with database.session() as reader:
         reader.execute("SELECT count(*) FROM hcm_report_metadata")
-        running = prepared.popen("upgrade", "head")
+        running = project_at_002.start("upgrade", "head")
         until(lambda: sleeping(database, "ALTER TABLE"))
         start = time.monotonic()
         # A bystander's query queues behind the ALTER TABLE that waits, until that gives way.
@@ -53,11 +55,13 @@ def test_a_locked_table_is_tried_again_until_it_is_free_and_nobody_waits_long(
     state="Finished revisions stay, this one is rolled back",
     do="End that session, or deploy at a quieter time",
 )
-def test_a_table_that_stays_locked_fails_the_run_and_names_who_holds_it(prepared: Project, database: Database) -> None:
-    prepared.add("003", audited("003", 'op.execute("ALTER TABLE hcm_report_metadata ADD COLUMN status text")'))
+def test_a_table_that_stays_locked_fails_the_run_and_names_who_holds_it(
+    project_at_002: Project, database: Database
+) -> None:
+    project_at_002.add("003", audited("003", 'op.execute("ALTER TABLE hcm_report_metadata ADD COLUMN status text")'))
     with database.session() as reader:
         reader.execute("SELECT count(*) FROM hcm_report_metadata")
-        result = prepared.alembic("upgrade", "head", MIGRATION_WAIT_SECONDS="4")
+        result = project_at_002.alembic("upgrade", "head", MIGRATION_WAIT_SECONDS="4")
     assert result.returncode == 1
     assert result.failure == (
         f"revision 003 ({FILE.format('003')}) failed: canceling statement due to lock timeout, at {FILE.format('003')},"
@@ -78,28 +82,28 @@ def test_the_watch_for_who_blocks_outlives_the_connection(database: Database) ->
         assert monitor.blockers == set()
 
 
-def test_a_relative_upgrade_is_tried_again_and_goes_no_further(prepared: Project, database: Database) -> None:
-    prepared.add("003", audited("003", 'op.execute("LOCK TABLE hcm_report_metadata")'))
-    prepared.add("004", audited("004"))
+def test_a_relative_upgrade_is_tried_again_and_goes_no_further(project_at_002: Project, database: Database) -> None:
+    project_at_002.add("003", audited("003", 'op.execute("LOCK TABLE hcm_report_metadata")'))
+    project_at_002.add("004", audited("004"))
     with database.session() as reader:
         reader.execute("SELECT count(*) FROM hcm_report_metadata")
-        running = prepared.popen("upgrade", "+1")
+        running = project_at_002.start("upgrade", "+1")
         until(lambda: sleeping(database, "LOCK TABLE"))
     result = running.wait()
     assert (result.returncode, database.at, audit(database)) == (0, ["003"], ["003"]), result
 
 
 def test_a_relative_upgrade_that_got_on_is_tried_again_from_where_it_began(
-    prepared: Project, database: Database
+    project_at_002: Project, database: Database
 ) -> None:
     """From 003, where the first try came to, `+2` would go to 005."""
-    prepared.add("003", audited("003"))
-    prepared.add("004", audited("004", 'op.execute("LOCK TABLE hcm_report_metadata")'))
-    prepared.add("005", audited("005"))
+    project_at_002.add("003", audited("003"))
+    project_at_002.add("004", audited("004", 'op.execute("LOCK TABLE hcm_report_metadata")'))
+    project_at_002.add("005", audited("005"))
     with database.session() as reader:
         reader.execute("SELECT count(*) FROM hcm_report_metadata")
-        running = prepared.popen("upgrade", "+2")
-        running.says("; blocked by pid ")
+        running = project_at_002.start("upgrade", "+2")
+        running.prints("; blocked by pid ")
     result = running.wait()
     assert (result.returncode, database.at, audit(database)) == (0, ["004"], ["003", "004"]), result
 
@@ -111,7 +115,7 @@ def test_a_relative_downgrade_that_was_interrupted_names_the_revision_to_go_to(
     project.add("002", AUDIT, SLEEP)
     project.add("003")
     assert project.alembic("upgrade", "head").returncode == 0
-    running = project.popen("downgrade", "-2")
+    running = project.start("downgrade", "-2")
     until(lambda: sleeping(database))
     result, _ = running.stop(signal.SIGTERM)
     assert (result.returncode, database.at) == (143, ["002"])
@@ -125,14 +129,14 @@ def test_a_relative_downgrade_that_was_interrupted_names_the_revision_to_go_to(
     state="All done, each revision once",
     do="Nothing",
 )
-def test_a_deadlock_is_tried_again(prepared: Project, database: Database) -> None:
+def test_a_deadlock_is_tried_again(project_at_002: Project, database: Database) -> None:
     database.execute("CREATE TABLE a (); CREATE TABLE b (); GRANT ALL ON a, b TO PUBLIC")
     database.execute("ALTER TABLE a OWNER TO " + database.role + "; ALTER TABLE b OWNER TO " + database.role)
     body = 'op.execute("SET LOCAL lock_timeout = 0")\nop.execute("LOCK a")\nop.execute("SELECT pg_sleep(1)")\n'
-    prepared.add("003", audited("003", body + 'op.execute("LOCK b")'))
+    project_at_002.add("003", audited("003", body + 'op.execute("LOCK b")'))
     with database.session() as other:
         other.execute("SET deadlock_timeout = '60s'; LOCK b")  # so that the run is the one that is cancelled
-        running = prepared.popen("upgrade", "head")
+        running = project_at_002.start("upgrade", "head")
         until(lambda: sleeping(database))
         other.execute("LOCK a")
     result = running.wait()
@@ -144,14 +148,14 @@ def test_a_deadlock_is_tried_again(prepared: Project, database: Database) -> Non
     "statement", ["{} /* CONCURRENTLY */", "-- CREATE INDEX CONCURRENTLY\n{}", "{} DEFAULT 'CONCURRENTLY'"]
 )
 def test_the_word_in_a_comment_or_a_string_changes_no_limit(
-    prepared: Project, database: Database, statement: str
+    project_at_002: Project, database: Database, statement: str
 ) -> None:
     add = statement.format("ALTER TABLE hcm_report_metadata ADD COLUMN status text")
-    prepared.add("003", f"{BLOCK}op.execute({add!r})")
+    project_at_002.add("003", f"{BLOCK}op.execute({add!r})")
     with database.session() as reader:
         reader.execute("SELECT count(*) FROM hcm_report_metadata")
         start = time.monotonic()
-        result = prepared.alembic("upgrade", "head")
+        result = project_at_002.alembic("upgrade", "head")
         assert time.monotonic() - start < 8
     assert (result.returncode, database.at) == (255, ["002"])
     assert "failed: canceling statement due to lock timeout" in result.failure
@@ -165,11 +169,13 @@ def test_the_word_in_a_comment_or_a_string_changes_no_limit(
     state="Nothing was changed",
     do="End that session, deploy again",
 )
-def test_a_version_table_that_is_locked_is_waited_for_in_bounded_time(prepared: Project, database: Database) -> None:
+def test_a_version_table_that_is_locked_is_waited_for_in_bounded_time(
+    project_at_002: Project, database: Database
+) -> None:
     with database.session() as other:
         other.execute("LOCK TABLE alembic_version")
         start = time.monotonic()
-        result = prepared.alembic("upgrade", "head", MIGRATION_WAIT_SECONDS="2")
+        result = project_at_002.alembic("upgrade", "head", MIGRATION_WAIT_SECONDS="2")
         assert time.monotonic() - start < 30
     assert result.returncode == 1
     assert result.failure == (
@@ -179,18 +185,18 @@ def test_a_version_table_that_is_locked_is_waited_for_in_bounded_time(prepared: 
     )
 
 
-def test_a_partition_is_detached_concurrently_without_a_limit(prepared: Project, database: Database) -> None:
+def test_a_partition_is_detached_concurrently_without_a_limit(project_at_002: Project, database: Database) -> None:
     body = """
 op.execute("CREATE TABLE a (x int) PARTITION BY LIST (x)")
 op.execute("CREATE TABLE a1 PARTITION OF a FOR VALUES IN (1)")
 """
-    prepared.add("003", body)
+    project_at_002.add("003", body)
     detach = 'op.execute("ALTER TABLE a DETACH PARTITION a1 CONCURRENTLY")'
-    prepared.add("004", BLOCK + detach)
-    assert prepared.alembic("upgrade", "003").returncode == 0
+    project_at_002.add("004", BLOCK + detach)
+    assert project_at_002.alembic("upgrade", "003").returncode == 0
     with database.session() as reader:
         reader.execute("SELECT count(*) FROM a")
-        running = prepared.popen("upgrade", "head")
+        running = project_at_002.start("upgrade", "head")
         until(lambda: sleeping(database, "DETACH"))
         time.sleep(4)  # lock_timeout is 3 s
         reader.connection.commit()
@@ -199,14 +205,14 @@ op.execute("CREATE TABLE a1 PARTITION OF a FOR VALUES IN (1)")
     assert database.execute("SELECT 1 FROM pg_inherits WHERE inhdetachpending") == []
 
 
-def test_a_role_that_becomes_another_is_cancelled_and_watched(prepared: Project, database: Database) -> None:
+def test_a_role_that_becomes_another_is_cancelled_and_watched(project_at_002: Project, database: Database) -> None:
     group = f"group_{database.role}"
     database.execute(f"CREATE ROLE {group} ROLE {database.role}; GRANT ALL ON SCHEMA public TO {group}")
     database.execute(f"GRANT ALL ON alembic_version TO {group}; ALTER ROLE {database.role} SET role = {group}")
     try:
-        prepared.add("003", SLEEP)
-        running = prepared.popen("upgrade", "head")
-        running.says(" s: SELECT pg_sleep")
+        project_at_002.add("003", SLEEP)
+        running = project_at_002.start("upgrade", "head")
+        running.prints(" s: SELECT pg_sleep")
         result, _ = running.stop(signal.SIGTERM)
         assert "; rolled back; the database is at revision 002; " in result.failure
     finally:

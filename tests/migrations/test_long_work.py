@@ -7,8 +7,11 @@ import time
 
 import pytest
 
-from tests.migrations.helpers import Database, Project, Result, until
+from tests.support.database import Database
+from tests.support.programs import Result
+from tests.support.project import Project
 from tests.support.revisions import BLOCK, BUILD, FILE, SLEEP, audited, building, sleeping
+from tests.support.waiting import until
 
 NAME = f"revision 003 \\({FILE.format('003')}\\)".replace(".", "\\.")
 
@@ -25,9 +28,9 @@ def progress(result: Result) -> list[str]:
     state="-",
     do="Nothing",
 )
-def test_a_long_statement_is_named_without_its_values(prepared: Project, database: Database) -> None:
-    prepared.add("003", audited("003", 'op.execute("SELECT pg_sleep(23)")'))
-    result = prepared.alembic("upgrade", "head")
+def test_a_long_statement_is_named_without_its_values(project_at_002: Project, database: Database) -> None:
+    project_at_002.add("003", audited("003", 'op.execute("SELECT pg_sleep(23)")'))
+    result = project_at_002.alembic("upgrade", "head")
     lines = progress(result)
     assert result.returncode == 0
     assert len(lines) == 2
@@ -44,13 +47,13 @@ def test_a_long_statement_is_named_without_its_values(prepared: Project, databas
     state="-",
     do="End that session, or wait",
 )
-def test_a_concurrent_build_tells_its_phase_and_for_whom_it_waits(prepared: Project, database: Database) -> None:
-    prepared.add("003", BLOCK + BUILD)
+def test_a_concurrent_build_tells_its_phase_and_for_whom_it_waits(project_at_002: Project, database: Database) -> None:
+    project_at_002.add("003", BLOCK + BUILD)
     with database.session() as writer:
         writer.execute("INSERT INTO audit VALUES ('writer')")
-        running = prepared.popen("upgrade", "head")
+        running = project_at_002.start("upgrade", "head")
         until(lambda: building(database))
-        running.says("still running")
+        running.prints("still running")
         writer.connection.commit()
         result = running.wait()
     assert result.returncode == 0
@@ -70,15 +73,15 @@ def test_a_concurrent_build_tells_its_phase_and_for_whom_it_waits(prepared: Proj
     state="Finished revisions stay, this one is rolled back but for what its own connection committed",
     do="Use op.get_bind() alone",
 )
-def test_a_second_connection_that_waits_for_the_first_is_named(prepared: Project, database: Database) -> None:
+def test_a_second_connection_that_waits_for_the_first_is_named(project_at_002: Project, database: Database) -> None:
     body = """
 op.execute("ALTER TABLE audit ADD COLUMN x int")
 with op.get_bind().engine.begin() as other:
     other.exec_driver_sql("UPDATE audit SET revision = 'x'")
 """
-    prepared.add("003", body)
-    running = prepared.popen("upgrade", "head")
-    running.says("still running")
+    project_at_002.add("003", body)
+    running = project_at_002.start("upgrade", "head")
+    running.prints("still running")
     result, seconds = running.stop(signal.SIGTERM)
     own = f"pid N, hcm-db-migrations as {database.role} from 127.0.0.1, a connection of the revision's own"
     line = progress(result)[0]
@@ -92,9 +95,9 @@ with op.get_bind().engine.begin() as other:
     assert seconds < 3
 
 
-def test_who_waits_for_the_run_is_named(prepared: Project, database: Database) -> None:
-    prepared.add("003", audited("003", f'op.execute("LOCK TABLE hcm_report_metadata")\n{SLEEP}'))
-    running = prepared.popen("upgrade", "head")
+def test_who_waits_for_the_run_is_named(project_at_002: Project, database: Database) -> None:
+    project_at_002.add("003", audited("003", f'op.execute("LOCK TABLE hcm_report_metadata")\n{SLEEP}'))
+    running = project_at_002.start("upgrade", "head")
     until(lambda: sleeping(database))
     with database.session() as reader:
         pid = reader.connection.info.backend_pid
@@ -102,7 +105,7 @@ def test_who_waits_for_the_run_is_named(prepared: Project, database: Database) -
         thread = threading.Thread(target=reader.execute, args=(read,))
         thread.start()
         until(lambda: database.scalar(f"SELECT count(*) FROM pg_locks WHERE pid = {pid} AND NOT granted") > 0)
-        running.says("still running")
+        running.prints("still running")
         result, _ = running.stop(signal.SIGTERM)
         thread.join()
     line = progress(result)[0]
@@ -110,9 +113,9 @@ def test_who_waits_for_the_run_is_named(prepared: Project, database: Database) -
     assert line.endswith(" waits for this run")
 
 
-def test_short_work_says_nothing_more(prepared: Project) -> None:
-    prepared.add("003", audited("003", "time.sleep(3)"))
+def test_short_work_says_nothing_more(project_at_002: Project) -> None:
+    project_at_002.add("003", audited("003", "time.sleep(3)"))
     start = time.monotonic()
-    result = prepared.alembic("upgrade", "head")
+    result = project_at_002.alembic("upgrade", "head")
     assert time.monotonic() - start < 9
     assert "still running" not in result.stderr

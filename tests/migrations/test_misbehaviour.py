@@ -2,9 +2,9 @@
 
 import pytest
 
-from tests.migrations.helpers import Database, Project
-from tests.migrations.test_numbering import RULES
-from tests.support.revisions import BLOCK, FILE
+from tests.support.database import Database
+from tests.support.project import Project
+from tests.support.revisions import BLOCK, FILE, RULES
 
 TABLE = 'op.execute("CREATE TABLE a (x int)")\n'
 
@@ -85,8 +85,8 @@ def test_a_blocker_of_one_revision_is_not_named_for_the_next_ones_error(project:
     project.add("003", 'op.execute("SELECT 1 / 0")')
     with database.session() as reader:
         reader.execute("SELECT count(*) FROM hcm_report_metadata")
-        running = project.popen("upgrade", "head")
-        running.says("; blocked by pid ")
+        running = project.start("upgrade", "head")
+        running.prints("; blocked by pid ")
     result = running.wait()
     assert (result.returncode, database.at) == (255, ["002"])
     assert "blocked" not in result.failure
@@ -106,15 +106,15 @@ def test_the_sql_has_a_percent_sign_as_it_is(project: Project, database: Databas
     assert database.scalar("SELECT x FROM a") == "100% of 1"
 
 
-def test_a_destination_that_does_not_exist_is_named_before_connecting(files: Project) -> None:
-    result = files.alembic("upgrade", "999")
+def test_a_destination_that_does_not_exist_is_named_before_connecting(offline_project: Project) -> None:
+    result = offline_project.alembic("upgrade", "999")
     assert (result.returncode, result.failure) == (255, "there is no revision 999; 'alembic history' lists them")
 
 
-def test_the_beginning_of_several_revisions_is_named_before_connecting(files: Project) -> None:
-    files.add("ab12", down="001")
-    files.add("ab34", down="ab12")
-    result = files.alembic("upgrade", "ab")
+def test_the_beginning_of_several_revisions_is_named_before_connecting(offline_project: Project) -> None:
+    offline_project.add("ab12", down="001")
+    offline_project.add("ab34", down="ab12")
+    result = offline_project.alembic("upgrade", "ab")
     assert (result.returncode, result.failure) == (255, "ab may be any of ab12, ab34; 'alembic history' lists them")
 
 

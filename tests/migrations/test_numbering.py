@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.migrations.helpers import Project
-
-FIRST = "20251201_120000_001_create_hcm_report_metadata.py"
-RULES = "see 'Adding a migration' in README.md"
+from tests.support.project import Project
+from tests.support.revisions import FIRST, RULES
 
 
 def made(project: Project, *arguments: str) -> Path:
@@ -32,8 +30,8 @@ def fields(path: Path) -> dict[str, object]:
     return values | {"doc": (ast.get_docstring(tree, clean=False) or "").split("\n\nRevision ID:")[0]}
 
 
-def test_the_second_revision_is_002_and_follows_001(files: Project) -> None:
-    path = made(files, "-m", "add_status_column")
+def test_the_second_revision_is_002_and_follows_001(offline_project: Project) -> None:
+    path = made(offline_project, "-m", "add_status_column")
     assert re.fullmatch(r"\d{8}_\d{6}_002_add_status_column\.py", path.name)
     assert fields(path) == {"revision": "002", "down_revision": "001", "doc": "add_status_column"}
     text = path.read_text()
@@ -42,40 +40,40 @@ def test_the_second_revision_is_002_and_follows_001(files: Project) -> None:
 
 
 @pytest.mark.parametrize(("last", "following"), [("099", "100"), ("999", "1000"), ("1000", "1001"), ("009", "010")])
-def test_numbers_go_on_after(files: Project, last: str, following: str) -> None:
-    files.add(last, down="001")
-    path = made(files, "-m", "more")
+def test_numbers_go_on_after(offline_project: Project, last: str, following: str) -> None:
+    offline_project.add(last, down="001")
+    path = made(offline_project, "-m", "more")
     assert (fields(path)["revision"], fields(path)["down_revision"]) == (following, last)
     assert f"_{following}_more.py" in path.name
 
 
-def test_the_first_revision_of_an_empty_folder_is_001(files: Project) -> None:
-    (files.versions / FIRST).unlink()
-    assert fields(made(files, "-m", "start")) == {"revision": "001", "down_revision": None, "doc": "start"}
+def test_the_first_revision_of_an_empty_folder_is_001(offline_project: Project) -> None:
+    (offline_project.versions / FIRST).unlink()
+    assert fields(made(offline_project, "-m", "start")) == {"revision": "001", "down_revision": None, "doc": "start"}
 
 
-def test_a_name_given_by_rev_id_wins_and_does_not_count(files: Project) -> None:
-    assert fields(made(files, "-m", "named", "--rev-id", "hotfix"))["revision"] == "hotfix"
-    path = made(files, "-m", "next")
+def test_a_name_given_by_rev_id_wins_and_does_not_count(offline_project: Project) -> None:
+    assert fields(made(offline_project, "-m", "named", "--rev-id", "hotfix"))["revision"] == "hotfix"
+    path = made(offline_project, "-m", "next")
     assert (fields(path)["revision"], fields(path)["down_revision"]) == ("002", "hotfix")
 
 
-def test_a_name_that_exists_is_refused(files: Project) -> None:
-    result = files.alembic("revision", "-m", "again", "--rev-id", "001")
+def test_a_name_that_exists_is_refused(offline_project: Project) -> None:
+    result = offline_project.alembic("revision", "-m", "again", "--rev-id", "001")
     assert (result.returncode, result.failure) == (
         255,
         f"revision 001 already exists: {FIRST}; choose another --rev-id",
     )
-    assert files.files() == [FIRST]
+    assert offline_project.files() == [FIRST]
 
 
-def test_a_name_that_leaves_the_folder_is_refused(files: Project) -> None:
-    result = files.alembic("revision", "-m", "away", "--rev-id", "x/../../../away")
+def test_a_name_that_leaves_the_folder_is_refused(offline_project: Project) -> None:
+    result = offline_project.alembic("revision", "-m", "away", "--rev-id", "x/../../../away")
     assert (result.returncode, result.failure) == (
         255,
         "--rev-id is 'x/../../../away'; use letters, digits, _ and . only",
     )
-    assert files.files() == [FIRST]
+    assert offline_project.files() == [FIRST]
 
 
 @pytest.mark.parametrize(
@@ -100,19 +98,21 @@ def test_a_name_that_leaves_the_folder_is_refused(files: Project) -> None:
     ],
     ids=lambda message: repr(message)[:20],
 )
-def test_any_message_makes_a_file_that_compiles_and_stays_where_it_belongs(files: Project, message: str) -> None:
+def test_any_message_makes_a_file_that_compiles_and_stays_where_it_belongs(
+    offline_project: Project, message: str
+) -> None:
     def everything() -> set[Path]:
-        outside = [path for path in files.folder.parent.iterdir() if not path.name.startswith("run-")]
+        outside = [path for path in offline_project.folder.parent.iterdir() if not path.name.startswith("run-")]
         inside = {path for folder in outside for path in folder.rglob("*")}
         return {path for path in inside if "__pycache__" not in path.parts}
 
     before = everything()
-    path = made(files, "-m", message)
+    path = made(offline_project, "-m", message)
     assert everything() - before == {path}
-    assert path.parent == files.versions
+    assert path.parent == offline_project.versions
     assert re.fullmatch(r"\d{8}_\d{6}_002_\w{0,41}\.py", path.name)
     assert fields(path) == {"revision": "002", "down_revision": "001", "doc": message}
-    assert files.alembic("heads").stdout == "002 (head)\n"
+    assert offline_project.alembic("heads").stdout == "002 (head)\n"
 
 
 @pytest.mark.fault(
@@ -127,11 +127,11 @@ def test_any_message_makes_a_file_that_compiles_and_stays_where_it_belongs(files
     [("upgrade", "head"), ("revision", "-m", "x"), ("upgrade", "head", "--sql"), ("history",)],
     ids=" ".join,
 )
-def test_two_files_with_one_number_are_refused_by_name(files: Project, arguments: tuple) -> None:
-    one, two = files.add("002", name="a"), files.add("002", name="b")
-    before = files.files()
-    result = files.alembic(*arguments)
-    assert (result.returncode, files.files()) == (255, before)
+def test_two_files_with_one_number_are_refused_by_name(offline_project: Project, arguments: tuple) -> None:
+    one, two = offline_project.add("002", name="a"), offline_project.add("002", name="b")
+    before = offline_project.files()
+    result = offline_project.alembic(*arguments)
+    assert (result.returncode, offline_project.files()) == (255, before)
     assert result.failure == (
         f"revision 002 is claimed by {one.name} and {two.name}; give the later one the next free number and the earlier"
         f" one as its 'down_revision', {RULES}"
@@ -146,9 +146,9 @@ def test_two_files_with_one_number_are_refused_by_name(files: Project, arguments
     do="What the line says",
 )
 @pytest.mark.parametrize("command", ["upgrade", "stamp"])
-def test_two_heads_are_refused_by_name(files: Project, command: str) -> None:
-    one, two = files.add("002", name="a"), files.add("003", name="b", down="001")
-    result = files.alembic(command, "head")
+def test_two_heads_are_refused_by_name(offline_project: Project, command: str) -> None:
+    one, two = offline_project.add("002", name="a"), offline_project.add("003", name="b", down="001")
+    result = offline_project.alembic(command, "head")
     assert (result.returncode, result.failure) == (
         255,
         f"there are 2 heads: 002 ({one.name}) and 003 ({two.name}); make one revise the other by its 'down_revision',"
@@ -156,11 +156,11 @@ def test_two_heads_are_refused_by_name(files: Project, command: str) -> None:
     )
 
 
-def test_a_revision_after_two_heads_is_refused(files: Project) -> None:
-    one, two = files.add("002", name="a"), files.add("003", name="b", down="001")
-    before = files.files()
-    result = files.alembic("revision", "-m", "x")
-    assert (result.returncode, files.files()) == (255, before)
+def test_a_revision_after_two_heads_is_refused(offline_project: Project) -> None:
+    one, two = offline_project.add("002", name="a"), offline_project.add("003", name="b", down="001")
+    before = offline_project.files()
+    result = offline_project.alembic("revision", "-m", "x")
+    assert (result.returncode, offline_project.files()) == (255, before)
     assert result.failure == (
         f"there are 2 heads: 002 ({one.name}) and 003 ({two.name}); make one revise the other by its 'down_revision',"
         f" {RULES}"
@@ -174,9 +174,9 @@ def test_a_revision_after_two_heads_is_refused(files: Project) -> None:
     state="The database is not contacted",
     do="What the line says",
 )
-def test_a_missing_parent_is_named_with_the_file_that_wants_it(files: Project) -> None:
-    path = files.add("003")
-    result = files.alembic("upgrade", "head")
+def test_a_missing_parent_is_named_with_the_file_that_wants_it(offline_project: Project) -> None:
+    path = offline_project.add("003")
+    result = offline_project.alembic("upgrade", "head")
     assert (result.returncode, result.failure) == (
         255,
         f"{path.name} references down_revision 002, which does not exist; add the missing file, or name the one that it"
@@ -184,10 +184,10 @@ def test_a_missing_parent_is_named_with_the_file_that_wants_it(files: Project) -
     )
 
 
-def test_a_circle_is_refused(files: Project) -> None:
-    files.add("002", down="003")
-    files.add("003")
-    result = files.alembic("upgrade", "head")
+def test_a_circle_is_refused(offline_project: Project) -> None:
+    offline_project.add("002", down="003")
+    offline_project.add("003")
+    result = offline_project.alembic("upgrade", "head")
     assert result.returncode == 255
     assert result.failure == (
         f"Cycle is detected in revisions (002, 003); fix the 'down_revision' of one of them, {RULES}"
@@ -217,11 +217,11 @@ def test_a_circle_is_refused(files: Project) -> None:
 )
 @pytest.mark.parametrize("arguments", [("upgrade", "head"), ("revision", "-m", "x")], ids=" ".join)
 def test_a_file_that_does_not_load_is_named_with_its_line(
-    files: Project, content: str, said: str, arguments: tuple
+    offline_project: Project, content: str, said: str, arguments: tuple
 ) -> None:
-    path = files.versions / "20251202_143000_002_broken.py"
+    path = offline_project.versions / "20251202_143000_002_broken.py"
     path.write_text(content)
-    result = files.alembic(*arguments)
+    result = offline_project.alembic(*arguments)
     assert result.returncode == 255
     assert result.failure.startswith(f"{path.name}, {said}")
     assert result.failure.endswith(f"; fix the file, {RULES}")
@@ -235,10 +235,10 @@ def test_a_file_that_does_not_load_is_named_with_its_line(
     do="What the line says",
 )
 @pytest.mark.parametrize("content", ["", "x = 1\n"], ids=["0 bytes", "no revision"])
-def test_a_file_without_a_revision_is_named(files: Project, content: str) -> None:
-    path = files.versions / "20251202_143000_002_empty.py"
+def test_a_file_without_a_revision_is_named(offline_project: Project, content: str) -> None:
+    path = offline_project.versions / "20251202_143000_002_empty.py"
     path.write_text(content)
-    result = files.alembic("upgrade", "head")
+    result = offline_project.alembic("upgrade", "head")
     assert (result.returncode, result.failure) == (
         255,
         f"{path.name} has no 'revision'; fix or delete the file, {RULES}",
@@ -249,17 +249,17 @@ def test_a_file_without_a_revision_is_named(files: Project, content: str) -> Non
 @pytest.mark.parametrize("name", ["upgrade", "downgrade"])
 @pytest.mark.parametrize("instead", ["def other()", "def {}(op)"])
 def test_a_file_without_both_functions_is_named_before_connecting(
-    files: Project, arguments: tuple, name: str, instead: str
+    offline_project: Project, arguments: tuple, name: str, instead: str
 ) -> None:
-    path = files.add("002")
+    path = offline_project.add("002")
     path.write_text(path.read_text().replace(f"def {name}()", instead.format(name)))
-    result = files.alembic(*arguments)
+    result = offline_project.alembic(*arguments)
     assert (result.returncode, result.failure) == (255, f"{path.name} has no {name}(); fix the file, {RULES}")
 
 
-def test_an_error_of_a_revision_in_sql_mode_is_one_line(files: Project) -> None:
-    path = files.add("002", "1 / 0")
-    result = files.alembic("upgrade", "head", "--sql")
+def test_an_error_of_a_revision_in_sql_mode_is_one_line(offline_project: Project) -> None:
+    path = offline_project.add("002", "1 / 0")
+    result = offline_project.alembic("upgrade", "head", "--sql")
     failure = f"{path.name}, line 7: ZeroDivisionError: division by zero; fix the file, {RULES}"
     assert (result.returncode, result.stderr) == (255, f"FAILED: {failure}\n")
     assert result.stdout == ""  # no SQL of 001: the first half of a plan would look like one
@@ -274,19 +274,18 @@ def test_an_error_of_a_revision_in_sql_mode_is_one_line(files: Project) -> None:
     do="Set `git.branch` or `git.path`, deploy again",
 )
 @pytest.mark.parametrize("arguments", [("upgrade", "head"), ("current",), ("upgrade", "head", "--sql")], ids=" ".join)
-def test_an_empty_folder_is_an_error_before_connecting(files: Project, arguments: tuple) -> None:
-    (files.versions / FIRST).unlink()
-    result = files.alembic(*arguments)
+def test_an_empty_folder_is_an_error_before_connecting(offline_project: Project, arguments: tuple) -> None:
+    (offline_project.versions / FIRST).unlink()
+    result = offline_project.alembic(*arguments)
     assert (result.returncode, result.failure) == (
         255,
-        f"no revisions found in {files.versions}; nothing to do, treated as an error: check the branch and the"
-        f" path of the checkout (in"
-        " the chart: 'git.branch' and 'git.path')",
+        f"no revisions found in {offline_project.versions}; nothing to do, treated as an error: check the branch and"
+        " the path of the checkout (in the chart: 'git.branch' and 'git.path')",
     )
 
 
-def test_files_with_other_line_ends_and_a_byte_order_mark_load(files: Project) -> None:
-    path = files.add("002")
+def test_files_with_other_line_ends_and_a_byte_order_mark_load(offline_project: Project) -> None:
+    path = offline_project.add("002")
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
-    assert files.alembic("heads").stdout == "002 (head)\n"
-    assert fields(made(files, "-m", "x"))["revision"] == "003"
+    assert offline_project.alembic("heads").stdout == "002 (head)\n"
+    assert fields(made(offline_project, "-m", "x"))["revision"] == "003"

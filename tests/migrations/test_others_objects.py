@@ -8,7 +8,8 @@ import psycopg2
 import pytest
 from sqlalchemy import URL
 
-from tests.migrations.helpers import Database, Project
+from tests.support.database import Database
+from tests.support.project import Project
 from tests.support.revisions import AUDIT, audited
 from tools.postgres import execute
 

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.migrations.helpers import Database, Project, until
+from tests.support.database import Database
+from tests.support.programs import Program, Result, run
+from tests.support.project import Project
 from tests.support.revisions import FILE, FIX, SLEEP, sleeping
+from tests.support.waiting import until
 from tools.paths import BIN, ROOT
 from tools.postgres import dsn
 
 
-def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    variables = {"PATH": "/usr/bin:/bin", "HOME": str(cwd)} | environment
-    return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True)
+def run_in(folder: Path, *command: str | Path, **environment: str) -> Result:
+    return run(command, cwd=folder, env={"PATH": "/usr/bin:/bin", "HOME": str(folder)} | environment)
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +30,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     shutil.copy(ROOT / "pyproject.toml", folder)
     command = [BIN / "uv", "build", "--quiet", "--wheel", "--python", sys.executable, "--out-dir", folder / "out"]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    run(command, cwd=folder, check=True)
     (built,) = (folder / "out").glob("*.whl")
     return built
 
@@ -44,38 +45,38 @@ def test_another_alembic_folder_gets_it_by_a_requirement_and_two_lines(
 ) -> None:
     """As health-campaign-services has it: an env.py and a table of its own."""
     python = tmp_path / "venv" / "bin" / "python"
-    subprocess.run([BIN / "uv", "venv", "--quiet", "--python", sys.executable, tmp_path / "venv"], check=True)
+    run([BIN / "uv", "venv", "--quiet", "--python", sys.executable, tmp_path / "venv"], check=True)
     install = [BIN / "uv", "pip", "install", "--quiet", "--python", python, wheel, *versions]
-    subprocess.run(install, check=True, capture_output=True)
+    run(install, check=True)
     folder = tmp_path / "utilities" / "hcm-db-migrations"
     folder.mkdir(parents=True)
     alembic = python.with_name("alembic")
-    assert run(alembic, "init", "migrations", cwd=folder).returncode == 0
+    assert run_in(folder, alembic, "init", "migrations").returncode == 0
     (folder / "migrations/env.py").write_text(
         'import os\n\nimport migration_runner\n\nos.environ.setdefault("ALEMBIC_VERSION_TABLE", "hcm_versions")\n'
         "migration_runner.run()\n"
     )
     environment = {"DATABASE_URL": dsn(database.url), "MIGRATION_WAIT_SECONDS": "5"}
-    made = run(alembic, "revision", "-m", "create_report", cwd=folder)
+    made = run_in(folder, alembic, "revision", "-m", "create_report")
     assert made.returncode == 0, made
     (path,) = (folder / "migrations/versions").glob("*.py")
     path.write_text(path.read_text().replace("pass", 'op.execute("CREATE TABLE report ()")', 1))
-    done = run(alembic, "upgrade", "head", cwd=folder, **environment)
+    done = run_in(folder, alembic, "upgrade", "head", **environment)
     assert done.returncode == 0, done
     assert "now at " in done.stderr
     assert "(head)" in done.stderr
-    assert "(head)" in run(alembic, "current", cwd=folder, **environment).stdout
+    assert "(head)" in run_in(folder, alembic, "current", **environment).stdout
     assert database.scalar("SELECT count(*) FROM hcm_versions") == 1
     assert "report" in database.relations
     (folder / "migrations/versions/2_fails.py").write_text(
         f"from alembic import op\nrevision = 'f'\ndown_revision = {path.name.split('_')[0]!r}\n"
         "def upgrade():\n    op.execute('CREATE TABLE a ()')\n    op.get_bind().commit()\ndef downgrade(): pass\n"
     )
-    failed = run(alembic, "upgrade", "head", cwd=folder, **environment)
+    failed = run_in(folder, alembic, "upgrade", "head", **environment)
     lines = [line for line in (failed.stdout + failed.stderr).splitlines() if "FAILED: " in line]
     assert (failed.returncode, len(lines)) == (255, 1), failed
     assert "committed or rolled back its own transaction" in lines[0]
-    plan = run(alembic, "upgrade", "head", "--sql", cwd=folder, **environment)
+    plan = run_in(folder, alembic, "upgrade", "head", "--sql", **environment)
     assert (plan.returncode, plan.stdout) == (255, ""), plan
 
 
@@ -86,7 +87,7 @@ def test_an_installed_package_that_is_called_like_ours_is_not_taken(
     """A service's image may have its own `migrations`."""
     (tmp_path / "site" / package).mkdir(parents=True)
     (tmp_path / "site" / package / "__init__.py").write_text("raise RuntimeError('the wrong package')\n")
-    running = project.popen("upgrade", "head", PYTHONPATH=str(tmp_path / "site"))
+    running = project.start("upgrade", "head", PYTHONPATH=str(tmp_path / "site"))
     result = running.wait()
     assert (result.returncode, database.at) == (0, ["001"]), result
 
@@ -101,26 +102,27 @@ config = Config("alembic.ini")
 """
 
 
-def program(project: Project, body: str, **environment: str | None):
+def program(project: Project, body: str, **environment: str | None) -> Program:
     path = project.folder / "program.py"
     path.write_text(PROGRAM.format(body))
-    return project.popen(str(path), program=Path(sys.executable), **environment)
+    return project.start(str(path), program=Path(sys.executable), **environment)
 
 
-def test_a_program_that_asks_for_the_current_revision_waits_for_no_run(prepared: Project, database: Database) -> None:
-    prepared.add("003", SLEEP)
-    first = prepared.popen("upgrade", "head")
+def test_a_program_that_asks_for_the_current_revision_waits_for_no_run(
+    project_at_002: Project, database: Database
+) -> None:
+    project_at_002.add("003", SLEEP)
+    first = project_at_002.start("upgrade", "head")
     until(lambda: sleeping(database))
-    result = program(prepared, "command.current(config)\ncommand.history(config, indicate_current=True)").wait()
+    result = program(project_at_002, "command.current(config)\ncommand.history(config, indicate_current=True)").wait()
     assert (result.returncode, "002 (current)" in result.stdout) == (0, True), result
-    first.process.kill()
+    first.kill()
 
 
 def test_a_program_is_told_what_the_command_line_is_told(project: Project, database: Database) -> None:
     path = project.add("002", 'op.execute("SELECT 1 / 0")')
     body = """
 from alembic.util import CommandError
-from tools.paths import BIN, ROOT
 command.upgrade(config, "001")
 try:
     command.upgrade(config, "head")

@@ -2,9 +2,10 @@
 
 import os
 import re
-import subprocess
 
-from tests.migrations.helpers import Database, Project
+from tests.support.database import Database
+from tests.support.programs import run
+from tests.support.project import Project
 from tools.paths import ROOT
 from tools.postgres import dsn
 
@@ -44,14 +45,6 @@ def test_the_least_grants_are_enough_and_the_application_gets_its_own(project: P
 
 def test_make_migrate_migrates_the_database_of_database_url(database: Database) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("DB_", "PG"))}
-    done = subprocess.run(
-        ["make", "migrate"],
-        cwd=ROOT,
-        env=environment | {"DATABASE_URL": dsn(database.url)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run(["make", "migrate"], cwd=ROOT, env=environment | {"DATABASE_URL": dsn(database.url)}, check=True)
     assert database.at == ["001"]
     assert "hcm_report_metadata" in database.relations

@@ -6,8 +6,9 @@ import psycopg2
 import pytest
 
 from migration_runner import errors
-from tests.conftest import CANARY
-from tests.migrations.helpers import Database, Project
+from tests.support.canary import CANARY
+from tests.support.database import Database
+from tests.support.project import Project
 from tests.support.revisions import BLOCK, FIX
 
 PARAMETER = (

@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.migrations.helpers import Database, Project
+from tests.support.database import Database
+from tests.support.project import Project
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from pytest_alembic.tests import test_single_head_revision, test_up_down_consist
 from sqlalchemy import Engine, create_engine
 from sqlalchemy.pool import NullPool
 
-from tests.migrations.helpers import Database, Project
+from tests.support.database import Database
+from tests.support.project import Project
 from tools.paths import ROOT
 from tools.postgres import dsn
 

@@ -4,14 +4,13 @@ import os
 
 import pytest
 
-from tests.conftest import CANARY
-from tests.migrations.helpers import PASSWORD, Database, Project, parts
 from tests.support import revisions
+from tests.support.canary import CANARY, PASSWORD
+from tests.support.database import Database, parts
+from tests.support.project import Project
+from tests.support.revisions import URL_FORMAT
 from tools.postgres import dsn
 
-WRITE = (
-    "write postgresql://user:password@host:5432/database and percent-encode the user and the password, see .env.example"
-)
 CLOSED = {"MIGRATION_WAIT_SECONDS": "0", "DATABASE_URL": None}
 
 
@@ -34,9 +33,9 @@ def test_the_parts_name_the_database(project: Project, database: Database) -> No
     assert result.lines[0].startswith(f"HH:MM:SS INFO {place(database)}")
 
 
-def test_the_parts_have_defaults(files: Project) -> None:
+def test_the_parts_have_defaults(offline_project: Project) -> None:
     # Port 1 keeps the test from reaching a PostgreSQL of the developer's.
-    result = files.alembic("current", **CLOSED, DB_PORT="1")
+    result = offline_project.alembic("current", **CLOSED, DB_PORT="1")
     assert result.returncode == 1
     assert result.failure.startswith(
         "could not connect to database unifieddevdb at localhost:1 as postgres within 0 s: "
@@ -74,61 +73,66 @@ def test_env_file_is_read_and_the_run_says_so(project: Project, database: Databa
 
 
 @pytest.mark.parametrize("name", ["DB_HOST", "DB_SCHEMA", "DATABASE_URL"])
-def test_env_file_is_not_read_where_the_environment_has_a_setting(files: Project, name: str) -> None:
-    (files.folder / ".env").write_text("DB_HOST=from-the-file\n")
+def test_env_file_is_not_read_where_the_environment_has_a_setting(offline_project: Project, name: str) -> None:
+    (offline_project.folder / ".env").write_text("DB_HOST=from-the-file\n")
     value = {"DATABASE_URL": "postgresql://me@127.0.0.1:1/x"}.get(name, "127.0.0.1")
-    result = files.alembic("upgrade", "head", "--sql", **{"DATABASE_URL": None, name: value})
+    result = offline_project.alembic("upgrade", "head", "--sql", **{"DATABASE_URL": None, name: value})
     assert result.returncode == 0
     assert result.stderr == f"HH:MM:SS INFO ignoring .env because {name} is set\n"
 
 
-def test_an_env_file_that_is_no_text_is_one_clear_line(files: Project) -> None:
-    (files.folder / ".env").write_bytes("DB_PASSWORD=für\n".encode("latin-1"))
-    result = files.alembic("current", DATABASE_URL=None)
+def test_an_env_file_that_is_no_text_is_one_clear_line(offline_project: Project) -> None:
+    (offline_project.folder / ".env").write_bytes("DB_PASSWORD=für\n".encode("latin-1"))
+    result = offline_project.alembic("current", DATABASE_URL=None)
     assert (result.returncode, result.failure) == (255, ".env is not UTF-8; write it as UTF-8, see .env.example")
 
 
 @pytest.mark.parametrize("where", ["..", "migrations"])
-def test_env_file_is_read_at_the_root_only(files: Project, where: str) -> None:
-    (files.folder / where / ".env").write_text("DB_HOST=from-the-file\n")
-    arguments = ("-c", str(files.folder / "alembic.ini"), "upgrade", "head", "--sql")
-    result = files.popen(*arguments, cwd=files.folder / where, DATABASE_URL=None).wait()
+def test_env_file_is_read_at_the_root_only(offline_project: Project, where: str) -> None:
+    (offline_project.folder / where / ".env").write_text("DB_HOST=from-the-file\n")
+    arguments = ("-c", str(offline_project.folder / "alembic.ini"), "upgrade", "head", "--sql")
+    result = offline_project.start(*arguments, cwd=offline_project.folder / where, DATABASE_URL=None).wait()
     assert (result.returncode, result.stderr) == (0, "")
 
 
-def test_a_password_in_the_env_file_may_look_like_a_variable(files: Project) -> None:
-    (files.folder / ".env").write_text("DB_HOST=127.0.0.1\nDB_PORT=1\nDB_NAME=${HOME}\nMIGRATION_WAIT_SECONDS=0\n")
-    result = files.alembic("current", DATABASE_URL=None)
+def test_a_password_in_the_env_file_may_look_like_a_variable(offline_project: Project) -> None:
+    (offline_project.folder / ".env").write_text(
+        "DB_HOST=127.0.0.1\nDB_PORT=1\nDB_NAME=${HOME}\nMIGRATION_WAIT_SECONDS=0\n"
+    )
+    result = offline_project.alembic("current", DATABASE_URL=None)
     assert result.failure.startswith("could not connect to database ${HOME} at 127.0.0.1:1 as postgres within 0 s: ")
 
 
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("mysql://u:{}@h/db", f"DATABASE_URL does not begin with postgresql://; {WRITE}"),
-        ("postgresql+psycopg://u:{}@h/db", f"DATABASE_URL does not begin with postgresql://; {WRITE}"),
-        ("postgresql+asyncpg://u:{}@h/db", f"DATABASE_URL does not begin with postgresql://; {WRITE}"),
-        ("postgresql://u:{}@h", f"DATABASE_URL has no database; {WRITE}"),
-        ("postgresql://u:{}@h/", f"DATABASE_URL has no database; {WRITE}"),
-        ("postgresql://u:{}@/db", f"DATABASE_URL has no host; {WRITE}"),
-        ("postgresql:///db", f"DATABASE_URL has no host; {WRITE}"),
-        ("postgresql://u:{}@h:0/db", f"DATABASE_URL has no port from 1 to 65535; {WRITE}"),
-        ("postgresql://u:{}@h:65536/db", f"DATABASE_URL has no port from 1 to 65535; {WRITE}"),
-        ("postgresql://u:{}@h:five/db", f"DATABASE_URL is not a valid URL; {WRITE}"),
-        ("postgresql://u@h/db?password={}", f"DATABASE_URL has password in its query, which logs would show; {WRITE}"),
+        ("mysql://u:{}@h/db", f"DATABASE_URL does not begin with postgresql://; {URL_FORMAT}"),
+        ("postgresql+psycopg://u:{}@h/db", f"DATABASE_URL does not begin with postgresql://; {URL_FORMAT}"),
+        ("postgresql+asyncpg://u:{}@h/db", f"DATABASE_URL does not begin with postgresql://; {URL_FORMAT}"),
+        ("postgresql://u:{}@h", f"DATABASE_URL has no database; {URL_FORMAT}"),
+        ("postgresql://u:{}@h/", f"DATABASE_URL has no database; {URL_FORMAT}"),
+        ("postgresql://u:{}@/db", f"DATABASE_URL has no host; {URL_FORMAT}"),
+        ("postgresql:///db", f"DATABASE_URL has no host; {URL_FORMAT}"),
+        ("postgresql://u:{}@h:0/db", f"DATABASE_URL has no port from 1 to 65535; {URL_FORMAT}"),
+        ("postgresql://u:{}@h:65536/db", f"DATABASE_URL has no port from 1 to 65535; {URL_FORMAT}"),
+        ("postgresql://u:{}@h:five/db", f"DATABASE_URL is not a valid URL; {URL_FORMAT}"),
+        (
+            "postgresql://u@h/db?password={}",
+            f"DATABASE_URL has password in its query, which logs would show; {URL_FORMAT}",
+        ),
         (
             "postgresql://u@h/db?sslpassword={}",
-            f"DATABASE_URL has sslpassword in its query, which logs would show; {WRITE}",
+            f"DATABASE_URL has sslpassword in its query, which logs would show; {URL_FORMAT}",
         ),
-        ("postgresql://u:a@b/c?{}@h/db", f"DATABASE_URL contains more than one @; {WRITE} (@ is %40)"),
-        ("postgresql://u:{}@x@h/db", f"DATABASE_URL contains more than one @; {WRITE} (@ is %40)"),
-        ("postgresql://u:a@b/{}@h/db", f"DATABASE_URL contains more than one @; {WRITE} (@ is %40)"),
-        ("{}", f"DATABASE_URL is not a valid URL; {WRITE}"),
-        ("host=h password={}", f"DATABASE_URL is not a valid URL; {WRITE}"),
-        ("jdbc:postgresql://u:{}@h/db", f"DATABASE_URL is a JDBC URL; {WRITE}"),
-        ("jdbc:postgresql://h/db?user=u&password={}", f"DATABASE_URL is a JDBC URL; {WRITE}"),
+        ("postgresql://u:a@b/c?{}@h/db", f"DATABASE_URL contains more than one @; {URL_FORMAT} (@ is %40)"),
+        ("postgresql://u:{}@x@h/db", f"DATABASE_URL contains more than one @; {URL_FORMAT} (@ is %40)"),
+        ("postgresql://u:a@b/{}@h/db", f"DATABASE_URL contains more than one @; {URL_FORMAT} (@ is %40)"),
+        ("{}", f"DATABASE_URL is not a valid URL; {URL_FORMAT}"),
+        ("host=h password={}", f"DATABASE_URL is not a valid URL; {URL_FORMAT}"),
+        ("jdbc:postgresql://u:{}@h/db", f"DATABASE_URL is a JDBC URL; {URL_FORMAT}"),
+        ("jdbc:postgresql://h/db?user=u&password={}", f"DATABASE_URL is a JDBC URL; {URL_FORMAT}"),
         *[
-            (url, f"DATABASE_URL has one of @ : ; & = or white space after the host; {WRITE}")
+            (url, f"DATABASE_URL has one of @ : ; & = or white space after the host; {URL_FORMAT}")
             for url in (
                 "postgresql://te/am:{}@h:1/db",
                 "postgresql://h:1/db;password={}",
@@ -136,11 +140,14 @@ def test_a_password_in_the_env_file_may_look_like_a_variable(files: Project) -> 
                 "postgresql://h:1/db password={}",
             )
         ],
-        ("postgresql://u@h/db?s3cr3t{}=x", f"DATABASE_URL has the invalid connection option in its query; {WRITE}"),
+        (
+            "postgresql://u@h/db?s3cr3t{}=x",
+            f"DATABASE_URL has the invalid connection option in its query; {URL_FORMAT}",
+        ),
     ],
 )
-def test_a_wrong_database_url_is_one_clear_line(files: Project, url: str, message: str) -> None:
-    result = files.alembic("upgrade", "head", DATABASE_URL=url.format(CANARY))
+def test_a_wrong_database_url_is_one_clear_line(offline_project: Project, url: str, message: str) -> None:
+    result = offline_project.alembic("upgrade", "head", DATABASE_URL=url.format(CANARY))
     assert (result.returncode, result.failure) == (255, message)
 
 
@@ -200,12 +207,12 @@ def test_a_wrong_database_url_is_one_clear_line(files: Project, url: str, messag
     ],
     ids=lambda value: " ".join(value)[:30] if isinstance(value, dict) else "",
 )
-def test_a_wrong_setting_is_one_clear_line(files: Project, variables: dict, message: str) -> None:
-    result = files.alembic("upgrade", "head", **{"DATABASE_URL": None, "DB_PASSWORD": CANARY} | variables)
+def test_a_wrong_setting_is_one_clear_line(offline_project: Project, variables: dict, message: str) -> None:
+    result = offline_project.alembic("upgrade", "head", **{"DATABASE_URL": None, "DB_PASSWORD": CANARY} | variables)
     assert (result.returncode, result.failure) == (255, message)
 
 
-def test_a_password_that_is_no_text_is_one_clear_line(files: Project) -> None:
+def test_a_password_that_is_no_text_is_one_clear_line(offline_project: Project) -> None:
     password = os.fsdecode(b"\xff" + CANARY.encode())
-    result = files.alembic("upgrade", "head", DATABASE_URL=None, DB_PASSWORD=password)
+    result = offline_project.alembic("upgrade", "head", DATABASE_URL=None, DB_PASSWORD=password)
     assert (result.returncode, result.failure) == (255, "DB_PASSWORD is not UTF-8; set it as UTF-8, see .env.example")

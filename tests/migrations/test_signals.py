@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.migrations.helpers import Database, Project, Result, until
+from tests.support.database import Database
+from tests.support.programs import Result
+from tests.support.project import Project
 from tests.support.revisions import AGAIN, BLOCK, BUILD, FILE, KILLED, SLEEP, audit, audited, building, idle, sleeping
+from tests.support.waiting import until
 
 STOPS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 stops = pytest.mark.parametrize(("number", "code"), STOPS, ids=["SIGTERM", "SIGINT"])
@@ -55,11 +58,11 @@ def during(result: Result, revision: str, rest: str) -> str:
     ids=["in a statement", "in Python", "in a statement whose errors are caught"],
 )
 def test_a_signal_in_a_revision_rolls_it_back(
-    prepared: Project, database: Database, number: signal.Signals, code: int, body: str, begun: str
+    project_at_002: Project, database: Database, number: signal.Signals, code: int, body: str, begun: str
 ) -> None:
-    prepared.add("003", audited("003"))
-    prepared.add("004", audited("004", body))
-    running = prepared.popen("upgrade", "head")
+    project_at_002.add("003", audited("003"))
+    project_at_002.add("004", audited("004", body))
+    running = project_at_002.start("upgrade", "head")
     until(lambda: any(begun in row for row in database.activity()))
     result, seconds = running.stop(number)
     interrupted(result, seconds, number, code, during(result, "004", "rolled back; the database is at revision 003"))
@@ -75,9 +78,9 @@ def test_a_signal_in_a_revision_rolls_it_back(
     do="Deploy again",
 )
 @stops
-def test_a_signal_while_waiting_for_the_database(files: Project, number: signal.Signals, code: int) -> None:
-    running = files.popen("upgrade", "head")
-    running.says(" waiting, ")
+def test_a_signal_while_waiting_for_the_database(offline_project: Project, number: signal.Signals, code: int) -> None:
+    running = offline_project.start("upgrade", "head")
+    running.prints(" waiting, ")
     interrupted(*running.stop(number), number, code, "; nothing was changed")
 
 
@@ -90,13 +93,13 @@ def test_a_signal_while_waiting_for_the_database(files: Project, number: signal.
 )
 @stops
 def test_a_signal_while_waiting_for_another_run(
-    prepared: Project, database: Database, number: signal.Signals, code: int
+    project_at_002: Project, database: Database, number: signal.Signals, code: int
 ) -> None:
-    prepared.add("003", audited("003", SLEEP))
-    first = prepared.popen("upgrade", "head")
+    project_at_002.add("003", audited("003", SLEEP))
+    first = project_at_002.start("upgrade", "head")
     until(lambda: sleeping(database))
-    second = prepared.popen("upgrade", "head")
-    second.says(" waiting, ")
+    second = project_at_002.start("upgrade", "head")
+    second.prints(" waiting, ")
     interrupted(*second.stop(number), number, code, "; the database is at revision 002")
     first.stop(signal.SIGTERM)
 
@@ -111,12 +114,12 @@ def test_a_signal_while_waiting_for_another_run(
 )
 @stops
 def test_a_signal_while_waiting_for_a_table(
-    prepared: Project, database: Database, number: signal.Signals, code: int
+    project_at_002: Project, database: Database, number: signal.Signals, code: int
 ) -> None:
-    prepared.add("003", audited("003", 'op.execute("LOCK TABLE hcm_report_metadata")'))
+    project_at_002.add("003", audited("003", 'op.execute("LOCK TABLE hcm_report_metadata")'))
     with database.session() as reader:
         reader.execute("SELECT count(*) FROM hcm_report_metadata")
-        running = prepared.popen("upgrade", "head")
+        running = project_at_002.start("upgrade", "head")
         until(lambda: sleeping(database, "LOCK TABLE"))
         result, seconds = running.stop(number)
     interrupted(result, seconds, number, code, during(result, "003", "rolled back; the database is at revision 002"))
@@ -132,34 +135,34 @@ def test_a_signal_while_waiting_for_a_table(
 )
 @stops
 def test_a_signal_while_an_index_is_built_concurrently_names_what_is_left(
-    prepared: Project, database: Database, number: signal.Signals, code: int
+    project_at_002: Project, database: Database, number: signal.Signals, code: int
 ) -> None:
-    prepared.add("003", BLOCK + BUILD)
+    project_at_002.add("003", BLOCK + BUILD)
     with database.session() as writer:
         writer.execute("INSERT INTO audit VALUES ('writer')")  # CREATE INDEX CONCURRENTLY waits for it to end
-        running = prepared.popen("upgrade", "head")
+        running = project_at_002.start("upgrade", "head")
         until(lambda: building(database))
         result, seconds = running.stop(number)
     left = "left INVALID: public.slow; drop with: DROP INDEX CONCURRENTLY public.slow; the database is at revision 002"
     interrupted(result, seconds, number, code, during(result, "003", left))
     database.execute("DROP INDEX CONCURRENTLY public.slow")
-    assert prepared.alembic("upgrade", "head").returncode == 0
+    assert project_at_002.alembic("upgrade", "head").returncode == 0
 
 
 def test_a_signal_while_an_index_is_rebuilt_concurrently_names_the_new_one(
-    prepared: Project, database: Database
+    project_at_002: Project, database: Database
 ) -> None:
     database.execute("CREATE INDEX slow ON audit (revision)")
-    prepared.add("003", BLOCK + 'op.execute("REINDEX INDEX CONCURRENTLY slow")')
+    project_at_002.add("003", BLOCK + 'op.execute("REINDEX INDEX CONCURRENTLY slow")')
     with database.session() as writer:
         writer.execute("INSERT INTO audit VALUES ('writer')")
-        running = prepared.popen("upgrade", "head")
+        running = project_at_002.start("upgrade", "head")
         until(lambda: building(database))
         result, _ = running.stop(signal.SIGTERM)
     left = "left INVALID: public.slow_ccnew; drop with: DROP INDEX CONCURRENTLY public.slow_ccnew"
     assert (result.returncode, left in result.failure) == (143, True), result.failure
     database.execute("DROP INDEX CONCURRENTLY public.slow_ccnew")
-    assert prepared.alembic("upgrade", "head").returncode == 0
+    assert project_at_002.alembic("upgrade", "head").returncode == 0
 
 
 @pytest.mark.fault(
@@ -169,9 +172,9 @@ def test_a_signal_while_an_index_is_rebuilt_concurrently_names_the_new_one(
     state="Finished revisions stay, this one is rolled back",
     do="Deploy again",
 )
-def test_many_signals_are_as_good_as_one(prepared: Project, database: Database) -> None:
-    prepared.add("003", audited("003", SLEEP))
-    running = prepared.popen("upgrade", "head")
+def test_many_signals_are_as_good_as_one(project_at_002: Project, database: Database) -> None:
+    project_at_002.add("003", audited("003", SLEEP))
+    running = project_at_002.start("upgrade", "head")
     until(lambda: sleeping(database))
     for _ in range(20):
         running.process.send_signal(signal.SIGTERM)
@@ -191,10 +194,12 @@ def test_many_signals_are_as_good_as_one(prepared: Project, database: Database) 
     state="Finished revisions stay, this one is rolled back",
     do="Deploy again",
 )
-def test_a_revision_that_ignores_the_interruption_does_not_keep_the_run(prepared: Project, database: Database) -> None:
-    prepared.add("003", audited("003", DEAF))
-    running = prepared.popen("upgrade", "head")
-    until((prepared.folder / "begun").exists)
+def test_a_revision_that_ignores_the_interruption_does_not_keep_the_run(
+    project_at_002: Project, database: Database
+) -> None:
+    project_at_002.add("003", audited("003", DEAF))
+    running = project_at_002.start("upgrade", "head")
+    until((project_at_002.folder / "begun").exists)
     result, seconds = running.stop(signal.SIGTERM)
     assert (result.returncode, result.failure) == (143, KILLED)
     assert seconds < 3
@@ -211,11 +216,11 @@ def test_a_revision_that_ignores_the_interruption_does_not_keep_the_run(prepared
     ids=["nothing before", "a statement before"],
 )
 def test_a_revision_that_ignores_the_interruption_outside_its_transaction_is_told_as_one(
-    prepared: Project, before: str, told: str
+    project_at_002: Project, before: str, told: str
 ) -> None:
-    prepared.add("003", before + BLOCK + DEAF.replace("\n", "\n    "))
-    running = prepared.popen("upgrade", "head")
-    until((prepared.folder / "begun").exists)
+    project_at_002.add("003", before + BLOCK + DEAF.replace("\n", "\n    "))
+    running = project_at_002.start("upgrade", "head")
+    until((project_at_002.folder / "begun").exists)
     result, seconds = running.stop(signal.SIGTERM)
     assert (result.returncode, result.failure) == (
         143,
@@ -231,15 +236,14 @@ def test_a_revision_that_ignores_the_interruption_outside_its_transaction_is_tol
     state="Finished revisions stay, this one is rolled back; session and lock are gone within seconds",
     do="Deploy again",
 )
-def test_a_killed_run_leaves_no_lock_and_the_next_one_finishes(prepared: Project, database: Database) -> None:
-    path = prepared.add("003", audited("003", SLEEP))
-    running = prepared.popen("upgrade", "head")
+def test_a_killed_run_leaves_no_lock_and_the_next_one_finishes(project_at_002: Project, database: Database) -> None:
+    path = project_at_002.add("003", audited("003", SLEEP))
+    running = project_at_002.start("upgrade", "head")
     until(lambda: sleeping(database))
-    running.process.kill()
-    running.process.wait()
+    running.kill()
     idle(database)  # its statement would have taken a minute
     path.write_text(path.read_text().replace("pg_sleep(60)", "1"))
-    result = prepared.alembic("upgrade", "head")
+    result = project_at_002.alembic("upgrade", "head")
     assert (result.returncode, database.at, audit(database)) == (0, ["003"], ["003"]), result
 
 
@@ -265,6 +269,6 @@ assert signal.set_wakeup_fd(-1) == -1
 assert threading.active_count() == 1, threading.enumerate()
 signal.raise_signal(signal.SIGTERM)
 """)
-    result = project.popen(str(program), program=Path(sys.executable)).wait()
+    result = project.start(str(program), program=Path(sys.executable)).wait()
     assert (result.returncode, result.lines[-1], result.stdout) == (1, "mine", "")
     assert (database.at, database.relations) == ([], [])

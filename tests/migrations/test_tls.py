@@ -3,7 +3,6 @@
 import shutil
 import socket
 import ssl
-import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +10,10 @@ from pathlib import Path
 import pytest
 from sqlalchemy import URL
 
-from tests.migrations.helpers import Database, Project, parts
-from tests.migrations.test_settings import WRITE
+from tests.support.database import Database, parts
+from tests.support.programs import run
+from tests.support.project import Project
+from tests.support.revisions import URL_FORMAT
 from tools.postgres import dsn
 
 
@@ -26,7 +27,7 @@ class Tls:
                 "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
                 f" -addext subjectAltName=DNS:localhost -keyout {name}.key -out {name}.crt"
             )
-            subprocess.run(command.split(), cwd=folder, check=True, capture_output=True)
+            run(command.split(), cwd=folder, check=True)
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.context.load_cert_chain(folder / "right.crt", folder / "right.key")
         self.listener = socket.create_server(("127.0.0.1", 0))
@@ -135,7 +136,7 @@ def test_a_misspelt_option_of_the_url_is_refused_at_once(project: Project, datab
     url = database.url.update_query_dict({"sslmod": "require"})
     result = project.alembic("upgrade", "head", DATABASE_URL=dsn(url))
     assert result.returncode == 255
-    assert result.failure == f'DATABASE_URL has the invalid connection option "sslmod" in its query; {WRITE}'
+    assert result.failure == f'DATABASE_URL has the invalid connection option "sslmod" in its query; {URL_FORMAT}'
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o600], ids=oct)
@@ -144,8 +145,7 @@ def test_a_client_key_that_libpq_refuses_fails_at_once(
 ) -> None:
     """A Secret's volume has 0644 unless told otherwise."""
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=app"
-    subprocess.run([*command.split(), "-keyout", "client.key", "-out", "client.crt"], cwd=tmp_path, check=True,
-                   capture_output=True)  # fmt: skip
+    run([*command.split(), "-keyout", "client.key", "-out", "client.crt"], cwd=tmp_path, check=True)
     (tmp_path / "client.key").chmod(mode)
     query = {"sslmode": "require", "sslcert": str(tmp_path / "client.crt"), "sslkey": str(tmp_path / "client.key")}
     url = database.url.set(host="localhost", port=tls.port).update_query_dict(query)

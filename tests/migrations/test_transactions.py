@@ -5,13 +5,11 @@ The plan (--sql) must do to a database what the run does, or be refused as the r
 
 from __future__ import annotations
 
-import subprocess
-
 import pytest
 
-from tests.migrations.helpers import PASSWORD, Database, Project
+from tests.support.database import Database
+from tests.support.project import Project
 from tests.support.revisions import BLOCK, FILE, FIX
-from tools.postgres import programs
 
 TABLE = 'op.execute("CREATE TABLE a (x int)")\n'
 RAW = "raw = op.get_bind().connection.dbapi_connection\n"
@@ -209,14 +207,6 @@ def state(database: Database) -> tuple[list[str], str, list[tuple], dict[str, li
     return database.at, database.dump(), database.execute(indexes), rows
 
 
-def psql(database: Database, plan: str) -> subprocess.CompletedProcess[str]:
-    url = database.url
-    environment = {"PGHOST": str(url.host), "PGPORT": str(url.port or 5432), "PGDATABASE": database.name}
-    environment |= {"PGUSER": database.role, "PGPASSWORD": PASSWORD}
-    command = [programs() / "psql", "--no-psqlrc", "--quiet", "--set=ON_ERROR_STOP=1"]
-    return subprocess.run(command, input=plan, env=environment, capture_output=True, text=True)
-
-
 INDEX = f'{BLOCK}op.execute("CREATE UNIQUE INDEX CONCURRENTLY IF NOT EXISTS UX_Twice ON twice (x)")'
 PLANNED = {
     **{name: body for name, (body, *_) in {**ENDERS, **HONEST}.items()},
@@ -285,7 +275,7 @@ def test_the_plan_does_what_the_run_does_or_is_refused_as_the_run_is(
                 assert plan.stdout == ""
                 assert run.returncode == 255 or "there is no plan of it" in plan.failure, (plan, run)
                 return
-            done = psql(copy, plan.stdout)
+            done = copy.psql(plan.stdout)
             assert (done.returncode == 0, state(copy)) == (run.returncode == 0, state(database)), (plan, done, run)
         finally:
             database.execute(f"DROP DATABASE {copy.name} WITH (FORCE)")

@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.migrations.helpers import Database, Project
+from tests.support.database import Database
+from tests.support.project import Project
 from tests.support.revisions import AUDIT, FIX, audit, audited
 
 TROUBLE = "see 'Troubleshooting' in README.md"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,52 +25,50 @@ _forks.set_forkserver_preload(
 _asking = threading.Lock()
 
 
-class Runner:
-    """A run of `alembic` in `folder`; a real process with an environment, output and signals of its own.
+class AlembicProcess:
+    """`alembic` in `folder`: a real process with its own environment, output and signals. Used as subprocess.Popen is.
 
-    `errors` is where standard error goes, where that is not `output`, too.
+    `streams` are the files of standard output and standard error.
     """
 
     def __init__(
-        self, folder: Path, output: Path, environment: dict[str, str], *arguments: str, errors: Path | None = None
+        self, folder: Path, streams: tuple[Path, Path], environment: Mapping[str, str], arguments: Sequence[str]
     ) -> None:
-        self.output = output
-        files = (output, errors or output)
-        self.process = _forks.Process(target=_main, args=(folder, files, environment, arguments), daemon=True)
+        options = (folder, streams, dict(environment), list(arguments))
+        self._process = _forks.Process(target=_main, args=options, daemon=True)
         with _asking:
-            self.process.start()
+            self._process.start()
 
     @property
-    def returncode(self) -> int | None:
-        """As subprocess has it: None while it runs, minus the signal's number where a signal ended it."""
-        with _asking:
-            return self.process.exitcode
+    def pid(self) -> int:
+        pid = self._process.pid
+        assert pid is not None
+        return pid
 
-    def kill(self, number: signal.Signals) -> None:
-        """Send a signal, if it still runs."""
+    def poll(self) -> int | None:
+        """None while it runs, minus the signal's number if a signal ended it."""
         with _asking:
-            if self.process.exitcode is None:
+            return self._process.exitcode
+
+    def send_signal(self, sig: int) -> None:
+        with _asking:
+            if self._process.exitcode is None:
                 with suppress(ProcessLookupError):  # it has just ended
-                    os.kill(self.process.pid, number)
+                    os.kill(self.pid, sig)
 
-    def wait(self, seconds: float) -> str:
-        """Wait for the end and return standard output and error; AssertionError where it takes longer."""
-        end = time.monotonic() + seconds
-        while self.returncode is None:
-            assert time.monotonic() < end, f"still runs after {seconds:.0f} s: {self.text}"
+    def wait(self, timeout: float | None = None) -> int:
+        end = time.monotonic() + (timeout or 0)
+        while (code := self.poll()) is None:
+            if timeout is not None and time.monotonic() > end:
+                raise subprocess.TimeoutExpired("alembic", timeout)
             time.sleep(0.02)
-        return self.text
-
-    @property
-    def text(self) -> str:
-        """What it has written so far."""
-        return self.output.read_text() if self.output.exists() else ""
+        return code
 
 
-def _main(folder: Path, files: tuple[Path, Path], environment: dict[str, str], arguments: tuple[str, ...]) -> None:
+def _main(folder: Path, streams: tuple[Path, Path], environment: dict[str, str], arguments: list[str]) -> None:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    for path, stream in zip(files, (sys.stdout, sys.stderr), strict=True):
+    for path, stream in zip(streams, (sys.stdout, sys.stderr), strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), stream.fileno())
-    sys.exit(alembic.config.main(argv=list(arguments), prog="alembic"))
+    alembic.config.main(argv=arguments, prog="alembic")

@@ -1,8 +1,11 @@
-"""Revisions that leave a trace in the database, and what the database says about the runs."""
+"""Revision files, revisions that leave a trace in the database, and what the database says about the runs."""
 
 import re
+from pathlib import Path
 
-from tests.migrations.helpers import Database, Result, until
+from tests.support.database import Database
+from tests.support.programs import Result
+from tests.support.waiting import until
 
 # Every revision of these tests writes its number here: a revision that ran twice has two rows, one that was
 # rolled back has none.
@@ -20,6 +23,37 @@ KILLED = (
     " 'alembic current'; run again to resume"
 )
 FIX = "fix it, then retry"
+FIRST = "20251201_120000_001_create_hcm_report_metadata.py"
+RULES = "see 'Adding a migration' in README.md"
+URL_FORMAT = (
+    "write postgresql://user:password@host:5432/database and percent-encode the user and the password, see .env.example"
+)
+
+
+def write(versions: Path, number: str, upgrade: str, downgrade: str, *, down: str | None, name: str) -> Path:
+    """Write a revision whose functions have these bodies, after `down` or else the number before."""
+    down = f"{int(number) - 1:03}" if down is None else down
+    body = [
+        f'"""{name}"""',
+        "import signal, time",
+        "from alembic import op",
+        f"revision = {number!r}",
+        f"down_revision = {down!r}" if down != "000" else "down_revision = None",
+        "def upgrade():",
+        *(f"    {line}" for line in upgrade.strip().splitlines()),
+        "def downgrade():",
+        *(f"    {line}" for line in downgrade.strip().splitlines()),
+    ]
+    path = versions / f"20251202_143000_{number}_{name}.py"
+    path.write_text("\n".join(body) + "\n", encoding="utf-8")
+    return path
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    """Replace a part of a file, which must have it."""
+    text = path.read_text()
+    assert old in text, text
+    path.write_text(text.replace(old, new, 1))
 
 
 def audited(number: str, body: str = "") -> str:
@@ -37,7 +71,7 @@ def sleeping(database: Database, words: str = "pg_sleep") -> bool:
 
 def building(database: Database) -> bool:
     """Whether an index that is built concurrently waits for the transactions of others."""
-    return database.scalar("SELECT count(*) > 0 FROM pg_stat_progress_create_index WHERE phase LIKE 'waiting%'")
+    return bool(database.scalar("SELECT count(*) > 0 FROM pg_stat_progress_create_index WHERE phase LIKE 'waiting%'"))
 
 
 def terminate(database: Database) -> None:

@@ -6,8 +6,7 @@ import json
 import os
 import re
 import shutil
-import subprocess
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,29 @@ import yaml
 from kubernetes import client, config
 from sqlalchemy import make_url
 
-from tests.migrations.helpers import Database
+from tests.support import revisions
+from tests.support.database import Database
+from tests.support.git import git
+from tests.support.programs import Program, Result, normalize, observed, run, start
+from tests.support.project import copy
 from tools import engine
 from tools.cluster import NAME, Cluster
 from tools.paths import CHART, ROOT
 from tools.postgres import execute
-from tools.steps import run
 
-# What differs each time, in a log and in Helm's output.
-MOVING = [
-    (r"\d\d:\d\d:\d\d INFO", "HH:MM:SS INFO"),
-    (r"\b\d+\.\d\d s\b", "N.NN s"),
-    (r"\bpid \d+", "pid N"),
-    (r"\b[0-9a-f]{40}\b", "<commit>"),
+JOB = "hcm-db-migration"  # without the revision of the release
+FIRST_JOB = f"{JOB}-1"
+TABLE = [
+    "hcm_report_metadata",
+    "hcm_report_metadata_id_seq",
+    "hcm_report_metadata_pkey",
+    "idx_hcm_report_campaign",
+    "idx_hcm_report_campaign_report_freq",
+    "idx_hcm_report_frequency",
+    "idx_hcm_report_name",
+    "idx_hcm_report_trigger_date",
 ]
+NOTHING_TO_DO = "HH:MM:SS INFO at 001 (head): nothing to do"
 
 
 @dataclass
@@ -64,20 +72,25 @@ class Api:
         """The pods, of one Job or of all, oldest first."""
         selector = f"batch.kubernetes.io/job-name={job}" if job else ""
         found = self.core.list_namespaced_pod(self.namespace, label_selector=selector).items
+        for pod in found:
+            for status in (*(pod.status.init_container_statuses or ()), *(pod.status.container_statuses or ())):
+                if status.state.terminated:
+                    observed.codes.add(status.state.terminated.exit_code)
         return sorted(found, key=lambda pod: pod.metadata.creation_timestamp)
 
     def log(self, pod: client.V1Pod, container: str = "migrate") -> str:
         """Empty while the container has not started."""
         try:
-            return self.core.read_namespaced_pod_log(pod.metadata.name, self.namespace, container=container) or ""
+            log = self.core.read_namespaced_pod_log(pod.metadata.name, self.namespace, container=container) or ""
         except client.ApiException as error:
             if error.status in (400, 404, 500):  # 500: kubelet is away
                 return ""
             raise
+        return observed.add(log)
 
     def logs(self, job: str) -> list[str]:
-        """What the Job's pods have said, oldest first."""
-        return [steady(self.log(pod)) for pod in self.pods(job)]
+        """The log of each pod of the Job, oldest first."""
+        return [normalize(self.log(pod)) for pod in self.pods(job)]
 
     def events(self) -> list[str]:
         return [f"{event.reason}: {event.message}" for event in self.core.list_namespaced_event(self.namespace).items]
@@ -89,47 +102,30 @@ class Api:
         self.core.create_namespaced_config_map(self.namespace, {"metadata": {"name": name}, "data": data})
 
 
-def steady(text: str) -> str:
-    for pattern, replacement in MOVING:
-        text = re.sub(pattern, replacement, text)
-    return text
-
-
 def readable(output: str) -> str:
     """Helm's output, through the command for it that the chart's README names."""
     script = re.search(r"helm upgrade \.\.\. 2>&1 \| sed '(.*)'", (CHART / "README.md").read_text())
     assert script
-    return subprocess.run(["sed", script[1]], input=output, capture_output=True, text=True, check=True).stdout
+    return run(["sed", script[1]], stdin=output, verbatim=True, check=True).stdout
 
 
 @dataclass
-class Result:
-    """How a command ended; `text` is both its streams as a person reads them, without what differs each time."""
+class HelmProgram:
+    """A Helm that was started."""
 
-    returncode: int
-    text: str
+    program: Program
 
     @property
-    def lines(self) -> list[str]:
-        return self.text.splitlines()
-
-    def line(self, *words: str, times: int = 1) -> None:
-        """Assert that a line has all of these words, and how many have."""
-        found = [line for line in self.lines if all(word in line for word in words)]
-        assert len(found) == times, f"{len(found)} lines with {words}:\n{self.text}"
-
-
-@dataclass
-class Command:
-    """A command that runs."""
-
-    process: subprocess.Popen[str]
-    output: str = ""
+    def output(self) -> str:
+        """As a person reads it, unchanged."""
+        return readable(self.program.output)
 
     def wait(self) -> Result:
-        output, _ = self.process.communicate(timeout=240)
-        self.output += output
-        return Result(self.process.returncode, steady(readable(output)))
+        result = self.program.wait(240)
+        return Result(result.returncode, normalize(observed.add(self.output)))
+
+    def kill(self) -> None:
+        self.program.kill()
 
 
 @dataclass
@@ -143,29 +139,20 @@ class Release:
     values: dict[str, Any]
     name: str = "hcm-db-migrations"
     chart: Path = CHART
-    commands: list[Command] = field(default_factory=list)
+    upgrades: int = 0
 
-    def start(self, *words: str | Path) -> Command:
-        """Start Helm with these words."""
+    def start(self, *arguments: str | Path) -> HelmProgram:
         environment = {"PATH": os.environ["PATH"], "HOME": str(self.home), "KUBECONFIG": self.cluster.kubeconfig}
-        process = subprocess.Popen(
-            [self.helm, *words, "-n", self.namespace],
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self.commands.append(Command(process))
-        return self.commands[-1]
+        command = [self.helm, *arguments, "-n", self.namespace]
+        return HelmProgram(start(command, cwd=ROOT, env=environment, one_stream=True))
 
-    def run(self, *words: str | Path) -> Result:
-        return self.start(*words).wait()
+    def run(self, *arguments: str | Path) -> Result:
+        return self.start(*arguments).wait()
 
-    def upgrading(self, values: dict[str, Any] | None = None, *options: str | Path) -> Command:
+    def upgrading(self, values: dict[str, Any] | None = None, *options: str | Path) -> HelmProgram:
         """Start `helm upgrade --install`, with `values` over the release's own."""
-        file = self.home / f"{self.namespace}-{self.name}-{len(self.commands)}.yaml"
+        self.upgrades += 1
+        file = self.home / f"{self.namespace}-{self.name}-{self.upgrades}.yaml"
         file.write_text(yaml.safe_dump(merged(self.values, values or {})))
         return self.start("upgrade", "--install", self.name, self.chart, "-f", file, *options)
 
@@ -174,9 +161,7 @@ class Release:
 
     def status(self) -> str:
         """Such as `deployed`."""
-        command = self.start("status", self.name, "--output", "json")
-        command.wait()
-        return json.loads(command.output)["info"]["status"]
+        return str(json.loads(self.run("status", self.name, "--output", "json").stdout)["info"]["status"])
 
 
 def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -196,15 +181,13 @@ class Repository:
 
     @classmethod
     def create(cls, folder: Path, cluster: Cluster, name: str) -> Repository:
-        made = cls(folder, cluster, name)
+        created = cls(folder, cluster, name)
         folder.mkdir()
-        made.git("init", "--quiet", "--initial-branch=main")
-        for file in ("alembic.ini", "requirements.txt"):
-            shutil.copy(ROOT / file, folder)
-        for name in ("migrations", "migration_runner"):
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        made.push()
-        return made
+        created.git("init", "--quiet", "--initial-branch=main")
+        copy(folder)
+        shutil.copy(ROOT / "requirements.txt", folder)
+        created.push()
+        return created
 
     @property
     def url(self) -> str:
@@ -216,10 +199,8 @@ class Repository:
         """For this process, which may push."""
         return f"{self.cluster.git_url}/{self.name}.git"
 
-    def git(self, *words: str) -> str:
-        environment = {"PATH": os.environ["PATH"], "HOME": str(self.folder.parent), "GIT_CONFIG_NOSYSTEM": "1"}
-        who = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
-        return run(["git", "-C", self.folder, *who, *words], env=environment).strip()
+    def git(self, *arguments: str) -> str:
+        return git(self.folder, *arguments)
 
     def push(self, ref: str = "refs/heads/main") -> str:
         """Commit what is there and push it; return the commit."""
@@ -230,19 +211,9 @@ class Repository:
 
     def revision(self, number: str, *upgrade: str, downgrade: str = "SELECT 1") -> Path:
         """Write a revision that runs these SQL statements."""
-        path = self.folder / "migrations" / "versions" / f"20251202_143000_{number}_test.py"
-        lines = [
-            '"""test"""',
-            "from alembic import op",
-            f"revision = {number!r}",
-            f"down_revision = {f'{int(number) - 1:03}'!r}",
-            "def upgrade():",
-            *(f"    op.execute({statement!r})" for statement in upgrade),
-            "def downgrade():",
-            f"    op.execute({downgrade!r})",
-        ]
-        path.write_text("\n".join(lines) + "\n")
-        return path
+        versions = self.folder / "migrations" / "versions"
+        body = "\n".join(f"op.execute({statement!r})" for statement in upgrade)
+        return revisions.write(versions, number, body, f"op.execute({downgrade!r})", down=None, name="add")
 
 
 def sessions(cluster: Cluster, database: Database) -> int:
@@ -259,12 +230,12 @@ def contacted(cluster: Cluster, database: Database) -> bool:
 def in_002(database: Database) -> list[int]:
     """The sessions, by pid, of the run that is in revision 002 of the fixture `audited`."""
     query = "SELECT pid FROM pg_stat_activity WHERE query LIKE %s AND application_name = 'hcm-db-migrations'"
-    return [pid for (pid,) in database.execute(query + " AND datname = current_database()", "%FROM brake%")]
+    return [pid for (pid,) in database.execute(query + " AND datname = current_database()", "%FROM gate%")]
 
 
-def let_go(database: Database) -> None:
-    """Let revision 002 of the fixture `audited` go on."""
-    database.execute("DELETE FROM brake")
+def release_gate(database: Database) -> None:
+    """Let revision 002 of the fixture `audited` continue."""
+    database.execute("DELETE FROM gate")
 
 
 def in_node(cluster: Cluster, *command: str) -> tuple[list[str], dict[str, str]]:
@@ -277,8 +248,8 @@ def in_node(cluster: Cluster, *command: str) -> tuple[list[str], dict[str, str]]
 
 def node(cluster: Cluster, *command: str) -> str:
     """Run a command on the machine that kind made; return its output."""
-    words, environment = in_node(cluster, *command)
-    return run(words, env=environment)
+    arguments, environment = in_node(cluster, *command)
+    return run(arguments, env=environment, verbatim=True, check=True).stdout
 
 
 def kill_container(cluster: Cluster, pod: client.V1Pod, name: str) -> None:
@@ -289,18 +260,18 @@ def kill_container(cluster: Cluster, pod: client.V1Pod, name: str) -> None:
     node(cluster, "kill", "-9", pid)
 
 
-class Gate:
-    """A Service of a test's own that leads where the test says: nowhere, at first."""
+class SwitchedService:
+    """A Service whose endpoint the test sets: none, at first."""
 
     def __init__(self, api: Api, port: int = 80) -> None:
         self.api = api
-        self.host = f"gate.{api.namespace}"
-        service = {"metadata": {"name": "gate"}, "spec": {"ports": [{"port": port}]}}
+        self.host = f"switched.{api.namespace}"
+        service = {"metadata": {"name": "switched"}, "spec": {"ports": [{"port": port}]}}
         api.core.create_namespaced_service(api.namespace, service)
-        api.core.create_namespaced_endpoints(api.namespace, {"metadata": {"name": "gate"}})
+        api.core.create_namespaced_endpoints(api.namespace, {"metadata": {"name": "switched"}})
 
-    def lead_to(self, pod: client.V1Pod, port: int) -> None:
+    def route_to(self, pod: client.V1Pod, port: int) -> None:
         to = {"addresses": [{"ip": pod.status.pod_ip}], "ports": [{"port": port}]}
         self.api.core.replace_namespaced_endpoints(
-            "gate", self.api.namespace, {"metadata": {"name": "gate"}, "subsets": [to]}
+            "switched", self.api.namespace, {"metadata": {"name": "switched"}, "subsets": [to]}
         )

@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +16,11 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from kubernetes_validate.utils import schema_contents
 from referencing import Registry, Resource
+from typing_extensions import TypedDict, Unpack
 
+from tests.support.programs import Result, run
 from tools.binaries import find_or_build
-from tools.paths import CHART
+from tools.paths import BIN, CHART
 from tools.steps import UnavailableError
 
 SUPPORTED = [f"1.{minor}" for minor in range(28, 38)]
@@ -29,9 +29,17 @@ SUPPORTED = [f"1.{minor}" for minor in range(28, 38)]
 MINIMAL: dict[str, Any] = {"git": {"repo": "https://git.example.org/schema", "branch": "main"}}
 
 # What YAML can hold, and a person might write.
-TEXT = st.text(st.characters(codec="utf-8", max_codepoint=0xFFFD, exclude_categories=("Cc",)), max_size=40)
+TEXT = st.text(st.characters(codec="utf-8", max_codepoint=0xFFFD, exclude_categories=["Cc"]), max_size=40)
 
 Objects = list[dict[str, Any]]
+
+
+class Where(TypedDict, total=False):
+    """Which chart is rendered as what; by default this one as the release hcm-db-migrations in health."""
+
+    release: str
+    namespace: str
+    chart: Path
 
 
 @dataclass(frozen=True)
@@ -41,24 +49,23 @@ class Helm:
     path: Path
     home: Path
 
-    def run(self, *command: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str | Path, stdin: str = "") -> Result:
         environment = {"PATH": os.environ["PATH"], "HOME": str(self.home), "KUBECONFIG": str(self.home / "no-cluster")}
-        return subprocess.run(
-            [self.path, *command], input=stdin, capture_output=True, text=True, check=False, env=environment
-        )
+        return run([self.path, *command], stdin=stdin, env=environment, verbatim=True)
 
-    def render(self, values: dict[str, Any] | None = None, *options: str | Path, **where: str | Path) -> Objects:
+    def render(self, values: dict[str, Any] | None = None, *options: str | Path, **where: Unpack[Where]) -> Objects:
         """Return the objects that `values` (over MINIMAL) give, each valid in every supported Kubernetes.
 
-        `where` may have release, namespace and chart; `options` are further ones of `helm template`.
+        `options` are further ones of `helm template`.
         """
         return self.objects({**MINIMAL, **(values or {})}, *options, **where)
 
-    def objects(self, values: dict[str, Any], *options: str | Path, **where: str | Path) -> Objects:
+    def objects(self, values: dict[str, Any], *options: str | Path, **where: Unpack[Where]) -> Objects:
         """As render, without MINIMAL."""
         done = self.template(values, *options, **where)
         assert done.returncode == 0, done.stderr
-        return json.loads(_valid(done.stdout))
+        objects: Objects = json.loads(_valid(done.stdout))
+        return objects
 
     def refuse(self, values: dict[str, Any], *options: str | Path) -> str:
         """Return the message with which `values` (not over MINIMAL) are refused."""
@@ -73,15 +80,14 @@ class Helm:
         release: str = "hcm-db-migrations",
         namespace: str = "health",
         chart: Path = CHART,
-    ) -> subprocess.CompletedProcess[str]:
-        return _template(self, json.dumps(values, ensure_ascii=False), options, release, namespace, chart)
+    ) -> Result:
+        command = ("template", release, chart, "-n", namespace, "-f", "-", *options)
+        return _cached(self, command, json.dumps(values, ensure_ascii=False))
 
 
 @functools.cache
-def _template(
-    helm: Helm, values: str, options: tuple, release: str, namespace: str, chart: Path
-) -> subprocess.CompletedProcess[str]:
-    return helm.run("template", release, chart, "-n", namespace, "-f", "-", *options, stdin=values)
+def _cached(helm: Helm, command: tuple[str | Path, ...], values: str) -> Result:
+    return helm.run(*command, stdin=values)
 
 
 @functools.cache
@@ -116,17 +122,20 @@ def one(objects: Objects, kind: str) -> dict[str, Any]:
 
 def pod(objects: Objects) -> dict[str, Any]:
     """The Job's pod: {metadata, spec}."""
-    return one(objects, "Job")["spec"]["template"]
+    template: dict[str, Any] = one(objects, "Job")["spec"]["template"]
+    return template
 
 
 def migrate(objects: Objects) -> dict[str, Any]:
-    """The container that runs Alembic."""
+    """The migrate container."""
+    container: dict[str, Any]
     (container,) = pod(objects)["spec"]["containers"]
     return container
 
 
 def git_sync(objects: Objects) -> dict[str, Any]:
-    """The container that clones."""
+    """The git-sync init container."""
+    container: dict[str, Any]
     (container,) = pod(objects)["spec"]["initContainers"]
     return container
 
@@ -140,7 +149,7 @@ def environment(container: dict[str, Any]) -> dict[str, Any]:
 
 def nested(path: str, value: Any) -> dict[str, Any]:
     """{"a": {"b": value}} for "a.b", over MINIMAL."""
-    values = json.loads(json.dumps(MINIMAL))
+    values: dict[str, Any] = json.loads(json.dumps(MINIMAL))
     *parents, last = path.split(".")
     functools.reduce(lambda at, key: at.setdefault(key, {}), parents, values)[last] = value
     return values
@@ -165,7 +174,7 @@ def helm4(tmp_path_factory: pytest.TempPathFactory) -> Helm:
 
 def _get(name: str, tmp_path_factory: pytest.TempPathFactory) -> Helm:
     try:
-        path = Path(sys.executable).with_name("helm") if name == "Helm 3" else _helm4()
+        path = BIN / "helm" if name == "Helm 3" else _helm4()
     except UnavailableError as error:
         pytest.skip(str(error))
     found = Helm(path, tmp_path_factory.getbasetemp())

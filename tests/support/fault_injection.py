@@ -7,26 +7,24 @@ import os
 import pwd
 import re
 import shutil
-import socket
-import subprocess
 import tempfile
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import URL
 
-from tests.migrations.conftest import database, files, own_server, project, server
-from tests.migrations.helpers import Database, until
+from tests.support.database import Database
+from tests.support.programs import start
+from tests.support.waiting import until
 from tools import binaries, debian
-from tools.network import free_port
+from tools.network import free_port, is_listening
 from tools.paths import CACHE
 from tools.postgres import UNPRIVILEGED
 from tools.steps import UnavailableError, once
-
-__all__ = ["database", "files", "own_server", "project", "server"]
 
 root_only = pytest.mark.skipif(
     os.geteuid() != 0 or not shutil.which("ip"),
@@ -37,17 +35,13 @@ root_only = pytest.mark.skipif(
 @contextmanager
 def namespace(kind: str, script: str = "true") -> Iterator[list[str]]:
     """Yield the command that enters a new namespace (`mount` or `net`), where `script` ran; the kernel removes all."""
-    holder = subprocess.Popen(
-        ["unshare", f"--{kind}", "sh", "-ec", f"{script}; echo ready; exec sleep infinity"], stdout=subprocess.PIPE
-    )
-    assert holder.stdout
+    holder = start(["unshare", f"--{kind}", "sh", "-ec", f"{script}; echo ready; exec sleep infinity"])
     try:
-        assert holder.stdout.readline() == b"ready\n"
-        yield ["nsenter", f"--{kind}=/proc/{holder.pid}/ns/{'mnt' if kind == 'mount' else kind}"]
+        until(lambda: "ready" in holder.stdout or not holder.running)
+        assert holder.running, holder.output
+        yield ["nsenter", f"--{kind}=/proc/{holder.process.pid}/ns/{'mnt' if kind == 'mount' else kind}"]
     finally:
         holder.kill()
-        holder.wait()
-        holder.stdout.close()
 
 
 class Proxy:
@@ -68,7 +62,7 @@ class Proxy:
         """Close all connections, and take no new ones."""
         self._post("/postgres", {"enabled": False})
 
-    def mend(self) -> None:
+    def restore(self) -> None:
         self._post("/postgres", {"enabled": True})
 
     def reset(self) -> None:
@@ -76,10 +70,11 @@ class Proxy:
         request = urllib.request.Request(f"{self.api}/reset", method="POST")  # noqa: S310
         urllib.request.urlopen(request, timeout=10).close()  # noqa: S310
 
-    def _post(self, path: str, body: dict) -> dict:
+    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         request = urllib.request.Request(f"{self.api}/proxies{path}", json.dumps(body).encode())  # noqa: S310
         with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310
-            return json.load(answer)
+            found: dict[str, Any] = json.load(answer)
+            return found
 
 
 @pytest.fixture
@@ -91,15 +86,12 @@ def proxy(server: URL) -> Iterator[Proxy]:
         pytest.skip(f"toxiproxy: {error}")
     port = free_port()
     api = f"http://127.0.0.1:{port}"
-    process = subprocess.Popen(
-        [program, "-host", "127.0.0.1", "-port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    server_process = start([program, "-host", "127.0.0.1", "-port", str(port)])
     try:
-        until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
+        until(lambda: is_listening(port))
         yield Proxy(api, f"{server.host}:{server.port or 5432}")
     finally:
-        process.kill()
-        process.wait()
+        server_process.kill()
 
 
 def _pgbouncer() -> tuple[Path, dict[str, str]]:
@@ -146,17 +138,15 @@ pool_mode = {mode}
         shutil.copy(program, folder / "program")
         for path in [folder, *folder.rglob("*")]:
             shutil.chown(path, UNPRIVILEGED)
-    user: dict = {"user": UNPRIVILEGED, "group": pwd.getpwnam(UNPRIVILEGED).pw_gid, "extra_groups": []}
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            [folder / "program", "ini"],
-            cwd=folder, env=environment, stdout=log, stderr=log, **(user if as_root else {}),
-        )  # fmt: skip
+    command: list[str | Path] = [folder / "program", "ini"]
+    if as_root:
+        group = pwd.getpwnam(UNPRIVILEGED).pw_gid
+        command = ["setpriv", f"--reuid={UNPRIVILEGED}", f"--regid={group}", "--clear-groups", *command]
+    pooler = start(command, cwd=folder, env={"PATH": os.environ["PATH"], **environment})
     try:
-        until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0 or process.poll() is not None)
-        assert process.poll() is None, (folder / "log").read_text()
+        until(lambda: is_listening(port) or not pooler.running)
+        assert pooler.running, pooler.output
         yield url.set(port=port)
     finally:
-        process.kill()
-        process.wait()
+        pooler.kill()
         shutil.rmtree(folder)

@@ -1,0 +1,127 @@
+"""One PostgreSQL server a worker; an empty database and an ordinary role a test."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg2
+import pytest
+from sqlalchemy import URL, make_url
+
+from tests.support.canary import PASSWORD
+from tests.support.programs import Result, run
+from tools.postgres import Postgres, dsn, execute, programs
+
+
+@dataclass
+class Database:
+    """An empty database, and an ordinary role that owns it."""
+
+    admin: URL  # the superuser's, to this database
+    url: URL  # the role's
+    name: str
+    role: str
+
+    def execute(self, statement: str, *parameters: object) -> list[tuple[Any, ...]]:
+        """As superuser."""
+        return execute(self.admin, statement, *parameters)
+
+    def scalar(self, statement: str, *parameters: object) -> Any:
+        return self.execute(statement, *parameters)[0][0]
+
+    @property
+    def at(self) -> list[str]:
+        """The revisions in the version table."""
+        return [version for (version,) in self.execute("SELECT version_num FROM alembic_version")]
+
+    @property
+    def relations(self) -> list[str]:
+        """Everything that a revision made in public: tables, indexes, sequences."""
+        query = "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace ORDER BY 1"
+        return [name for (name,) in self.execute(query) if not name.startswith("alembic_version")]
+
+    @contextmanager
+    def session(self) -> Iterator[Any]:
+        """A psycopg2 cursor in a transaction of its own, as superuser; rolled back at the end."""
+        connection = psycopg2.connect(dsn(self.admin), application_name="report")
+        try:
+            yield connection.cursor()
+        finally:
+            connection.close()
+
+    def dump(self) -> str:
+        dump = self._run("pg_dump", "--schema-only", "--restrict-key=test")
+        assert dump.returncode == 0, dump.text
+        return dump.stdout
+
+    def psql(self, script: str) -> Result:
+        """Run a script as the role, stopping at its first error."""
+        return self._run("psql", "--no-psqlrc", "--quiet", "--set=ON_ERROR_STOP=1", stdin=script)
+
+    def _run(self, program: str, *arguments: str, stdin: str = "") -> Result:
+        url = self.url  # in the environment, as the process list is for everyone to read
+        environment = {"PGHOST": str(url.host), "PGPORT": str(url.port or 5432), "PGDATABASE": self.name}
+        environment |= {"PGUSER": self.role, "PGPASSWORD": PASSWORD}
+        return run([programs() / program, *arguments], env=environment, stdin=stdin, verbatim=True)
+
+    def activity(self) -> list[str]:
+        """What the runs' own sessions do now: `active: SELECT pg_sleep(60)`; one that still starts has no state yet."""
+        query = (
+            "SELECT concat_ws(': ', state, query) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND application_name = 'hcm-db-migrations' AND backend_type = %s"
+        )
+        return [row for (row,) in self.execute(query, "client backend")]
+
+
+def parts(database: Database) -> dict[str, str | None]:
+    """The test's database, as DB_*."""
+    url = database.url
+    return {
+        "DATABASE_URL": None,
+        "DB_HOST": url.host,
+        "DB_PORT": str(url.port or 5432),
+        "DB_NAME": url.database,
+        "DB_USER": url.username,
+        "DB_PASSWORD": PASSWORD,
+    }
+
+
+@contextmanager
+def fresh_database(server: URL) -> Iterator[Database]:
+    name = f"test_{secrets.token_hex(6)}"
+    quoted = PASSWORD.replace("'", "''")
+    execute(server, f"CREATE ROLE {name} LOGIN PASSWORD '{quoted}'")
+    execute(server, f"CREATE DATABASE {name} OWNER {name}")
+    try:
+        own = server.set(database=name)
+        yield Database(own, own.set(username=name, password=PASSWORD), name, name)
+    finally:
+        execute(server, f"DROP DATABASE {name} WITH (FORCE)")
+        execute(server, f"DROP ROLE {name}")
+
+
+@pytest.fixture(scope="session")
+def server(request: pytest.FixtureRequest) -> Iterator[URL]:
+    """The superuser's URL of the server that the tests share. tests/e2e has the one in the cluster."""
+    if external := request.config.getoption("--postgres-url"):
+        yield make_url(external).set(drivername="postgresql")
+        return
+    with Postgres() as postgres:
+        yield postgres.url
+
+
+@pytest.fixture
+def database(server: URL) -> Iterator[Database]:
+    with fresh_database(server) as fresh:
+        yield fresh
+
+
+@pytest.fixture
+def own_server() -> Iterator[Postgres]:
+    """A server that the test may kill."""
+    with Postgres() as postgres:
+        yield postgres

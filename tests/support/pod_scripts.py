@@ -1,0 +1,95 @@
+"""A plugin: the scripts of both containers, run as the rendered pod has them, on a folder in place of its volume."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.chart import Helm, environment, migrate
+from tests.support.programs import Program, Result, start
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+COMMIT = "<commit>"  # as a Result has it
+CODE = f"code: repository https://git.example.org/schema, ref main, commit {COMMIT}, path utilities/hcm-db-migrations\n"
+README = "README.md of the chart"
+CREDENTIALS = {"DB_HOST": "db", "DB_NAME": "n", "DB_USER": "u", "DB_PASSWORD": "p"}
+# git-sync's image has bash as sh, Debian's and python's images have dash.
+SHELLS = ["sh", "bash"]
+
+
+class Volume:
+    """A pod's volume: what the containers find in it, and what they print."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.bin = folder / "bin"
+        self.bin.mkdir()
+        (self.bin / "python3").symlink_to(sys.executable)
+        self.checkout = folder / "git" / ".worktrees" / SHA / "utilities" / "hcm-db-migrations"
+
+    def clone(self, *names: str) -> Path:
+        """Leave a checkout as git-sync does, with these files in git.path; return that folder."""
+        self.checkout.mkdir(parents=True)
+        (self.folder / "git" / "code").symlink_to(Path(".worktrees") / SHA)
+        for name in names:
+            (self.checkout / name).touch()
+        return self.checkout
+
+    def program(self, name: str, script: str) -> None:
+        path = self.bin / name
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+
+    def start(self, container: dict[str, Any], shell: str = "sh", **references: str) -> Program:
+        """Start the container; `references` are the values that the cluster would resolve, or that differ here."""
+        values = {name: value for name, value in environment(container).items() if isinstance(value, str)}
+        here = {"PATH": f"{self.bin}:{os.environ['PATH']}", "HOME": str(self.folder), "TMPDIR": str(self.folder)}
+        command = [shell, *container["command"][1:], *container["args"]]
+        return start(command, cwd=self.folder, env=values | here | references, one_stream=True, new_group=True)
+
+    def run(self, container: dict[str, Any], shell: str = "sh", **references: str) -> Result:
+        """Run the container to its end; its log is `stdout`."""
+        return self.start(container, shell, **references).wait()
+
+
+def make_wheel(folder: Path, name: str, files: dict[str, str]) -> Path:
+    """Make version 0.0.1 of a package; `files` are its texts by name, `.dist-info` files among them."""
+    info = f"{name}-0.0.1.dist-info"
+    files = files | {
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.0.1\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    hashes = {
+        file: base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
+        for file, text in files.items()
+    }
+    record = "".join(f"{file},sha256={digest},\n" for file, digest in hashes.items())
+    path = folder / f"{name}-0.0.1-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        for file, text in {**files, f"{info}/RECORD": f"{record}{info}/RECORD,,\n"}.items():
+            wheel.writestr(file, text)
+    return path
+
+
+@pytest.fixture
+def volume(tmp_path: Path) -> Volume:
+    return Volume(tmp_path)
+
+
+@pytest.fixture(params=SHELLS)
+def shell(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def container(helm4: Helm) -> Callable[..., dict[str, Any]]:
+    """The container that runs Alembic, rendered with these values; without pip unless they say otherwise."""
+    return lambda **values: migrate(helm4.render({"requirements": "", **values}))

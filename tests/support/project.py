@@ -1,0 +1,96 @@
+"""A copy of this project to add revisions to, and Alembic's command line in it."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.support import revisions
+from tests.support.alembic_process import AlembicProcess
+from tests.support.database import Database
+from tests.support.programs import Program, Result, output_folder, start, watch
+from tests.support.revisions import AUDIT
+from tools.paths import BIN, ROOT
+from tools.postgres import dsn
+
+PARTS = ("alembic.ini", "migrations", "migration_runner")
+
+
+@dataclass
+class Project:
+    """A copy of alembic.ini, migrations/ and migration_runner/, with its own environment."""
+
+    folder: Path
+    environment: dict[str, str]
+
+    @property
+    def versions(self) -> Path:
+        return self.folder / "migrations" / "versions"
+
+    def files(self) -> list[str]:
+        return sorted(path.name for path in self.versions.glob("*.py"))
+
+    def add(
+        self, number: str, upgrade: str = "pass", downgrade: str = "pass", *, down: str | None = None, name: str = "add"
+    ) -> Path:
+        """Write a revision whose functions have these bodies, after the one with the number before."""
+        return revisions.write(self.versions, number, upgrade, downgrade, down=down, name=name)
+
+    def _variables(self, changed: dict[str, str | None]) -> dict[str, str]:
+        """The environment; a variable that is None is unset."""
+        return {name: value for name, value in (self.environment | changed).items() if value is not None}
+
+    def start(
+        self, *arguments: str, program: Path = BIN / "alembic", cwd: Path | None = None, **environment: str | None
+    ) -> Program:
+        """Start `alembic`, or another program of the virtual environment."""
+        return start([program, *arguments], cwd=cwd or self.folder, env=self._variables(environment))
+
+    def fork(self, *arguments: str, **environment: str | None) -> Program:
+        """Start `alembic` as a process that costs a fork."""
+        folder = output_folder()
+        streams = (Path(folder.name, "stdout"), Path(folder.name, "stderr"))
+        return watch(AlembicProcess(self.folder, streams, self._variables(environment), arguments), folder)
+
+    def alembic(self, *arguments: str, **environment: str | None) -> Result:
+        """Run `alembic` to its end."""
+        return self.fork(*arguments, **environment).wait()
+
+
+def copy(folder: Path) -> None:
+    """Copy what a run needs of this checkout."""
+    for name in PARTS:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, folder)
+
+
+@pytest.fixture
+def offline_project(tmp_path: Path) -> Project:
+    """A project without a database: nothing listens where it looks."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    copy(folder)
+    home = tmp_path / "home"
+    home.mkdir()
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(home), "DATABASE_URL": "postgresql://nobody@127.0.0.1:1/none"}
+    return Project(folder, environment)
+
+
+@pytest.fixture
+def project(offline_project: Project, database: Database) -> Project:
+    """A project whose DATABASE_URL names the test's database."""
+    offline_project.environment["DATABASE_URL"] = dsn(database.url)
+    return offline_project
+
+
+@pytest.fixture
+def project_at_002(project: Project, database: Database) -> Project:
+    """A database at 002, where 002 created the audit table."""
+    project.add("002", AUDIT, 'op.execute("DROP TABLE audit")')
+    assert project.alembic("upgrade", "head").returncode == 0
+    return project
