@@ -1,4 +1,4 @@
-"""How the repository is reached: what git-sync is told, and what it can read."""
+"""How the repository is reached: git-sync's flags, and the files that it can read."""
 
 from __future__ import annotations
 
