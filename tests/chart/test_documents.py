@@ -17,7 +17,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", CHART / "README.md"]
 
 
 def _values() -> list[Any]:
-    """Every block of YAML that is values of the chart, named by its file and line."""
+    """Every YAML block with values of the chart, named by its file and line."""
     found = []
     for path in DOCUMENTS:
         text = path.read_text()
@@ -74,7 +74,7 @@ def test_every_link_within_the_repository_resolves(path: Path) -> None:
 
 
 def test_every_heading_that_a_message_names_exists() -> None:
-    """A message of a run ends with where to read."""
+    """A run's message ends with the section to read."""
     sources = [*(ROOT / "migration_runner").glob("*.py"), *(CHART / "files").glob("*.sh")]
     named = {
         (document, heading)

@@ -28,8 +28,8 @@ CREDENTIALS = (
     'as "git.httpsSecretName" (user and token for https://) or "git.secretName" (SSH key)'
 )
 HTTPS_ONLY = (
-    '"git.httpsSecretName" and "git.ca" are for https:// URLs only, but "git.repo" is an SSH URL: unset them, or set '
-    "an https:// URL"
+    '"git.httpsSecretName" and "git.ca" are for https:// URLs only, but "git.repo" is an SSH URL: '
+    "unset them, or set an https:// URL"
 )
 TWO_CA = '"git.ca.configMapName" and "git.ca.secretName" are both set: keep the one that holds the CA'
 ABBREVIATED = (
@@ -345,8 +345,8 @@ def test_the_notes_say_what_ran_and_how_to_see_it(helm4: Helm) -> None:
         "\n    kubectl logs job/hcm-db-migration-1 -n health\n"
         "\nIs the database at the current head of main?\n"
         "\n    helm test hcm-db-migrations -n health\n\n"
-        'Python 3.10 has had no security fixes since 2026-10. Set image.tag to "3.13-slim" if the requirements support '
-        "it."
+        "Python 3.10 has had no security fixes since 2026-10. "
+        'Set image.tag to "3.13-slim" if the requirements support it.'
     )
 
 

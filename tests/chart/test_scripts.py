@@ -44,7 +44,7 @@ class Volume:
         self.checkout = folder / "git" / ".worktrees" / COMMIT / "utilities" / "hcm-db-migrations"
 
     def clone(self, *names: str) -> Path:
-        """Leave a checkout as git-sync does, with these files in git.path; return that folder."""
+        """Create a checkout as git-sync does, with these files in git.path; return that folder."""
         self.checkout.mkdir(parents=True)
         (self.folder / "git" / "code").symlink_to(Path(".worktrees") / COMMIT)
         for name in names:
@@ -434,7 +434,7 @@ def test_an_alembic_that_handles_sigterm_prints_the_last_line(volume: Volume, co
 
 @pytest.fixture
 def pip(volume: Volume, container: Callable, shell: str) -> Iterator[subprocess.Popen[str]]:
-    """A container whose pip waits for an index that takes the connection and does not answer."""
+    """A container whose pip waits for an index that accepts the connection and does not answer."""
     folder = volume.clone("alembic.ini")
     (folder / "requirements.txt").write_text("alembic\n")
     volume.program("alembic", "echo not reached >&2")

@@ -82,7 +82,7 @@ def _resources(path: str, container: Callable[[Objects], dict[str, Any]]) -> dic
     }
 
 
-# A value, where it goes, and what is there then. What is there by default must differ.
+# A value, where it is rendered, and what is expected there. The default must render differently.
 EFFECTS: dict[str, tuple[Any, Read, Any]] = {
     "namespace": ("elsewhere", lambda o: one(o, "Job")["metadata"]["namespace"], "elsewhere"),
     "fullnameOverride": ("schema", lambda o: one(o, "Job")["metadata"]["name"], "schema-1"),
@@ -162,7 +162,7 @@ EFFECTS: dict[str, tuple[Any, Read, Any]] = {
     "extraVolumeMounts": ([MOUNT], lambda o: MOUNT in migrate(o)["volumeMounts"], True),
 }
 
-# What else has to be set for the effect to show.
+# What else must be set for the effect to show.
 WITH: dict[str, dict[str, Any]] = {
     "git.secretName": SSH,
     "git.knownHosts": SSH,
@@ -251,9 +251,9 @@ def test_the_charts_own_labels_and_annotations_take_precedence(helm: Helm) -> No
         *("extraVolumeMounts", "podSecurityContext.seccompProfile", "securityContext.capabilities", "git.resources"),
     ],
 )
-@pytest.mark.parametrize("below", [False, True], ids=["at the top", "nested"])
+@pytest.mark.parametrize("below", [False, True], ids=["top level", "nested"])
 def test_an_optional_part_may_be_left_empty(helm: Helm, key: str, below: bool) -> None:
-    """As `podLabels:` with nothing behind it is."""
+    """As in `podLabels:` with nothing after it."""
     values = nested(key, None)
     found = helm.objects({"hcm-db-migrations": values} if below else values)
     assert '": null' not in json.dumps(found)
