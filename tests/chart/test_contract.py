@@ -28,7 +28,7 @@ def test_the_overlay_renders_what_was_reviewed(helm: Helm, tmp_path: Path) -> No
     for name in ("files/migrate.sh", "files/sync.sh"):
         script = "".join(rf" *{re.escape(line)}\n" for line in (CHART / name).read_text().splitlines() if line.strip())
         text, found = re.subn(script, f"<{name}>\n", text)
-        assert found == 2, f"{name} is not in the Job and in the test as it is"
+        assert found == 2, f"{name} is not verbatim in the Job and in the test"
     text, found = re.subn("(?<=digest: )[\"'][0-9a-f]{64}[\"']", "<sha256>", text)
     assert found == 1
     (tmp_path / "rendered").write_text(text)
@@ -52,7 +52,7 @@ def test_the_overlay_reaches_the_job(helm: Helm) -> None:
     assert environment(migrate(found))["GIT_PATH"] == "utilities/hcm-db-migrations"
 
 
-def test_the_job_is_a_hook_that_leaves_a_failure_behind(helm: Helm) -> None:
+def test_the_job_is_a_hook_that_keeps_a_failed_job(helm: Helm) -> None:
     assert one(helm.render(), "Job")["metadata"]["annotations"] == {
         "helm.sh/hook": "pre-install,pre-upgrade",
         "helm.sh/hook-delete-policy": "before-hook-creation,hook-succeeded",
@@ -60,7 +60,7 @@ def test_the_job_is_a_hook_that_leaves_a_failure_behind(helm: Helm) -> None:
     }
 
 
-def test_the_limits_in_time_fit_below_helms_timeout(helm: Helm) -> None:
+def test_the_deadlines_fit_below_helms_timeout(helm: Helm) -> None:
     found = helm.render()
     job = one(found, "Job")["spec"]["activeDeadlineSeconds"]
     spec = pod(found)["spec"]
@@ -68,7 +68,7 @@ def test_the_limits_in_time_fit_below_helms_timeout(helm: Helm) -> None:
     assert job + spec["terminationGracePeriodSeconds"] + 10 < 300
 
 
-def test_the_job_is_tried_again_only_where_that_may_help(helm: Helm) -> None:
+def test_the_job_is_retried_only_if_that_may_help(helm: Helm) -> None:
     spec = one(helm.render(), "Job")["spec"]
     assert spec["podFailurePolicy"]["rules"] == [
         {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
@@ -143,11 +143,11 @@ def test_credentials_are_references_one_variable_a_key(helm: Helm) -> None:
     ]
 
 
-def test_the_container_that_clones_sees_no_credential_of_the_database(helm: Helm) -> None:
+def test_the_git_sync_init_container_sees_no_database_credential(helm: Helm) -> None:
     assert set(environment(git_sync(helm.render()))) == {"HOME", "TMPDIR", "USERNAME_FILE", "NAMESPACE", "REQUIRED"}
 
 
-def test_helm_test_is_the_same_pod_with_another_question(helm: Helm) -> None:
+def test_helm_test_is_the_same_pod_with_other_arguments(helm: Helm) -> None:
     found = helm.render()
     test, job = one(found, "Pod"), pod(found)
     assert test["spec"]["containers"][0]["args"] == ["current"]
@@ -227,7 +227,7 @@ def test_an_ordinary_job_has_no_test_because_tools_without_hooks_would_run_it_to
     assert {document["kind"] for document in helm.render({"hook": ""})} == {"Job", "ConfigMap"}
 
 
-def test_an_ordinary_job_has_a_new_name_exactly_when_its_spec_is_new(helm: Helm) -> None:
+def test_an_ordinary_job_has_a_new_name_exactly_when_its_spec_changes(helm: Helm) -> None:
     def job(values: dict) -> dict:
         return one(helm.render({"hook": "", **values}), "Job")["metadata"]
 

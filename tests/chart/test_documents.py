@@ -1,4 +1,4 @@
-"""What the READMEs tell people to write is accepted by the chart, and what they link to is there."""
+"""The chart accepts the READMEs' examples, and their links resolve."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", CHART / "README.md"]
 
 
 def _values() -> list[Any]:
-    """Every block of YAML that is values of the chart, named by its file and line."""
+    """Every YAML block with values of the chart, named by its file and line."""
     found = []
     for path in DOCUMENTS:
         text = path.read_text()
@@ -50,7 +50,7 @@ def test_an_example_of_values_renders(helm4: Helm, values: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("release", ["hcm-db-migrations", "digit"])
 @pytest.mark.parametrize("hook", ["", "pre-install,pre-upgrade"])
-def test_the_alert_finds_the_job_of_every_release(helm4: Helm, release: str, hook: str) -> None:
+def test_the_alert_matches_the_job_of_every_release(helm4: Helm, release: str, hook: str) -> None:
     """Prometheus matches the whole name."""
     name = one(helm4.render({"hook": hook}, release=release), "Job")["metadata"]["name"]
     (pattern,) = re.findall(r'job_name=~"(.+?)"', (ROOT / "README.md").read_text())
@@ -63,7 +63,7 @@ def _anchors(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_link_within_the_repository_leads_somewhere(path: Path) -> None:
+def test_every_link_within_the_repository_resolves(path: Path) -> None:
     for link in re.findall(r"\]\(([^)]+)\)", path.read_text()):
         if "://" in link:
             continue
@@ -74,7 +74,7 @@ def test_every_link_within_the_repository_leads_somewhere(path: Path) -> None:
 
 
 def test_every_heading_that_a_message_names_exists() -> None:
-    """A message of a run ends with where to read."""
+    """A run's message ends with the section to read."""
     sources = [*(ROOT / "migration_runner").glob("*.py"), *(CHART / "files").glob("*.sh")]
     named = {
         (document, heading)

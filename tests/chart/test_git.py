@@ -1,4 +1,4 @@
-"""How the repository is reached: what git-sync is told, and what it can read."""
+"""How the repository is reached: git-sync's flags, and the files that it can read."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ ACCESS: dict[str, tuple[dict, list[str], list[dict], list[str], dict[str, str]]]
 
 
 @pytest.mark.parametrize("way", ACCESS)
-def test_git_sync_is_given_what_the_address_needs_and_no_more(helm: Helm, way: str) -> None:
+def test_git_sync_gets_what_the_url_needs_and_no_more(helm: Helm, way: str) -> None:
     git, flags, sources, required, variables = ACCESS[way]
     address = git.get("repo", "https://git.example.org/schema")
     found = helm.render({"git": {"repo": address, "branch": "main", **git}})
@@ -190,7 +190,7 @@ def test_the_patterns_are_the_cone_that_git_checks_out(
 
 
 def _checked_out(folder: Path, patterns: str) -> set[str]:
-    """What git writes for these patterns, in the way and order in which git-sync calls it."""
+    """What git checks out for these patterns, with git-sync's commands in their order."""
     git(folder, "init", "-q")
     for name in ("top", "db/f", "a/f", "a/b/f", "a/b/c/f", "a/b/c/d/f", "z/f"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Every mistake in the values has one message with its cure. Of the schema's, which are Helm's, the key is pinned."""
+"""Every mistake in the values has one message with its fix. Of the schema's, which are Helm's, the key is pinned."""
 
 from __future__ import annotations
 
@@ -15,81 +15,79 @@ from tools import docs
 from tools.paths import CHART
 
 REPO = "https://git.example.org/schema"
-ADD = """ not set: add to a file that you give with -f
+ADD = """ not set: add to a values file (-f)
 
     hcm-db-migrations:
       git:
         repo: "https://github.com/<owner>/<repository>"   # or git@github.com:<owner>/<repository>
-        branch: "<branch, tag or full commit>"
+        branch: "<branch, tag or full commit SHA>"
 """
-ADDRESS = '"git.repo" is no address that can be cloned: set https://host/path, git@host:path or ssh://git@host/path'
+ADDRESS = '"git.repo" is not a valid repository URL: set https://host/path, git@host:path or ssh://git@host/path'
 CREDENTIALS = (
-    '"git.repo" has credentials or a query in it, which logs would show: for https:// put a user and a token into a '
-    'Secret and its name into "git.httpsSecretName", for SSH a key, and its name into "git.secretName"'
+    '"git.repo" contains credentials or a query string, which logs would show: put them into a Secret and set its name '
+    'as "git.httpsSecretName" (user and token for https://) or "git.secretName" (SSH key)'
 )
 HTTPS_ONLY = (
-    '"git.httpsSecretName" and "git.ca" are for https:// addresses, and "git.repo" is one for SSH: unset them, '
-    "or set an https:// address"
+    '"git.httpsSecretName" and "git.ca" are for https:// URLs only, but "git.repo" is an SSH URL: '
+    "unset them, or set an https:// URL"
 )
 TWO_CA = '"git.ca.configMapName" and "git.ca.secretName" are both set: keep the one that holds the CA'
-SHORTENED = (
-    '"git.branch" is "0a1b2c3", which looks like a shortened commit, and a server gives commits by their full name '
-    "only: "
-    "set all 40 digits (git rev-parse 0a1b2c3), or refs/heads/0a1b2c3 if it is a branch"
+ABBREVIATED = (
+    '"git.branch" is "0a1b2c3", which looks like an abbreviated commit SHA; git servers only accept full ones: set the '
+    "full 40-character SHA (git rev-parse 0a1b2c3), or refs/heads/0a1b2c3 if it is a branch"
 )
 REPLAYED = (
     '"args" is a downgrade and "hook" is "": helm rollback, or a tool that applies an older state, would run this Job '
     'again: set "hook" to pre-install,pre-upgrade for this one upgrade'
 )
 DISABLED = (
-    '"enabled" is false, which only an umbrella chart understands: name it in the umbrella\'s Chart.yaml '
-    "(condition: hcm-db-migrations.enabled), or do not install this chart"
+    '"enabled" is false, which only works in an umbrella chart: add condition: hcm-db-migrations.enabled to the '
+    "umbrella's Chart.yaml, or do not install this chart"
 )
 
 
 def _relative(value: str) -> str:
     return (
-        f'"args" has "{value}" in it, which counts from wherever the database stands, and Kubernetes may run a Job\'s '
-        'pod twice: name the revision, such as [downgrade, "002"]'
+        f'"args" contains "{value}", which is relative to the current revision, and Kubernetes may run a Job\'s pod '
+        'twice: name the revision, such as [downgrade, "002"]'
     )
 
 
 def _path(value: str) -> str:
     return (
         f'"git.path" is "{value}": set a folder relative to the repository\'s root, such as '
-        "utilities/hcm-db-migrations, "
-        'or . for the root (no .., space or * ? [ ] ! \\ ")'
+        'utilities/hcm-db-migrations, or . for the root (no .., space or * ? [ ] ! \\ ")'
     )
 
 
 def _extra_env(*names: str) -> str:
     return (
-        f'"extraEnv" has {", ".join(names)} twice or against the scripts of the chart: name a variable once, and none '
-        "of EXPECTED, GIT_PATH, GIT_REF, GIT_REPO, NAMESPACE, REQUIRED, REQUIREMENTS, USERNAME_FILE"
+        f'"extraEnv" has duplicate or reserved variable names ({", ".join(names)}): define each variable once, and '
+        "none of EXPECTED, GIT_PATH, GIT_REF, GIT_REPO, NAMESPACE, REQUIRED, REQUIREMENTS, USERNAME_FILE"
     )
 
 
 def _no_image(path: str) -> str:
-    return f'"{path}" has neither tag nor digest, and would be any version: set "{path}.tag" or "{path}.digest"'
+    return f'"{path}" has neither tag nor digest, and would be unpinned: set "{path}.tag" or "{path}.digest"'
 
 
 def _hook(value: str) -> str:
     allowed = 'set pre-install,pre-upgrade or post-install,post-upgrade, or "" for an ordinary Job'
-    return f'"hook" has "{value}" in it: {allowed}'
+    return f'"hook" contains "{value}": {allowed}'
 
 
 def _twice(path: str) -> str:
     return (
-        f'"{path}" and "hcm-db-migrations.{path}" are set to different values: keep one of the two, '
-        f"on the command line --set hcm-db-migrations.{path}=..."
+        f'"{path}" and "hcm-db-migrations.{path}" are set to different values: set only one of them '
+        f"(on the command line: --set hcm-db-migrations.{path}=...)"
     )
 
 
 def _message(*problems: str) -> str:
     return (
-        "\n\nThe values of hcm-db-migrations cannot work:\n\n- "
+        "\n\nInvalid values for hcm-db-migrations:\n\n- "
         + "\n- ".join(problems)
-        + '\n\nRead README.md of the chart (helm show readme), "Values".\n'
+        + '\n\nSee "Values" in README.md of the chart (helm show readme).\n'
     )
 
 
@@ -121,7 +119,7 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"git": {"repo": "git@host:a", "branch": "main", "httpsSecretName": "token"}}, [HTTPS_ONLY]),
     ({"git": {"repo": "ssh://git@host/a", "branch": "main", "ca": {"secretName": "ca"}}}, [HTTPS_ONLY]),
     (nested("git.ca", {"configMapName": "a", "secretName": "b"}), [TWO_CA]),
-    (nested("git.branch", "0a1b2c3"), [SHORTENED]),
+    (nested("git.branch", "0a1b2c3"), [ABBREVIATED]),
     (nested("git.path", "/utilities"), [_path("/utilities")]),
     (nested("git.path", "a/../b"), [_path("a/../b")]),
     (nested("git.path", "a/*"), [_path("a/*")]),
@@ -163,14 +161,14 @@ def test_a_mistake_has_one_message(helm: Helm, values: dict, problems: list[str]
         "ssh://git@host:2222/~/a",
     ],
 )
-def test_an_address_that_git_understands_is_taken(helm: Helm, repo: str) -> None:
+def test_a_url_that_git_understands_is_accepted(helm: Helm, repo: str) -> None:
     helm.render(nested("git.repo", repo))
 
 
 @pytest.mark.parametrize(
     "branch", ["1234567", "deadbeef", "20251201", "v1.0", "release/1.0", "refs/heads/0a1b2c3", "0a" * 20]
 )
-def test_a_branch_a_tag_and_a_full_commit_are_taken(helm: Helm, branch: str) -> None:
+def test_a_branch_a_tag_and_a_full_commit_are_accepted(helm: Helm, branch: str) -> None:
     helm.render(nested("git.branch", branch))
 
 
@@ -194,7 +192,7 @@ def test_a_branch_a_tag_and_a_full_commit_are_taken(helm: Helm, branch: str) -> 
         ),
     ],
 )
-def test_a_value_that_is_set_to_two_things_is_refused(helm: Helm, above: dict, below: dict, paths: list[str]) -> None:
+def test_a_value_with_two_different_settings_is_refused(helm: Helm, above: dict, below: dict, paths: list[str]) -> None:
     assert _message(*map(_twice, paths)) in helm.refuse({**above, "hcm-db-migrations": below})
 
 
@@ -202,7 +200,7 @@ def test_a_value_that_is_set_to_two_things_is_refused(helm: Helm, above: dict, b
     "above",
     [MINIMAL, {"git": {"branch": "main"}}, {"git": {"path": "a"}}, {"podLabels": {"b": "1"}}, {"db": {"port": 5432}}],
 )
-def test_what_is_set_beside_the_nested_form_to_the_same_or_to_something_else_is_merged(helm: Helm, above: dict) -> None:
+def test_values_beside_the_nested_form_are_merged_unless_they_conflict(helm: Helm, above: dict) -> None:
     below = copy.deepcopy(MINIMAL) | {"podLabels": {"a": "1"}}
     both = copy.deepcopy(below)
     both["git"] = {**below["git"], **above.get("git", {})}
@@ -291,9 +289,9 @@ WRONG = {
 @pytest.mark.fault(
     "Code and settings",
     fault="A value of the chart has a wrong type, or a key is misspelt",
-    sees="Helm's words, with the key",
+    sees="`values don't meet the specifications of the schema`, with the key",
     state="Nothing was changed",
-    do="Mend the value: README.md of the chart, 'Values'",
+    do="Fix the value: README.md of the chart, 'Values'",
 )
 def test_any_value_of_a_wrong_type_and_any_unknown_key_is_refused_by_name(helm: Helm) -> None:
     @settings(max_examples=40, deadline=None)
@@ -324,7 +322,7 @@ def test_the_schema_is_as_strict_below_the_nested_key(helm: Helm, values: dict, 
     assert key in helm.refuse({"hcm-db-migrations": values, "egov-user": {}})
 
 
-def test_keys_of_other_charts_may_stand_beside_the_nested_form(helm: Helm) -> None:
+def test_keys_of_other_charts_are_allowed_beside_the_nested_form(helm: Helm) -> None:
     others = {"global": {"domain": "x"}, "egov-user": {"replicas": 1}, "cluster-configs": {"db": {"port": "x"}}}
     assert helm.objects({"hcm-db-migrations": MINIMAL, **others}) == helm.render()
     assert helm.objects({"hcm-db-migrations": {**MINIMAL, "enabled": True, "global": {}}}) == helm.render()
@@ -340,26 +338,21 @@ def test_a_key_beside_the_nested_form_with_the_name_of_a_value_is_that_value(hel
 def test_the_notes_say_what_ran_and_how_to_see_it(helm4: Helm) -> None:
     """Helm 3 needs a cluster to print notes."""
     assert _notes(helm4, {}) == (
-        "alembic upgrade head has run (hook pre-install,pre-upgrade), with the code that main of "
-        "https://git.example.org/schema had then.\n"
-        "Its Job hcm-db-migration-1 in namespace health deleted itself. Helm 3.18 and newer have printed its log.\n"
-        "\n"
-        "A run that fails leaves Job and log behind:\n"
-        "\n"
-        "    kubectl logs job/hcm-db-migration-1 -n health\n"
-        "\n"
-        "Is the database at the head of main as it is now?\n"
-        "\n"
-        "    helm test hcm-db-migrations -n health\n"
-        "\n"
-        'Python 3.10 has had no security fixes since 2026-10. Set image.tag to "3.13-slim" when the requirements '
-        "allow it."
+        "alembic upgrade head has run (hook pre-install,pre-upgrade) with the code of main from "
+        "https://git.example.org/schema.\n"
+        "Its Job hcm-db-migration-1 in namespace health has been deleted. Helm 3.18 and newer have printed its log.\n"
+        "\nA failed Job and its log are kept:\n"
+        "\n    kubectl logs job/hcm-db-migration-1 -n health\n"
+        "\nIs the database at the current head of main?\n"
+        "\n    helm test hcm-db-migrations -n health\n\n"
+        "Python 3.10 has had no security fixes since 2026-10. "
+        'Set image.tag to "3.13-slim" if the requirements support it.'
     )
 
 
 def test_the_notes_of_a_hook_that_is_for_upgrades_only_do_not_say_that_it_has_run(helm4: Helm) -> None:
     notes = _notes(helm4, {"hook": "pre-upgrade"})
-    assert notes.startswith("Nothing has run: the hook pre-upgrade does not run at an install. ")
+    assert notes.startswith("Nothing has run: the hook pre-upgrade does not run on install. ")
     assert "has run (" not in notes
 
 
@@ -367,13 +360,13 @@ def test_the_notes_of_an_ordinary_job_do_not_say_that_it_has_run(helm4: Helm) ->
     notes = _notes(helm4, {"hook": "", "image": {"tag": "3.13-slim"}}).splitlines()
     job = notes[0].split()[1]
     assert notes == [
-        f"Job {job} in namespace health runs alembic upgrade head with the code that main of "
-        "https://git.example.org/schema has now.",
-        "It starts anew when its values change, not when the branch moves. See it:",
+        f"Job {job} in namespace health runs alembic upgrade head with the current code of main from "
+        "https://git.example.org/schema.",
+        "It re-runs when values change, not when the branch moves. Its log:",
         "",
         f"    kubectl logs job/{job} -n health",
         "",
-        "If it failed and nothing is to be changed, delete it and apply again:",
+        "To retry a failed Job unchanged, delete it and apply again:",
         "",
         f"    kubectl delete job {job} -n health",
     ]

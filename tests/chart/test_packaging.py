@@ -71,16 +71,16 @@ def test_below_an_umbrella_everything_is_the_same(helm: Helm, umbrella: Path) ->
     }
 
 
-def test_the_umbrella_takes_the_same_overlay(helm: Helm, umbrella: Path) -> None:
+def test_the_umbrella_accepts_the_same_overlay(helm: Helm, umbrella: Path) -> None:
     overlay = yaml.safe_load((ROOT / "environments" / "unified-dev.yaml").read_text())
     assert sorted(helm.objects(overlay, chart=umbrella), key=str) == sorted(helm.objects(overlay), key=str)
 
 
-def test_the_umbrella_may_switch_it_off(helm: Helm, umbrella: Path) -> None:
+def test_the_umbrella_may_disable_it(helm: Helm, umbrella: Path) -> None:
     assert helm.objects({"hcm-db-migrations": {"enabled": False}}, chart=umbrella) == []
 
 
-def test_null_below_an_umbrella_takes_a_default_away(helm: Helm, umbrella: Path) -> None:
+def test_null_below_an_umbrella_removes_a_default(helm: Helm, umbrella: Path) -> None:
     values = {
         "hcm-db-migrations": {**MINIMAL, "podSecurityContext": {"runAsUser": None, "runAsGroup": None, "fsGroup": None}}
     }
@@ -92,10 +92,8 @@ def test_null_below_an_umbrella_takes_a_default_away(helm: Helm, umbrella: Path)
 def test_a_mistake_below_an_umbrella_has_the_same_message(helm: Helm, umbrella: Path) -> None:
     done = helm.template({}, chart=umbrella)
     assert done.returncode != 0
-    assert (
-        '- "git.repo" and "git.branch" are not set: add to a file that you give with -f\n\n    hcm-db-migrations:\n'
-        in done.stderr
-    )
+    message = '- "git.repo" and "git.branch" are not set: add to a values file (-f)\n\n    hcm-db-migrations:\n'
+    assert message in done.stderr
 
 
 def test_a_package_has_what_the_templates_read(helm: Helm, tmp_path: Path) -> None:
@@ -115,7 +113,7 @@ def test_the_images_of_the_annotation_are_those_of_the_values() -> None:
     }
 
 
-def test_every_cure_of_a_script_names_a_section_of_the_readme() -> None:
+def test_every_failure_of_a_script_names_a_section_of_the_readme() -> None:
     sections = set(re.findall(r"^## (.+)$", (CHART / "README.md").read_text(), re.M))
     named = set(re.findall(r'fail \d+ ".*" "([^"]+)"$', (CHART / "files" / "migrate.sh").read_text(), re.M))
     assert named == {"Git access", "Database", "Requirements", "helm test"}

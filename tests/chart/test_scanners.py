@@ -1,4 +1,4 @@
-"""Two scanners of Kubernetes manifests find nothing, but for what is excepted here with its reason."""
+"""Two scanners of Kubernetes manifests find nothing except what is listed here with its reason."""
 
 from __future__ import annotations
 
@@ -16,19 +16,17 @@ from tools import steps
 from tools.binaries import find_or_build
 from tools.paths import CACHE, CHART, ROOT
 
-NETWORK_POLICY = (
-    "where the database, git and the index are is the cluster's knowledge; the README names the pod's labels"
-)
+NETWORK_POLICY = "only the cluster knows where the database, git and the index are; the README names the pod's labels"
 CPU_LIMIT = "a limit only makes a migration hold its locks longer; requests say what it needs"
-PULL_POLICY = "tags are versions and not moved; a restricted network pulls nothing twice; each image takes a digest"
-PROBE = "a run has an end: its exit status and its deadline say how it is"
+PULL_POLICY = "tags are versions and not moved; a restricted network pulls nothing twice; each image accepts a digest"
+PROBE = "a run is finite: its exit code and its deadline show its health"
 
 CHECKOV = {
     "CKV_K8S_8": PROBE,
     "CKV_K8S_9": PROBE,
     "CKV_K8S_11": CPU_LIMIT,
     "CKV_K8S_15": PULL_POLICY,
-    "CKV_K8S_35": "the address and the credentials are DB_* variables, which an env.py that is not ours reads, too",
+    "CKV_K8S_35": "the address and the credentials are DB_* variables, which a custom env.py also reads",
     "CKV_K8S_43": "the digests are values, since a mirror's images have others",
     "CKV2_K8S_6": NETWORK_POLICY,
 }
@@ -60,9 +58,9 @@ def _checkov() -> Path:
     return steps.once(CACHE / f"checkov-{digest}", install) / "bin"
 
 
-def test_checkov_finds_what_is_excepted_and_no_more(manifest: Path) -> None:
+def test_checkov_finds_the_exceptions_and_no_more(manifest: Path) -> None:
     folder = _checkov()
-    # It would ask its makers' server for texts.
+    # It would query its vendor's server for descriptions.
     command = [folder / "python", folder / "checkov", "--file", manifest, "--framework", "kubernetes"]
     done = run(
         [*command, "--skip-download", "--output", "json"], env=os.environ | {"HTTPS_PROXY": "http://127.0.0.1:1"}
@@ -72,7 +70,7 @@ def test_checkov_finds_what_is_excepted_and_no_more(manifest: Path) -> None:
     assert {found["check_id"] for found in results["failed_checks"]} == set(CHECKOV)
 
 
-def test_kube_score_finds_what_is_excepted_and_no_more(manifest: Path) -> None:
+def test_kube_score_finds_the_exceptions_and_no_more(manifest: Path) -> None:
     score = find_or_build("kube-score")
     done = run([score, "score", "-o", "json", manifest])
     checks = [check for found in json.loads(done.stdout) for check in found["checks"] if not check["skipped"]]

@@ -1,4 +1,4 @@
-"""The scripts of both containers, run as the rendered pod has them, in a folder that stands for the pod's volume."""
+"""The scripts of both containers, run as in the rendered pod, in a folder in place of the pod's volume."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.programs import Program, Result
 from tests.support.waiting import until
 
 
-def test_kubernetes_leaves_the_scripts_as_they_are(helm: Helm) -> None:
+def test_kubernetes_leaves_the_scripts_unchanged(helm: Helm) -> None:
     """In a command, the API replaces $$ by $, and $(NAME) by a variable of the container."""
     found = helm.render()
     for of in (git_sync(found), migrate(found)):
@@ -39,7 +39,7 @@ def test_alembic_runs_in_the_folder_with_its_arguments(volume: Volume, container
 
 
 @pytest.mark.parametrize("status", [0, 1, 3, 255])
-def test_the_exit_status_is_alembics(volume: Volume, container: Callable, shell: str, status: int) -> None:
+def test_the_exit_code_is_alembics(volume: Volume, container: Callable, shell: str, status: int) -> None:
     volume.clone("alembic.ini")
     volume.program("alembic", f"exit {status}")
     assert volume.run(container(), shell, **CREDENTIALS) == Result(status, CODE)
@@ -54,10 +54,8 @@ def test_every_missing_credential_is_named_with_its_object_and_key(
         1,
         CODE
         + 'FAILED: no value for DB_NAME (key "db-name" of ConfigMap "egov-config"), DB_USER (key "username" of Secret '
-        '"db"), '
-        'DB_PASSWORD (key "password" of Secret "db"): create it in namespace "health", or set "db" or "extraEnv" to '
-        "where it is "
-        f'({README}, "Database")\n',
+        '"db"), DB_PASSWORD (key "password" of Secret "db"): create it in namespace "health", or point "db" or '
+        f'"extraEnv" to it ({README}, "Database")\n',
     )
 
 
@@ -68,9 +66,8 @@ def test_an_empty_database_url_is_not_replaced_by_anything(volume: Volume, conta
     assert found == Result(
         1,
         CODE
-        + 'FAILED: no value for DATABASE_URL (extraEnv): create it in namespace "health", or set "db" or "extraEnv" to '
-        "where it is "
-        f'({README}, "Database")\n',
+        + 'FAILED: no value for DATABASE_URL (extraEnv): create it in namespace "health", or point "db" or "extraEnv" '
+        f'to it ({README}, "Database")\n',
     )
 
 
@@ -82,9 +79,7 @@ def _git_error(stderr: str, stdout: str = "") -> str:
 
 
 TIMEOUT = 'Run(git fetch): context deadline exceeded: { stdout: "", stderr: "%s" }'
-
-
-GIT_SYNC_KILLED = "git-sync ended with exit status 137, see its log"
+GIT_SYNC_KILLED = "git-sync failed with exit status 137, see its log"
 KILLED = '; most likely out of memory: raise "git.resources.limits.memory"'
 
 
@@ -116,12 +111,9 @@ KILLED = '; most likely out of memory: raise "git.resources.limits.memory"'
             json.dumps({"Err": 'Run(git fetch): signal: killed: { stdout: "", stderr: "fatal: early EOF" }'}),
             "fatal: early EOF" + KILLED,
         ),
-        (
-            GIT_SYNC_KILLED,
-            GIT_SYNC_KILLED + KILLED,
-        ),
-        ("", "the clone was cut off"),
-        (None, "the clone was cut off"),
+        (GIT_SYNC_KILLED, GIT_SYNC_KILLED + KILLED),
+        ("", "the clone was interrupted"),
+        (None, "the clone was interrupted"),
     ],
 )
 def test_a_failed_clone_is_the_last_line(
@@ -135,14 +127,14 @@ def test_a_failed_clone_is_the_last_line(
     )
 
 
-def test_a_path_that_is_not_there_is_named(volume: Volume, helm4: Helm, shell: str) -> None:
+def test_a_missing_path_is_named(volume: Volume, helm4: Helm, shell: str) -> None:
     volume.clone("alembic.ini")
     result = volume.run(migrate(helm4.render(nested("git.path", "db/schema"))), shell, **CREDENTIALS)
     assert result == Result(
         255,
         f"{CODE.replace('utilities/hcm-db-migrations', 'db/schema')}"
-        f'FAILED: no folder "db/schema" in commit {COMMIT}: set "git.path" to the one with alembic.ini ({README}, '
-        '"Git access")\n',
+        f'FAILED: no folder "db/schema" in commit {COMMIT}: set "git.path" to the folder with alembic.ini '
+        f'({README}, "Git access")\n',
     )
 
 
@@ -152,8 +144,7 @@ def test_a_folder_without_alembic_ini_is_named(volume: Volume, container: Callab
         255,
         CODE
         + f'FAILED: no alembic.ini in "utilities/hcm-db-migrations" of commit {COMMIT}: set "git.path" to the folder '
-        "that has it "
-        f'({README}, "Git access")\n',
+        f'that contains it ({README}, "Git access")\n',
     )
 
 
@@ -172,9 +163,7 @@ def test_without_requirements_neither_pip_nor_venv_runs(volume: Volume, containe
     assert volume.run(container(), shell, **CREDENTIALS) == Result(0, f"{CODE}alembic ran\n")
 
 
-def test_a_file_of_the_checkout_is_not_taken_for_a_part_of_python_or_for_pip(
-    volume: Volume, container: Callable, shell: str
-) -> None:
+def test_a_file_of_the_checkout_shadows_neither_python_nor_pip(volume: Volume, container: Callable, shell: str) -> None:
     folder = volume.clone("alembic.ini")
     for name in ("logging.py", "pip.py"):
         (folder / name).write_text("raise SystemExit('not reached')\n")
@@ -184,31 +173,30 @@ def test_a_file_of_the_checkout_is_not_taken_for_a_part_of_python_or_for_pip(
     assert found == Result(0, f"{CODE}alembic of the venv: ['upgrade', 'head'] {volume.folder / 'venv'}\n")
 
 
-def test_an_image_without_alembic_is_told_so(volume: Volume, container: Callable, shell: str) -> None:
+def test_an_image_without_alembic_is_reported(volume: Volume, container: Callable, shell: str) -> None:
     volume.clone("alembic.ini")
     for program in ("basename", "readlink", "printenv", "dirname"):
         (volume.bin / program).symlink_to(shutil.which(program))
     (volume.bin / shell).symlink_to(shutil.which(shell))
     assert volume.run(container(), shell, PATH=str(volume.bin), **CREDENTIALS) == Result(
         255,
-        CODE + f'FAILED: no alembic to run: add it to "requirements" (), or to the image if that is "" ({README}, '
-        '"Requirements")\n',
+        CODE + 'FAILED: alembic is not installed: add it to "requirements" (), or to the image if that is "" '
+        f'({README}, "Requirements")\n',
     )
 
 
-def test_requirements_that_are_not_there_are_named(volume: Volume, container: Callable, shell: str) -> None:
+def test_missing_requirements_are_named(volume: Volume, container: Callable, shell: str) -> None:
     volume.clone("alembic.ini")
     assert volume.run(container(requirements="deploy.txt"), shell, **CREDENTIALS) == Result(
         255,
         CODE
         + f'FAILED: no deploy.txt in "utilities/hcm-db-migrations" of commit {COMMIT}: set "requirements" to its name, '
-        'or to "" if the '
-        f'image brings all ({README}, "Requirements")\n',
+        f'or to "" if the image already contains the dependencies ({README}, "Requirements")\n',
     )
 
 
 def _wheel(folder: Path) -> str:
-    """Make a package "alembic" that prints its arguments; return its hash."""
+    """Create a package "alembic" that prints its arguments; return its hash."""
     files = {
         "tool.py": "import sys\ndef main():\n    print('alembic of the venv:', sys.argv[1:], sys.prefix)\n",
         "alembic-0.0.1.dist-info/entry_points.txt": "[console_scripts]\nalembic = tool:main\n",
@@ -230,7 +218,8 @@ def test_requirements_are_installed_into_the_volume_by_their_hashes(
 @pytest.mark.fault(
     "Supply chain",
     fault="A requirement does not match its hash",
-    sees="pip's words and our own line",
+    sees="`THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE`, then `FAILED: pip could not install"
+    " requirements.txt ...`, exit 1",
     state="Nothing installed; the database is not contacted",
     do="Find out who changed the package",
 )
@@ -243,22 +232,21 @@ def test_a_tampered_requirement_stops_the_run_before_the_database(
     index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(volume.folder)}
     result = volume.run(container(requirements="requirements.txt"), shell, **CREDENTIALS, **index)
     assert (result.returncode, result.text.startswith(CODE)) == (1, True)
-    assert "THESE PACKAGES DO NOT MATCH THE HASHES" in result.text
+    assert "THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE" in result.text
     assert result.lines[-1] == (
-        "FAILED: pip could not install requirements.txt (exit status 1, reason above): for a mirror, proxy or "
-        "private CA set "
-        f'"extraEnv" ({README}, "Requirements")'
+        "FAILED: pip could not install requirements.txt (exit status 1, reason above): for a mirror, proxy or private "
+        f'CA set "extraEnv" ({README}, "Requirements")'
     )
 
 
 @pytest.mark.fault(
     "Network",
-    fault="The package index cannot be reached",
-    sees="Our own line, within seconds",
+    fault="The package index is unreachable",
+    sees="`FAILED: pip could not install requirements.txt ...` within seconds, exit 1",
     state="The database is not contacted",
-    do="What the line says, deploy again",
+    do="Follow the message, deploy again",
 )
-def test_a_dead_package_index_is_told_within_seconds(volume: Volume, container: Callable, shell: str) -> None:
+def test_an_unreachable_index_is_reported_within_seconds(volume: Volume, container: Callable, shell: str) -> None:
     folder = volume.clone("alembic.ini")
     (folder / "requirements.txt").write_text("alembic==0.0.1\n")
     start = time.monotonic()
@@ -280,7 +268,7 @@ def test_helm_test_passes_at_the_head(volume: Volume, helm4: Helm, shell: str) -
 
 
 @pytest.mark.parametrize("current", ["001", ""])
-def test_helm_test_fails_with_the_cure_when_the_database_is_behind(
+def test_helm_test_fails_with_the_fix_when_the_database_is_behind(
     volume: Volume, helm4: Helm, shell: str, current: str
 ) -> None:
     volume.clone("alembic.ini")
@@ -288,9 +276,8 @@ def test_helm_test_fails_with_the_cure_when_the_database_is_behind(
     assert volume.run(_test_container(helm4), shell, **CREDENTIALS) == Result(
         1,
         f"{CODE}{current}\n"
-        'FAILED: alembic current did not say "(head)": the database is not at the head of "main" as it is now; run '
-        "helm upgrade "
-        f'({README}, "helm test")\n',
+        'FAILED: alembic current did not report "(head)": the database is not at the current head of "main"; run helm '
+        f'upgrade ({README}, "helm test")\n',
     )
 
 
@@ -301,7 +288,7 @@ def test_helm_test_fails_as_alembic_does(volume: Volume, helm4: Helm, shell: str
 
 
 def _terminated(program: Program, volume: Volume) -> tuple[Result, float]:
-    """Send SIGTERM as soon as the file "running" is there; return the result, and how many seconds that took."""
+    """Send SIGTERM as soon as the file "running" exists; return the result, and how many seconds that took."""
     until(lambda: (volume.folder / "running").exists() or not program.running)
     return program.stop()
 
@@ -309,21 +296,20 @@ def _terminated(program: Program, volume: Volume) -> tuple[Result, float]:
 WAITS = 'touch "$HOME/running"; exec sleep 60'
 
 
-def test_sigterm_ends_an_alembic_that_has_no_handler_at_once(volume: Volume, container: Callable, shell: str) -> None:
+def test_sigterm_stops_an_alembic_without_a_handler_at_once(volume: Volume, container: Callable, shell: str) -> None:
     volume.clone("alembic.ini")
     volume.program("alembic", WAITS)
     result, seconds = _terminated(volume.start(container(), shell, **CREDENTIALS), volume)
     assert result == Result(
         143,
         CODE
-        + "stopped by SIGTERM while running alembic upgrade head; PostgreSQL rolls back what was not committed; if it "
-        "was the time limit, "
-        'raise "job.activeDeadlineSeconds" and Helm\'s --timeout\n',
+        + "stopped by SIGTERM while running alembic upgrade head; PostgreSQL rolls back what was not committed; if the "
+        "Job's deadline was exceeded, raise \"job.activeDeadlineSeconds\" and Helm's --timeout together\n",
     )
     assert seconds < 2
 
 
-def test_an_alembic_that_handles_sigterm_has_the_last_word(volume: Volume, container: Callable, shell: str) -> None:
+def test_an_alembic_that_handles_sigterm_prints_the_last_line(volume: Volume, container: Callable, shell: str) -> None:
     volume.clone("alembic.ini")
     volume.program(
         "alembic",
@@ -336,7 +322,7 @@ def test_an_alembic_that_handles_sigterm_has_the_last_word(volume: Volume, conta
 
 @pytest.fixture
 def pip(volume: Volume, container: Callable, shell: str) -> Iterator[Program]:
-    """A container whose pip waits for an index that takes the connection and does not answer."""
+    """A container whose pip waits for an index that accepts the connection and does not answer."""
     folder = volume.clone("alembic.ini")
     (folder / "requirements.txt").write_text("alembic\n")
     volume.program("alembic", "echo not reached >&2")
@@ -351,18 +337,17 @@ def pip(volume: Volume, container: Callable, shell: str) -> Iterator[Program]:
 @pytest.mark.fault(
     "Process and pod",
     fault="SIGTERM while pip installs",
-    sees="The container ends at once",
+    sees="`stopped by SIGTERM while installing requirements.txt; ...` at once, exit 143",
     state="The database is not contacted",
     do="Deploy again",
 )
-def test_sigterm_ends_pip_at_once_and_alembic_does_not_begin(pip: Program) -> None:
+def test_sigterm_stops_pip_at_once_and_alembic_does_not_start(pip: Program) -> None:
     result, seconds = pip.stop()
     assert result == Result(
         143,
         CODE
-        + "stopped by SIGTERM while installing requirements.txt; the database was not contacted; if it was the time "
-        "limit, "
-        'raise "job.activeDeadlineSeconds" and Helm\'s --timeout\n',
+        + "stopped by SIGTERM while installing requirements.txt; the database was not contacted; if the Job's deadline "
+        'was exceeded, raise "job.activeDeadlineSeconds" and Helm\'s --timeout together\n',
     )
     assert seconds < 2
 
@@ -371,12 +356,12 @@ def test_sigterm_ends_pip_at_once_and_alembic_does_not_begin(pip: Program) -> No
     "Process and pod",
     fault="SIGKILL (out of memory) of pip",
     sees="`FAILED: killed while installing requirements.txt, most likely out of memory: raise"
-    ' "resources.limits.memory"`, exit 1',
+    ' "resources.limits.memory" ...`, exit 1',
     state="The database is not contacted",
-    do="Raise it, deploy again",
+    do="Raise the limit, deploy again",
 )
 @pytest.mark.parametrize("which", ["pip", "its child"])
-def test_a_pip_that_is_killed_points_to_the_memory(pip: Program, which: str) -> None:
+def test_a_killed_pip_points_to_the_memory_limit(pip: Program, which: str) -> None:
     def child(pid: int) -> int:
         return int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
 
@@ -385,12 +370,12 @@ def test_a_pip_that_is_killed_points_to_the_memory(pip: Program, which: str) -> 
     result = pip.wait()
     assert (result.returncode, result.lines[-1]) == (
         1,
-        'FAILED: killed while installing requirements.txt, most likely out of memory: raise "resources.limits.memory"'
-        f' ({README}, "Requirements")',
+        'FAILED: killed while installing requirements.txt, most likely out of memory: raise "resources.limits.memory" '
+        f'({README}, "Requirements")',
     )
 
 
-def test_an_alembic_that_is_killed_points_to_the_memory(volume: Volume, container: Callable, shell: str) -> None:
+def test_a_killed_alembic_points_to_the_memory_limit(volume: Volume, container: Callable, shell: str) -> None:
     volume.clone("alembic.ini")
     volume.program("alembic", "kill -9 $$")
     result = volume.run(container(), shell, **CREDENTIALS)
@@ -402,7 +387,7 @@ def test_an_alembic_that_is_killed_points_to_the_memory(volume: Volume, containe
 
 @pytest.fixture
 def clone(helm4: Helm, volume: Volume) -> Callable[..., dict[str, Any]]:
-    """The container that clones, for this part of "git"; a program of the test stands for git-sync."""
+    """The git-sync init container, for this part of "git"; with a program of the test in place of git-sync."""
 
     def render(**git: Any) -> dict[str, Any]:
         address = {"repo": "https://git.example.org/schema", "branch": "main"}
@@ -437,7 +422,7 @@ def test_git_sync_gets_its_flags_and_the_user(volume: Volume, clone: Callable, s
         ({"ca": {"configMapName": "roots"}}, [], ['"ca.crt" of ConfigMap "roots"']),
     ],
 )
-def test_a_missing_credential_of_git_is_named_by_the_other_container(
+def test_a_missing_git_credential_is_named_by_the_migrate_container(
     volume: Volume, clone: Callable, container: Callable, shell: str, git: dict, there: list[str], missing: list[str]
 ) -> None:
     for name in there:
@@ -454,11 +439,11 @@ def test_a_missing_credential_of_git_is_named_by_the_other_container(
     ("script", "error"),
     [
         ("echo reason >git-error; exit 1", "reason\n"),
-        ("echo 'unknown flag: --x' >&2; exit 2", "git-sync ended with exit status 2, see its log\n"),
-        ("kill -9 $$", "git-sync ended with exit status 137, see its log\n"),
+        ("echo 'unknown flag: --x' >&2; exit 2", "git-sync failed with exit status 2, see its log\n"),
+        ("kill -9 $$", "git-sync failed with exit status 137, see its log\n"),
     ],
 )
-def test_a_failed_git_sync_lets_the_other_container_speak(
+def test_a_failed_git_sync_leaves_its_reason_to_the_migrate_container(
     volume: Volume, clone: Callable, shell: str, script: str, error: str
 ) -> None:
     volume.program("git-sync", script)
@@ -468,20 +453,20 @@ def test_a_failed_git_sync_lets_the_other_container_speak(
 
 @pytest.mark.fault(
     "Process and pod",
-    fault="SIGTERM in the clone",
-    sees="The container ends at once",
+    fault="SIGTERM during the clone",
+    sees="The git-sync init container stops at once, exit 143",
     state="The database is not contacted",
     do="Deploy again",
 )
-def test_sigterm_ends_the_clone_at_once(volume: Volume, clone: Callable, shell: str) -> None:
+def test_sigterm_stops_the_clone_at_once(volume: Volume, clone: Callable, shell: str) -> None:
     volume.program("git-sync", WAITS)
     result, seconds = _terminated(volume.start(clone(), shell), volume)
     assert result.returncode == 143
     assert seconds < 2
 
 
-def test_the_pod_shows_what_the_scripts_need(helm: Helm) -> None:
-    """What the tests above replace is there: the folder of the volume, and what stands for the checkout."""
+def test_the_pod_has_what_the_scripts_need(helm: Helm) -> None:
+    """The pod has what the tests above replace: the volume's folder and the link to the checkout."""
     found = helm.render()
     assert {"--root=/workspace/git", "--link=code", "--error-file=/workspace/git-error"} <= set(git_sync(found)["args"])
     assert migrate(found)["workingDir"] == "/workspace"

@@ -56,7 +56,7 @@ def _job(key: str) -> Read:
 
 
 def _sources(objects: Objects) -> list[dict[str, Any]]:
-    """What the container that clones can read, without the patterns of the sparse checkout."""
+    """What the git-sync init container can read, without the sparse checkout patterns."""
     (volume,) = [volume for volume in pod(objects)["spec"]["volumes"] if volume["name"] == "git"]
     return volume["projected"]["sources"][1:]
 
@@ -82,7 +82,7 @@ def _resources(path: str, container: Callable[[Objects], dict[str, Any]]) -> dic
     }
 
 
-# A value, where it goes, and what is there then. What is there by default must differ.
+# A value, where it is rendered, and what is expected there. The default must render differently.
 EFFECTS: dict[str, tuple[Any, Read, Any]] = {
     "namespace": ("elsewhere", lambda o: one(o, "Job")["metadata"]["namespace"], "elsewhere"),
     "fullnameOverride": ("schema", lambda o: one(o, "Job")["metadata"]["name"], "schema-1"),
@@ -162,7 +162,7 @@ EFFECTS: dict[str, tuple[Any, Read, Any]] = {
     "extraVolumeMounts": ([MOUNT], lambda o: MOUNT in migrate(o)["volumeMounts"], True),
 }
 
-# What else has to be set for the effect to show.
+# What else must be set for the effect to show.
 WITH: dict[str, dict[str, Any]] = {
     "git.secretName": SSH,
     "git.knownHosts": SSH,
@@ -212,7 +212,7 @@ def test_every_value_has_the_same_effect_when_it_is_nested(helm: Helm, address: 
     assert helm.objects({"hcm-db-migrations": everything, "egov-user": {"replicas": 1}}) == helm.objects(everything)
 
 
-def test_null_takes_an_optional_value_away(helm: Helm) -> None:
+def test_null_removes_an_optional_value(helm: Helm) -> None:
     ids = {"runAsUser": None, "runAsGroup": None, "fsGroup": None}
     values = {"podSecurityContext": ids, "job": {"ttlSecondsAfterFinished": None}, "resources": {"limits": None}}
     for found in (helm.render(values), helm.render({}, "--set-json", f"hcm-db-migrations={json.dumps(values)}")):
@@ -232,7 +232,7 @@ def test_a_digest_needs_no_tag(helm: Helm, path: str, name: str, tag: str | None
         assert f"{name}@{DIGEST}" in (migrate(found)["image"], git_sync(found)["image"])
 
 
-def test_the_charts_own_labels_and_annotations_win(helm: Helm) -> None:
+def test_the_charts_own_labels_and_annotations_take_precedence(helm: Helm) -> None:
     mine = {"app.kubernetes.io/instance": "mine", "team": "hcm"}
     annotations = {"kubectl.kubernetes.io/default-container": "git-sync", "helm.sh/hook": "none", "team": "hcm"}
     found = helm.render({"podLabels": mine, "podAnnotations": annotations})
@@ -251,27 +251,27 @@ def test_the_charts_own_labels_and_annotations_win(helm: Helm) -> None:
         *("extraVolumeMounts", "podSecurityContext.seccompProfile", "securityContext.capabilities", "git.resources"),
     ],
 )
-@pytest.mark.parametrize("below", [False, True], ids=["at the top", "nested"])
+@pytest.mark.parametrize("below", [False, True], ids=["top level", "nested"])
 def test_an_optional_part_may_be_left_empty(helm: Helm, key: str, below: bool) -> None:
-    """As `podLabels:` with nothing behind it is."""
+    """As in `podLabels:` with nothing after it."""
     values = nested(key, None)
     found = helm.objects({"hcm-db-migrations": values} if below else values)
     assert '": null' not in json.dumps(found)
 
 
-def test_a_quantity_that_is_null_is_no_limit_of_0(helm: Helm) -> None:
+def test_a_null_quantity_is_not_a_limit_of_0(helm: Helm) -> None:
     found = migrate(helm.render({"resources": {"limits": {"cpu": None}, "requests": {"cpu": None}}}))
     assert found["resources"]["limits"] == {"memory": "512Mi", "ephemeral-storage": "1Gi"}
     assert "cpu" not in found["resources"]["requests"]
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(10, "10s"), (60, "12s"), (230, "46s"), (86400, "17280s")])
-def test_a_try_to_clone_takes_a_fifth_of_the_limit_and_10_s_at_least(helm4: Helm, limit: int, expected: str) -> None:
+def test_a_clone_attempt_takes_a_fifth_of_the_deadline_or_10_s(helm4: Helm, limit: int, expected: str) -> None:
     assert _flag("sync-timeout")(helm4.render({"job": {"activeDeadlineSeconds": limit}})) == [expected]
 
 
 def test_database_url_is_all_that_is_required_and_may_refer_to_the_other_credentials(helm: Helm) -> None:
-    """Kubernetes expands $(NAME) from what stands before it."""
+    """Kubernetes expands $(NAME) from the variables before it."""
     others = list(environment(migrate(helm.render())))
     entry = {"name": "DATABASE_URL", "value": "postgresql://$(DB_USER):$(DB_PASSWORD)@$(DB_HOST)/$(DB_NAME)"}
     found = environment(migrate(helm.render({"extraEnv": [entry]})))
@@ -287,14 +287,14 @@ def test_a_password_of_extra_env_may_be_empty(helm: Helm) -> None:
     assert [line.split()[0] for line in found["REQUIRED"].splitlines()] == ["DB_HOST", "DB_NAME", "DB_USER"]
 
 
-def test_an_entry_of_extra_env_replaces_the_charts_own(helm: Helm) -> None:
+def test_an_entry_of_extra_env_overrides_the_charts_own(helm: Helm) -> None:
     found = environment(migrate(helm.render({"extraEnv": [{"name": "DB_HOST", "value": "db.example.org"}]})))
     assert found["DB_HOST"] == "db.example.org"
     assert found["REQUIRED"].splitlines()[0] == "DB_HOST extraEnv"
     assert found["DB_NAME"] == _reference("configMap", "egov-config", "db-name")
 
 
-def test_the_container_that_clones_gets_the_proxy_and_nothing_else_of_extra_env(helm: Helm) -> None:
+def test_the_git_sync_init_container_gets_the_proxy_and_nothing_else_of_extra_env(helm: Helm) -> None:
     proxies = [{"name": name, "value": "http://proxy"} for name in ("HTTPS_PROXY", "https_proxy", "NO_PROXY")]
     others = [VARIABLE, {"name": "DATABASE_URL", "value": "x"}]
     found = git_sync(helm.render({"extraEnv": proxies + others}))["env"]

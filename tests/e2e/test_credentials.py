@@ -40,7 +40,7 @@ def _no_key_in_the_secret(api: Api) -> str:
     "Code and settings",
     fault="A ConfigMap, Secret or key is missing",
     sees='`FAILED: no value for DB_NAME (key "db-name" of ConfigMap "egov-config"), ...: create it in namespace'
-    ' "health", or set "db" or "extraEnv" to where it is ...`, within 30 s',
+    ' "health", or point "db" or "extraEnv" to it ...`, within 30 s',
     state="The database is not contacted",
     do="Make it; the Job's next try takes it",
 )
@@ -53,7 +53,7 @@ def test_what_is_missing_is_named_within_30_seconds(
     missing = remove(api)
     result = release.upgrade()
     assert result.returncode == 1
-    cure = f'create it in namespace "{api.namespace}", or set "db" or "extraEnv" to where it is'
+    cure = f'create it in namespace "{api.namespace}", or point "db" or "extraEnv" to it'
     result.line(f"FAILED: no value for {missing}: {cure} {DATABASE}", times=2)  # a second try follows
     assert api.seconds_to_failure(FIRST_JOB) < 30
     assert api.conditions(FIRST_JOB)["Failed"] == "BackoffLimitExceeded"

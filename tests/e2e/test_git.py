@@ -194,12 +194,12 @@ def _server_down(repository: Repository, api: Api) -> tuple[dict, list[str]]:
 
 
 def _no_such_folder(repository: Repository, api: Api) -> tuple[dict, list[str]]:
-    reason = f'FAILED: no folder "nowhere" in commit <commit>: set "git.path" to the one with alembic.ini {GIT}'
+    reason = f'FAILED: no folder "nowhere" in commit <commit>: set "git.path" to the folder with alembic.ini {GIT}'
     return {"git": {"path": "nowhere"}}, [reason]
 
 
 def _no_alembic_ini(repository: Repository, api: Api) -> tuple[dict, list[str]]:
-    cure = 'set "git.path" to the folder that has it'
+    cure = 'set "git.path" to the folder that contains it'
     return {"git": {"path": "migrations"}}, [f'FAILED: no alembic.ini in "migrations" of commit <commit>: {cure} {GIT}']
 
 

@@ -152,8 +152,8 @@ def test_helm_test_is_green_after_an_install_and_red_when_the_schema_is_behind(
     red = release.run("test", release.name)
     assert red.returncode == 1
     red.line(
-        'FAILED: alembic current did not say "(head)": the database is not at the head of "main" as it is now;'
-        ' run helm upgrade (README.md of the chart, "helm test")'
+        'FAILED: alembic current did not report "(head)": the database is not at the current head of "main"; run helm'
+        ' upgrade (README.md of the chart, "helm test")'
     )
     assert database.at == ["001"]
 

@@ -1,4 +1,4 @@
-"""One way to render the chart, under Helm 3 and Helm 4. Every rendered object is checked by Kubernetes' schemas."""
+"""Renders the chart with Helm 3 and Helm 4. Every rendered object is validated against Kubernetes' schemas."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Where(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Helm:
-    """One Helm, cut off from the user's own settings, repositories and clusters."""
+    """One Helm, isolated from the user's own settings, repositories and clusters."""
 
     path: Path
     home: Path
@@ -141,7 +141,7 @@ def git_sync(objects: Objects) -> dict[str, Any]:
 
 
 def environment(container: dict[str, Any]) -> dict[str, Any]:
-    """{name: value or reference}; a name that is there twice is an error."""
+    """{name: value or reference}; a duplicate name is an error."""
     names = [entry["name"] for entry in container["env"]]
     assert len(names) == len(set(names)), names
     return {entry["name"]: entry.get("value", entry.get("valueFrom")) for entry in container["env"]}
@@ -168,7 +168,7 @@ def helm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="session")
 def helm4(tmp_path_factory: pytest.TempPathFactory) -> Helm:
-    """One Helm, where both give the same by another test."""
+    """One Helm, if another test shows that both give the same."""
     return _get("Helm 4", tmp_path_factory)
 
 

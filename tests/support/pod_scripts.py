@@ -36,7 +36,7 @@ class Volume:
         self.checkout = folder / "git" / ".worktrees" / SHA / "utilities" / "hcm-db-migrations"
 
     def clone(self, *names: str) -> Path:
-        """Leave a checkout as git-sync does, with these files in git.path; return that folder."""
+        """Create a checkout as git-sync does, with these files in git.path; return that folder."""
         self.checkout.mkdir(parents=True)
         (self.folder / "git" / "code").symlink_to(Path(".worktrees") / SHA)
         for name in names:
@@ -61,7 +61,7 @@ class Volume:
 
 
 def make_wheel(folder: Path, name: str, files: dict[str, str]) -> Path:
-    """Make version 0.0.1 of a package; `files` are its texts by name, `.dist-info` files among them."""
+    """Create version 0.0.1 of a package; `files` are its texts by name, `.dist-info` files among them."""
     info = f"{name}-0.0.1.dist-info"
     files = files | {
         f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.0.1\n",
@@ -91,5 +91,5 @@ def shell(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def container(helm4: Helm) -> Callable[..., dict[str, Any]]:
-    """The container that runs Alembic, rendered with these values; without pip unless they say otherwise."""
+    """The migrate container, rendered with these values; without pip unless they say otherwise."""
     return lambda **values: migrate(helm4.render({"requirements": "", **values}))

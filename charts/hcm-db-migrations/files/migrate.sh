@@ -1,10 +1,10 @@
-# PID 1 of the container "migrate": says what code it has, checks the credentials, installs the requirements, and runs
-# Alembic with "$@". The working directory is the pod's volume, where git-sync left ./git/code or ./git-error.
-# NAMESPACE, GIT_REPO, GIT_REF, GIT_PATH and REQUIREMENTS are the chart's values. REQUIRED has a line "<variable> <where it comes from>"
-# for each variable that must have a value. EXPECTED, if any, must be in what Alembic prints.
-# Exit status: Alembic's own; 255 (Alembic's, too) when a retry cannot mend it; 143 after SIGTERM; else 1.
+# PID 1 of the migrate container: logs the commit, checks the credentials, installs the requirements, and runs Alembic
+# with "$@". The working directory is the pod's volume, where git-sync left ./git/code or ./git-error.
+# NAMESPACE, GIT_REPO, GIT_REF, GIT_PATH and REQUIREMENTS are the chart's values. REQUIRED has a line "<variable> <source>"
+# for each variable that must have a value. EXPECTED, if set, must be in Alembic's output.
+# Exit status: Alembic's own; 255 (Alembic's, too) for a failure that is not retryable; 143 after SIGTERM; else 1.
 set -u
-exec 2>&1 # of two streams, a container's log may have the lines in another order, and the reason not last
+exec 2>&1 # a container's log may interleave two streams, and the reason would not be the last line
 workspace=$PWD child='' stopped='' interrupted='' stage='starting' effect='the database was not contacted'
 
 fail() {
@@ -12,17 +12,17 @@ fail() {
   exit "$1"
 }
 
-# As PID 1, neither this shell nor a program without a handler of its own would end at SIGTERM before it is killed.
+# As PID 1, neither this shell nor a program without its own handler exits on SIGTERM: it would run until SIGKILL.
 stop() {
   [ -n "$stopped" ] ||
-    echo "stopped by SIGTERM while $stage; $effect; if it was the time limit, raise \"job.activeDeadlineSeconds\" and Helm's --timeout" >&2
+    echo "stopped by SIGTERM while $stage; $effect; if the Job's deadline was exceeded, raise \"job.activeDeadlineSeconds\" and Helm's --timeout together" >&2
   stopped=yes interrupted=yes
   [ -z "$child" ] || kill -TERM "$child" 2>/dev/null
 }
 trap stop TERM
 
-# Run a program and return its exit status. A signal ends wait early, not the program: then wait is called again, and knows
-# nothing (127) if it had the status already. dash would say "Terminated" there.
+# Run a program and return its exit status. A signal interrupts wait, not the program: wait is then called again, and
+# returns 127 if it has already returned the status. dash would print "Terminated" there.
 run() {
   "$@" &
   child=$!
@@ -39,10 +39,10 @@ run() {
   return "$status"
 }
 
-# git-sync's error file is JSON, and its "Err" quotes what git wrote: that alone is the reason, without the requests that
-# it tells of. Passwords in its addresses (a proxy's, a redirection's) are not printed.
+# git-sync's error file is JSON, and its "Err" quotes git's output: only that is the reason, without git's log of its
+# requests. Passwords in its URLs (of a proxy, of a redirect) are not printed.
 git_error() {
-  [ -s git-error ] || { echo "the clone was cut off" && return; }
+  [ -s git-error ] || { echo "the clone was interrupted" && return; }
   { python3 -c '
 import json
 text, said = open("git-error", errors="replace").read(), ""
@@ -70,19 +70,19 @@ while read -r name source; do
 done <<EOF
 $REQUIRED
 EOF
-[ -z "$missing" ] || fail 1 "no value for $missing: create it in namespace \"$NAMESPACE\", or set \"db\" or \"extraEnv\" to where it is" "Database"
+[ -z "$missing" ] || fail 1 "no value for $missing: create it in namespace \"$NAMESPACE\", or point \"db\" or \"extraEnv\" to it" "Database"
 
-cd "git/code/$GIT_PATH" 2>/dev/null || fail 255 "no folder \"$GIT_PATH\" in commit $commit: set \"git.path\" to the one with alembic.ini" "Git access"
+cd "git/code/$GIT_PATH" 2>/dev/null || fail 255 "no folder \"$GIT_PATH\" in commit $commit: set \"git.path\" to the folder with alembic.ini" "Git access"
 [ -f "${ALEMBIC_CONFIG:-alembic.ini}" ] ||
-  fail 255 "no ${ALEMBIC_CONFIG:-alembic.ini} in \"$GIT_PATH\" of commit $commit: set \"git.path\" to the folder that has it" "Git access"
+  fail 255 "no ${ALEMBIC_CONFIG:-alembic.ini} in \"$GIT_PATH\" of commit $commit: set \"git.path\" to the folder that contains it" "Git access"
 
 if [ -n "$REQUIREMENTS" ]; then
   stage="installing $REQUIREMENTS"
   [ -f "$REQUIREMENTS" ] ||
-    fail 255 "no $REQUIREMENTS in \"$GIT_PATH\" of commit $commit: set \"requirements\" to its name, or to \"\" if the image brings all" "Requirements"
-  # A dead index is told in seconds, not after pip's own five tries of 15 s.
+    fail 255 "no $REQUIREMENTS in \"$GIT_PATH\" of commit $commit: set \"requirements\" to its name, or to \"\" if the image already contains the dependencies" "Requirements"
+  # An unreachable index is reported within seconds, not after pip's default of five retries of 15 s each.
   export PIP_RETRIES="${PIP_RETRIES:-2}" PIP_TIMEOUT="${PIP_TIMEOUT:-10}"
-  # -I: a logging.py or pip.py in the checkout is not meant.
+  # -I: ignores a logging.py or pip.py in the checkout.
   run python3 -I -m venv --without-pip "$workspace/venv" &&
     run python3 -I -m pip --python "$workspace/venv/bin/python3" --quiet --no-input --disable-pip-version-check \
       install --no-compile --no-cache-dir -r "$REQUIREMENTS"
@@ -96,7 +96,7 @@ if [ -n "$REQUIREMENTS" ]; then
   PATH=$workspace/venv/bin:$PATH
 fi
 command -v alembic >/dev/null ||
-  fail 255 "no alembic to run: add it to \"requirements\" ($REQUIREMENTS), or to the image if that is \"\"" "Requirements"
+  fail 255 "alembic is not installed: add it to \"requirements\" ($REQUIREMENTS), or to the image if that is \"\"" "Requirements"
 
 stage="running alembic $*" effect='PostgreSQL rolls back what was not committed'
 if [ -z "${EXPECTED-}" ]; then
@@ -105,7 +105,7 @@ else
   run alembic "$@" >"$workspace/output"
   cat "$workspace/output"
   [ "$status" -ne 0 ] || grep -qF -- "$EXPECTED" "$workspace/output" ||
-    fail 1 "alembic $* did not say \"$EXPECTED\": the database is not at the head of \"$GIT_REF\" as it is now; run helm upgrade" "helm test"
+    fail 1 "alembic $* did not report \"$EXPECTED\": the database is not at the current head of \"$GIT_REF\"; run helm upgrade" "helm test"
 fi
 [ "$status" -ne 137 ] || echo "FAILED: alembic was killed, most likely out of memory: raise \"resources.limits.memory\"" >&2
 exit "$status"

@@ -1,11 +1,11 @@
-# PID 1 of the container "git-sync": runs "$@" (git-sync with its flags) in the pod's volume, which is the working directory.
-# It ends with 0 although git-sync failed, because Helm shows the log of the other container only: that one finds no
-# checkout and prints what is in ./git-error, git-sync's --error-file.
-# REQUIRED has a line "<file> <where it comes from>" for each file that must be there, USERNAME_FILE the user of HTTPS.
+# PID 1 of the git-sync init container: runs "$@" (git-sync with its flags) in the pod's volume, which is the working directory.
+# It exits with 0 even if git-sync failed, because Helm shows the log of the migrate container only: that one finds no
+# checkout and prints ./git-error, git-sync's --error-file.
+# REQUIRED has a line "<file> <source>" for each file that must exist, USERNAME_FILE contains the user name for HTTPS.
 set -u
 child=
 
-# git-sync as PID 1, and a shell that waits for it in the foreground, would sit out SIGTERM until they are killed.
+# git-sync as PID 1, and a shell that waits for it in the foreground, would ignore SIGTERM until SIGKILL.
 trap '[ -z "$child" ] || kill -TERM "$child" 2>/dev/null; exit 143' TERM
 
 missing=
@@ -25,6 +25,6 @@ child=$!
 wait "$child"
 status=$?
 if [ "$status" -ne 0 ] && [ ! -s git-error ]; then
-  echo "git-sync ended with exit status $status, see its log" >git-error
+  echo "git-sync failed with exit status $status, see its log" >git-error
 fi
 exit 0

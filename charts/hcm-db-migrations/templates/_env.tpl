@@ -1,6 +1,6 @@
-{{/* Environment of the container that runs Alembic: (dict "root" $ "expected" <words>). An entry of extraEnv replaces the
-chart's own of that name, because some ways to apply a manifest refuse a name that is there twice. The chart's own come
-first: $(DB_PASSWORD) in a later one, such as DATABASE_URL, is expanded. */}}
+{{/* Environment of the migrate container: (dict "root" $ "expected" <text>). An entry of extraEnv replaces the chart's
+own of the same name, because some ways to apply a manifest refuse duplicate names. The chart's own come first, so that
+$(DB_PASSWORD) in a later one, such as DATABASE_URL, is expanded. */}}
 {{- define "hcm-db-migrations.env" -}}
 {{- $theirs := list -}}
 {{- range .root.Values.extraEnv }}{{ $theirs = append $theirs .name }}{{ end -}}
@@ -13,7 +13,7 @@ first: $(DB_PASSWORD) in a later one, such as DATABASE_URL, is expanded. */}}
 {{- concat $entries (.root.Values.extraEnv | default list) | toYaml -}}
 {{- end -}}
 
-{{/* References are optional: one that is missing would keep the pod waiting until the time limit. The script checks them. */}}
+{{/* References are optional: a missing one would keep the pod waiting until its deadline. migrate.sh checks them. */}}
 {{- define "hcm-db-migrations.ownEnv" -}}
 {{- $theirs := .theirs -}}
 {{- with .root.Values -}}

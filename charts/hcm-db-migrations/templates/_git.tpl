@@ -1,4 +1,4 @@
-{{/* The container that clones. Flags, not variables: git-sync refuses a flag that it does not know, and ignores a variable. */}}
+{{/* The git-sync init container. Flags, not variables: git-sync refuses an unknown flag, but ignores an unknown variable. */}}
 {{- define "hcm-db-migrations.gitSync" -}}
 {{- $ssh := include "hcm-db-migrations.isSSH" .Values -}}
 {{- with .Values.git -}}
@@ -23,11 +23,11 @@
     - --sparse-checkout-file=/etc/git-sync/sparse-checkout
     - --submodules=off
     - --git-gc=off
-    # Two tries, each a fifth of the time limit: a dead server leaves time for the Job's second pod.
+    # Two attempts, each a fifth of the deadline: a dead server leaves time for the Job's second pod.
     - --max-failures=2
     - --period=2s
     - --sync-timeout={{ div $.Values.job.activeDeadlineSeconds 5 | max 10 }}s
-    # Beside the root, which git-sync empties.
+    # Outside the root, which git-sync empties.
     - --error-file=/workspace/git-error
     {{- if $ssh }}
     - --ssh-key-file=/etc/git-sync/ssh
@@ -74,8 +74,8 @@
 {{- end -}}
 {{- end -}}
 
-{{/* What that container reads: optional, because a missing Secret would keep the pod waiting; its script checks. The
-patterns of the sparse checkout come from an annotation, which needs no object of its own. */}}
+{{/* The files of that container: optional, because a missing Secret would keep the pod waiting; sync.sh checks them. The
+sparse checkout patterns come from an annotation, which needs no separate object. */}}
 {{- define "hcm-db-migrations.gitVolume" -}}
 - name: git
   projected:
@@ -93,7 +93,7 @@ patterns of the sparse checkout come from an annotation, which needs no object o
       {{- end }}
 {{- end -}}
 
-{{/* Secrets and ConfigMaps that git.repo needs, with their keys and the files that these become. */}}
+{{/* Secrets and ConfigMaps that git.repo needs, with their keys and file names. */}}
 {{- define "hcm-db-migrations.gitSources" -}}
 {{- $ssh := include "hcm-db-migrations.isSSH" .Values -}}
 {{- with .Values.git -}}
@@ -101,7 +101,7 @@ patterns of the sparse checkout come from an annotation, which needs no object o
 - kind: Secret
   name: {{ .secretName | quote }}
   items:
-    # ssh refuses a key that others may read.
+    # ssh refuses a key that others can read.
     - {key: ssh, path: ssh, mode: 0400}
     {{- if .knownHosts }}
     - {key: known_hosts, path: known_hosts}
@@ -119,7 +119,7 @@ patterns of the sparse checkout come from an annotation, which needs no object o
 {{- end -}}
 {{- end -}}
 
-{{/* Patterns for git.path. git-sync switches cone mode on, which takes this full form: /a/b/ alone checks out nothing. */}}
+{{/* Sparse checkout patterns for git.path. git-sync enables cone mode, which needs this full form: /a/b/ alone checks out nothing. */}}
 {{- define "hcm-db-migrations.sparseCheckout" -}}
 {{- $patterns := list "/*" -}}
 {{- $folder := "/" -}}

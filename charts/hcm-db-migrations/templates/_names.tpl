@@ -1,5 +1,6 @@
-{{/* Name of all objects, without the Job's number. Another release's name is in it: two releases with one Job name would
-delete each other's running Job. A release's name has 53 characters at most, and so has this: a number fits behind it. */}}
+{{/* Name of all objects, without the Job's number. It contains the release name, unless that is the default one: two
+releases with the same Job name would delete each other's running Job. At most 53 characters, as a release name, so that
+a number can be appended. */}}
 {{- define "hcm-db-migrations.fullname" -}}
 {{- if .Values.fullnameOverride -}}
 {{- .Values.fullnameOverride -}}
@@ -10,7 +11,7 @@ hcm-db-migration
 {{- end -}}
 {{- end -}}
 
-{{/* Name of the Job. An ordinary Job cannot be changed, so it gets a new name exactly when its spec is another. */}}
+{{/* Name of the Job. An ordinary Job is immutable, so it gets a new name exactly when its spec changes. */}}
 {{- define "hcm-db-migrations.jobName" -}}
 {{- if .Values.hook -}}
 {{- printf "%s-%d" (include "hcm-db-migrations.fullname" .) (int64 .Release.Revision) -}}
@@ -23,7 +24,7 @@ hcm-db-migration
 {{- .Values.namespace | default .Release.Namespace -}}
 {{- end -}}
 
-{{/* Labels that a NetworkPolicy may select by. */}}
+{{/* Labels for the selector of a NetworkPolicy. */}}
 {{- define "hcm-db-migrations.selectorLabels" -}}
 app.kubernetes.io/name: hcm-db-migrations
 app.kubernetes.io/instance: {{ .Release.Name | quote }}
@@ -36,7 +37,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service | quote }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" | quote }}
 {{- end -}}
 
-{{/* Reference of an image: (dict "repository" "tag" "digest"). */}}
+{{/* Image reference: (dict "repository" "tag" "digest"). */}}
 {{- define "hcm-db-migrations.image" -}}
 {{- .repository -}}
 {{- with .tag }}:{{ . }}{{ end -}}

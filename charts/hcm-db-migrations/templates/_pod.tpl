@@ -1,13 +1,13 @@
-{{/* The pod of the Job and of helm test: (dict "root" $ "args" <of Alembic> "expected" <words that Alembic must print>). */}}
+{{/* The pod of the Job and of helm test: (dict "root" $ "args" <for Alembic> "expected" <text that Alembic must print>). */}}
 {{- define "hcm-db-migrations.podSpec" -}}
 {{- $root := .root -}}
 {{- with .root.Values -}}
 restartPolicy: Never
-# Reached first, before the Job's own limit: it ends the run with SIGTERM and leaves pod and log.
+# Shorter than the Job's own deadline: it stops the run with SIGTERM and keeps the pod and its log.
 activeDeadlineSeconds: {{ .job.activeDeadlineSeconds | int64 }}
 terminationGracePeriodSeconds: 30
 automountServiceAccountToken: false
-# A Service named "db" would set DB_PORT to an address.
+# A Service named "db" would set DB_PORT to a URL.
 enableServiceLinks: false
 {{- with .serviceAccountName }}
 serviceAccountName: {{ . | quote }}
@@ -34,7 +34,7 @@ containers:
       - migrate
     args:
       {{- toYaml $.args | nindent 6 }}
-    # Not the checkout: a working directory that is missing would be made, and look like an empty checkout.
+    # Not the checkout: a missing working directory would be created, and look like an empty checkout.
     workingDir: /workspace
     env:
       {{- include "hcm-db-migrations.env" (dict "root" $root "expected" $.expected) | nindent 6 }}
@@ -69,7 +69,7 @@ volumes:
 {{- end }}
 {{- end -}}
 
-{{/* Labels and annotations of that pod: the chart's own win. */}}
+{{/* Labels and annotations of that pod: the chart's own take precedence. */}}
 {{- define "hcm-db-migrations.podMetadata" -}}
 labels:
   {{- merge (include "hcm-db-migrations.labels" . | fromYaml) (.Values.podLabels | default dict) | toYaml | nindent 2 }}
