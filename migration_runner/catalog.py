@@ -157,11 +157,11 @@ def version_table(raw: RawConnection, schema: str, name: str) -> VersionTable | 
     oid, table, kind, owner, column, modifier, triggers = found[0]
     problem = None
     if kind != "r":
-        problem = f"is a {KINDS.get(kind, 'relation')}, no ordinary table"
+        problem = f"is a {KINDS.get(kind, 'relation')}, not an ordinary table"
     elif owner:
-        problem = f"belongs to {owner}"
+        problem = f"is owned by {owner}"
     elif foreign := _foreign_code(raw, oid):
-        problem = f"runs the {foreign[0]}, which belongs to {foreign[1]}"
+        problem = f"runs the {foreign[0]}, which is owned by {foreign[1]}"
     elif column not in ("character varying", "text", "character"):
         has = f"has a version_num of type {column}" if column else "has no column version_num"
         problem = f"{has}, so it is not Alembic's"
@@ -169,7 +169,7 @@ def version_table(raw: RawConnection, schema: str, name: str) -> VersionTable | 
         problem = f"has a row without a revision: DELETE FROM {table} WHERE version_num IS NULL"
     elif raw.ask(f"SELECT EXISTS (SELECT FROM {table} GROUP BY version_num HAVING count(*) > 1)")[0][0]:
         problem = (
-            f"has a revision twice: DELETE FROM {table} a USING {table} b"
+            f"has a duplicate revision: DELETE FROM {table} a USING {table} b"
             " WHERE a.version_num = b.version_num AND a.ctid > b.ctid"
         )
     width = modifier - 4 if column in ("character varying", "character") and modifier and modifier > 0 else None

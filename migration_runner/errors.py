@@ -114,7 +114,7 @@ PERMANENT_CONNECT_ERRORS = {
     "server does not support SSL": "set another PGSSLMODE, or turn TLS on in the server",
     "authentication method requirement": "check PGREQUIREAUTH",
     "GSSAPI": "set another PGGSSENCMODE",
-    "received invalid response": "what listens there is no PostgreSQL: check DB_HOST and DB_PORT, or the proxy",
+    "received invalid response": "the server there is not PostgreSQL: check DB_HOST and DB_PORT, or the proxy",
     "invalid": "check DATABASE_URL's query and the PG* variables",
 }
 

@@ -84,7 +84,7 @@ class Monitor:
             parts.append(f"waiting for {' and '.join(blockers)}")
         elif doing.waits_for:
             parts.append(f"waiting for {doing.waits_for}")
-        own = ", a connection of the revision's own"
+        own = ", a connection opened by the revision"
         self.waiters = frozenset(
             printable(name) + (own if pid in self.database.pids else "")
             for pid, name in catalog.waiters(other, self.pid)

@@ -168,7 +168,7 @@ class Outcome:
             parts.append(drop_with(drops))
         if state.position is None:
             committing = step is not None and step.recorded
-            unknown = "commit status unknown" if committing else "where the database stands is not known"
+            unknown = "commit status unknown" if committing else "the database's revision is unknown"
             return [*parts, f"{unknown}: {UNKNOWN}"]
         position = f"the database is at revision {state.position}"
         if not step:

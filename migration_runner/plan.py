@@ -61,7 +61,7 @@ def _refusal(command: Command, step: MigrationStep | None, error: BaseException)
     at = f", at {where}" if where else ""
     if step and isinstance(error, HasNoPlan | NoInspectionAvailable):
         return CommandError(
-            f"{title(step)} {error if isinstance(error, HasNoPlan) else READS}, so there is no plan of it; run it"
+            f"{title(step)} {error if isinstance(error, HasNoPlan) else READS}, so it cannot be planned; run it"
             f" without --sql{at}"
         )
     if step and isinstance(error, UnboundParameter):
@@ -199,7 +199,7 @@ class _LiteralValues:
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         if getattr(self, "insert_prefetch", ()) or getattr(self, "update_prefetch", ()):
-            raise HasNoPlan("uses a default that Python makes for each row")
+            raise HasNoPlan("uses a default that Python computes for each row")
 
     def render_literal_bindparam(self, bindparam: Any, *arguments: Any, **options: Any) -> str:
         if bindparam.required and bindparam.value is None and bindparam.callable is None:
@@ -314,7 +314,7 @@ def _position(table: str, heads: Iterable[str]) -> str:
     found = f'ARRAY(SELECT version_num::pg_catalog.text COLLATE "C" FROM {table} ORDER BY 1)'
     differs = f"{found} OPERATOR(pg_catalog.<>) ARRAY[{there}]::pg_catalog.text[]"
     at = ", ".join(sorted(heads)) or "base"
-    return _block(differs, f"the database is not at {at}, where this plan begins")
+    return _block(differs, f"the database is not at {at}, where this plan starts")
 
 
 def _index(build: sql.IndexBuild, name: str) -> str | None:

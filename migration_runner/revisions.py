@@ -82,7 +82,7 @@ def validate_runnable(script: ScriptDirectory, destination: Iterable[str]) -> No
 def _explain_no_match(script: ScriptDirectory, target: str) -> str:
     names = (revision.revision for revision in script.walk_revisions())
     same = sorted(name for name in names if len(name) > 3 and name.startswith(target))  # as Alembic matches
-    return f"{target} may be any of {', '.join(same)}" if same else f"there is no revision {target}"
+    return f"{target} is ambiguous: {', '.join(same)}" if same else f"there is no revision {target}"
 
 
 def validate_one_head(script: ScriptDirectory) -> None:
@@ -91,7 +91,7 @@ def validate_one_head(script: ScriptDirectory) -> None:
     if len(heads) > 1:
         files = " and ".join(f"{head} ({_file(script, head)})" for head in sorted(heads))
         raise CommandError(
-            f"there are {len(heads)} heads: {files}; make one revise the other by its 'down_revision', {SEE_README}"
+            f"there are {len(heads)} heads: {files}; set the 'down_revision' of one to the other, {SEE_README}"
         )
 
 
@@ -230,11 +230,11 @@ def _explain_error(script: ScriptDirectory, error: BaseException) -> str:
         except (SyntaxError, ValueError):  # ValueError, too: Python 3.11 and older
             return f"{path.name}: {describe(error)}"
         if not isinstance(fields.get("revision"), str):
-            return f"{path.name} has a 'revision' that is no string"
+            return f"{path.name} has a 'revision' that is not a string"
         for name in ("down_revision", "depends_on", "branch_labels"):
             values = to_tuple(fields.get(name), default=())
             if not all(isinstance(value, str) for value in values):
-                return f"{path.name} has a '{name}' that is no string"
+                return f"{path.name} has a '{name}' that is not a string"
             known |= set(values) if name == "branch_labels" else set()
             wanted += [(path.name, value) for value in values] if name == "depends_on" else []
         known.add(fields["revision"])

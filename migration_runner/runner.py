@@ -65,7 +65,7 @@ class Progress:
         have = revisions.applied(self.command.script, heads)
         steps = [s for s in self.steps if isinstance(s, RevisionStep) and (s.revision.revision in have) != s.is_upgrade]
         if steps and not have.issuperset(steps[0].from_revisions):
-            raise CommandError(f"another run changed the database meanwhile, which is at {join(heads)} now; retry")
+            raise CommandError(f"another run has changed the database, which is now at {join(heads)}; retry")
         return list(steps)
 
     @property
@@ -226,8 +226,8 @@ class Attempt:
         self.session.raw.rollback()
         if others:
             self.runner.progress.log(
-                f"others may CREATE in {', '.join(map(printable, others))}, so that revisions may call what they put"
-                " there: see 'Minimum privileges' in README.md",
+                f"untrusted roles may CREATE in {', '.join(map(printable, others))}, and revisions may call what they"
+                " create there: see 'Minimum privileges' in README.md",
                 logging.WARNING,
             )
 
@@ -292,8 +292,8 @@ class Attempt:
         if unknown := [head for head in heads if not _known(script, head)]:
             raise CommandError(
                 f"the database is at {printable(join(tuple(unknown)))}, which this code (head"
-                f" {join(tuple(revisions.code_heads(script)))}) does not know; deploy the code that knows it, or, where"
-                " the version table is another project's, set ALEMBIC_VERSION_TABLE or DB_SCHEMA; see 'Troubleshooting'"
+                f" {join(tuple(revisions.code_heads(script)))}) does not know; deploy the code that knows it or, if the"
+                " version table is another project's, set ALEMBIC_VERSION_TABLE or DB_SCHEMA; see 'Troubleshooting'"
                 " in README.md"
             )
         if table and (stale := revisions.superseded(script, heads)):

@@ -203,8 +203,8 @@ def _choose_schema(session: Session) -> None:
         )
     if not wanted and place.current_schema == place.role and "$user" in session.search_path and place.schema_owner:
         raise CommandError(
-            f"the schema {printable(place.current_schema)} comes first only because it is called as the role, and its"
-            f" owner is {printable(place.schema_owner)}; set DB_SCHEMA to the schema of the tables"
+            f"the schema {printable(place.current_schema)} comes first only because it has the role's name, and it is"
+            f" owned by {printable(place.schema_owner)}; set DB_SCHEMA to the schema of the tables"
         )
     session.schema = wanted or place.table_schema or place.current_schema
     session.schemas = place.schemas

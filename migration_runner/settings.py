@@ -116,9 +116,9 @@ def _url_from_database_url() -> URL:
     if not url.database:
         raise CommandError(f"DATABASE_URL has no database; {write}")
     if re.search(r"[@:;&=\s]", url.database) or re.search(r"[@;&=\s]", url.host or ""):
-        raise CommandError(f"DATABASE_URL has one of @ : ; & = or white space after the host; {write}")
+        raise CommandError(f"DATABASE_URL has one of @ : ; & = or whitespace after the host; {write}")
     if url.port is not None and not 1 <= url.port <= 65535:
-        raise CommandError(f"DATABASE_URL has no port from 1 to 65535; {write}")
+        raise CommandError(f"DATABASE_URL has a port outside 1 to 65535; {write}")
     for name in url.query:
         try:
             psycopg2.extensions.make_dsn(**{name: "x"})

@@ -227,8 +227,7 @@ def test_a_setting_of_libpq_that_cannot_be_met_fails_at_once(
 @pytest.mark.fault(
     "Network",
     fault="Something that is no PostgreSQL listens there, such as a proxy that answers in HTTP",
-    sees="`cannot connect to database ...: ... received invalid response ...; what listens there is no PostgreSQL:"
-    " check"
+    sees="`cannot connect to database ...: ... received invalid response ...; the server there is not PostgreSQL: check"
     " DB_HOST and DB_PORT, or the proxy`, at once, exit 255",
     state="Nothing was changed",
     do="What the line says",
@@ -237,7 +236,7 @@ def test_a_proxys_refusal_fails_at_once(files: Project) -> None:
     with answering(b"HTTP/1.1 403 Forbidden\r\n\r\n") as port:
         result = files.alembic("current", DATABASE_URL=f"postgresql://app:x@127.0.0.1:{port}/reports")
     assert result.returncode == 255
-    assert result.failure.endswith("; what listens there is no PostgreSQL: check DB_HOST and DB_PORT, or the proxy")
+    assert result.failure.endswith("; the server there is not PostgreSQL: check DB_HOST and DB_PORT, or the proxy")
     assert "waiting" not in result.stderr
 
 

@@ -112,8 +112,8 @@ def test_a_password_in_the_env_file_may_look_like_a_variable(files: Project) -> 
         ("postgresql://u:{}@h/", f"DATABASE_URL has no database; {WRITE}"),
         ("postgresql://u:{}@/db", f"DATABASE_URL has no host; {WRITE}"),
         ("postgresql:///db", f"DATABASE_URL has no host; {WRITE}"),
-        ("postgresql://u:{}@h:0/db", f"DATABASE_URL has no port from 1 to 65535; {WRITE}"),
-        ("postgresql://u:{}@h:65536/db", f"DATABASE_URL has no port from 1 to 65535; {WRITE}"),
+        ("postgresql://u:{}@h:0/db", f"DATABASE_URL has a port outside 1 to 65535; {WRITE}"),
+        ("postgresql://u:{}@h:65536/db", f"DATABASE_URL has a port outside 1 to 65535; {WRITE}"),
         ("postgresql://u:{}@h:five/db", f"DATABASE_URL is not a valid URL; {WRITE}"),
         ("postgresql://u@h/db?password={}", f"DATABASE_URL has password in its query, which logs would show; {WRITE}"),
         (
@@ -128,7 +128,7 @@ def test_a_password_in_the_env_file_may_look_like_a_variable(files: Project) -> 
         ("jdbc:postgresql://u:{}@h/db", f"DATABASE_URL is a JDBC URL; {WRITE}"),
         ("jdbc:postgresql://h/db?user=u&password={}", f"DATABASE_URL is a JDBC URL; {WRITE}"),
         *[
-            (url, f"DATABASE_URL has one of @ : ; & = or white space after the host; {WRITE}")
+            (url, f"DATABASE_URL has one of @ : ; & = or whitespace after the host; {WRITE}")
             for url in (
                 "postgresql://te/am:{}@h:1/db",
                 "postgresql://h:1/db;password={}",
