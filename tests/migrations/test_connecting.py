@@ -281,8 +281,7 @@ def test_white_space_around_a_wrong_password_is_named(project: Project, database
     result = project.alembic("current", **parts(database) | {"DB_PASSWORD": f"{PASSWORD}\n"})
     assert result.returncode == 255
     assert result.failure.endswith(
-        "; check DB_USER and DB_PASSWORD; DB_PASSWORD has leading or trailing whitespace (a Secret that was made"
-        " with echo"
+        "; check DB_USER and DB_PASSWORD; DB_PASSWORD has leading or trailing whitespace (a Secret created with echo"
         " ends with a newline)"
     )
 
