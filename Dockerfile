@@ -1,4 +1,4 @@
-# An image that brings the Job's dependencies: no pip runs in the cluster, and no package index is needed there.
+# An image with the Job's dependencies pre-installed: the cluster needs neither pip nor a package index.
 #
 #     docker build -t registry.example.org/hcm-db-migrations:1 . && docker push registry.example.org/hcm-db-migrations:1
 #
@@ -12,7 +12,7 @@ FROM ${PYTHON}
 ARG PIP_INDEX_URL
 ARG PIP_TRUSTED_HOST
 COPY requirements.txt /tmp/
-# pip may change this system although Debian's own python3 marks it as Debian's.
+# Allow pip to install although Debian marks its python3 as externally managed.
 ENV PIP_BREAK_SYSTEM_PACKAGES=1
 RUN pip install --no-cache-dir --disable-pip-version-check --require-hashes --only-binary :all: -r /tmp/requirements.txt
 USER 65533:65533

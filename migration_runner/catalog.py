@@ -1,4 +1,4 @@
-"""What PostgreSQL's catalog says: the version table and who owns it, INVALID indexes, sessions.
+"""Queries on PostgreSQL's catalog: the version table and its owner, INVALID indexes, sessions.
 
 Each query runs with search_path = pg_catalog, or names that schema itself.
 """
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from migration_runner.database import RawConnection, Row
 
 
-class Asks(Protocol):
-    """A connection of the runner's own."""
+class Queryable(Protocol):
+    """A connection that runs the runner's own queries."""
 
-    def ask(self, query: str, *parameters: object) -> Sequence[Row]: ...
+    def query(self, statement: str, *parameters: object) -> Sequence[Row]: ...
 
 
-# Whom the role trusts anyway: itself, the roles granted to it, the database's owner, superusers. A superuser is a
-# member of every role, so membership is read, not asked with pg_has_role().
+# The roles that the role trusts anyway: itself, the roles granted to it, the database's owner, superusers. A superuser
+# is a member of every role, so membership is read from the catalog, not from pg_has_role().
 TRUSTED = """
     WITH RECURSIVE granted AS (
         SELECT oid FROM pg_roles WHERE rolname = session_user OR rolname = current_user
@@ -40,19 +40,19 @@ TRUSTED = """
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where the role's search_path leads; names, or None."""
+class ResolvedSearchPath:
+    """What the role's search_path resolves to; names, or None."""
 
     role: str
     current_schema: str | None
-    schema_owner: str | None  # None where the role trusts it
-    table_schema: str | None  # where the version table stands already
-    schemas: tuple[str, ...]  # of the path, as far as they exist and the role may use them
+    schema_owner: str | None  # None if the role trusts it
+    table_schema: str | None  # of an existing version table
+    schemas: tuple[str, ...]  # of the path, those that exist and that the role may use
 
 
-def find_place(raw: RawConnection, search_path: str, version_table: str) -> Place:
+def resolve_search_path(raw: RawConnection, search_path: str, version_table: str) -> ResolvedSearchPath:
     """Resolve names as a revision would, in the transaction that the caller ends."""
-    role, schema, schemas, found = raw.ask(
+    role, schema, schemas, found = raw.query(
         "SELECT set_config('search_path', %s, true);"
         " SELECT current_user::pg_catalog.text, pg_catalog.current_schema()::pg_catalog.text,"
         " pg_catalog.current_schemas(false)::pg_catalog.text[],"
@@ -60,17 +60,17 @@ def find_place(raw: RawConnection, search_path: str, version_table: str) -> Plac
         search_path,
         version_table,
     )[0]
-    raw.ask("SELECT pg_catalog.set_config('search_path', 'pg_catalog', true)")
-    owner = raw.ask(
+    raw.query("SELECT pg_catalog.set_config('search_path', 'pg_catalog', true)")
+    owner = raw.query(
         TRUSTED + "SELECT nspowner::regrole::text FROM pg_namespace"
         " WHERE nspname = %s::name AND nspowner NOT IN (SELECT oid FROM trusted)",
         schema,
     )
-    table_schema = raw.ask(
+    table_schema = raw.query(
         "SELECT n.nspname::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = %s",
         found,
     )
-    return Place(
+    return ResolvedSearchPath(
         role,
         schema,
         owner[0][0] if owner else None,
@@ -79,9 +79,9 @@ def find_place(raw: RawConnection, search_path: str, version_table: str) -> Plac
     )
 
 
-def others_who_may_create(raw: RawConnection, schemas: Sequence[str]) -> list[str]:
-    """`public (PUBLIC, report)`: those of the schemas in which others may make objects that revisions meet."""
-    rows = raw.ask(
+def untrusted_creators(raw: RawConnection, schemas: Sequence[str]) -> list[str]:
+    """`public (PUBLIC, report)`: the schemas in which untrusted roles may create objects."""
+    rows = raw.query(
         TRUSTED
         + """
         SELECT n.nspname::text, array_to_string(array_agg(DISTINCT coalesce(r.rolname, 'PUBLIC')), ', ')
@@ -102,8 +102,8 @@ def others_who_may_create(raw: RawConnection, schemas: Sequence[str]) -> list[st
 
 KINDS = {"v": "view", "m": "materialized view", "f": "foreign table", "p": "partitioned table", "S": "sequence"}
 
-# Everything that runs when the table is written or read: what depends on it, and whose functions, operators and types
-# that is made of. Objects of the system itself have no entry in pg_depend.
+# Everything that runs when the table is read or written: its dependents, and the functions, operators and types that
+# they use, with their owners. System objects have no entry in pg_depend.
 DEPENDENTS = """
     dependents AS (
         SELECT classid, objid FROM pg_depend WHERE refclassid = 'pg_class'::regclass AND refobjid = %(oid)s
@@ -129,17 +129,17 @@ DEPENDENTS = """
 
 @dataclass(frozen=True)
 class VersionTable:
-    """The version table as it stands in the database."""
+    """The existing version table."""
 
     name: str  # quoted, with its schema
-    problem: str | None  # why it is refused
-    width: int | None  # of version_num, in characters; None: any
+    problem: str | None  # the reason to refuse it
+    width: int | None  # of version_num, in characters; None: unlimited
     has_triggers: bool
 
 
 def version_table(raw: RawConnection, schema: str, name: str) -> VersionTable | None:
-    """Look at the version table before anything reads or writes it; None where there is none yet."""
-    found = raw.ask(
+    """Inspect the version table before anything reads or writes it; None if it does not exist yet."""
+    found = raw.query(
         TRUSTED
         + """
         SELECT c.oid, quote_ident(n.nspname) || '.' || quote_ident(c.relname), c.relkind::text,
@@ -157,19 +157,19 @@ def version_table(raw: RawConnection, schema: str, name: str) -> VersionTable | 
     oid, table, kind, owner, column, modifier, triggers = found[0]
     problem = None
     if kind != "r":
-        problem = f"is a {KINDS.get(kind, 'relation')}, no ordinary table"
+        problem = f"is a {KINDS.get(kind, 'relation')}, not an ordinary table"
     elif owner:
-        problem = f"belongs to {owner}"
+        problem = f"is owned by {owner}"
     elif foreign := _foreign_code(raw, oid):
-        problem = f"runs the {foreign[0]}, which belongs to {foreign[1]}"
+        problem = f"runs the {foreign[0]}, which is owned by {foreign[1]}"
     elif column not in ("character varying", "text", "character"):
         has = f"has a version_num of type {column}" if column else "has no column version_num"
         problem = f"{has}, so it is not Alembic's"
-    elif raw.ask(f"SELECT EXISTS (SELECT FROM {table} WHERE version_num IS NULL)")[0][0]:
+    elif raw.query(f"SELECT EXISTS (SELECT FROM {table} WHERE version_num IS NULL)")[0][0]:
         problem = f"has a row without a revision: DELETE FROM {table} WHERE version_num IS NULL"
-    elif raw.ask(f"SELECT EXISTS (SELECT FROM {table} GROUP BY version_num HAVING count(*) > 1)")[0][0]:
+    elif raw.query(f"SELECT EXISTS (SELECT FROM {table} GROUP BY version_num HAVING count(*) > 1)")[0][0]:
         problem = (
-            f"has a revision twice: DELETE FROM {table} a USING {table} b"
+            f"has a duplicate revision: DELETE FROM {table} a USING {table} b"
             " WHERE a.version_num = b.version_num AND a.ctid > b.ctid"
         )
     width = modifier - 4 if column in ("character varying", "character") and modifier and modifier > 0 else None
@@ -182,7 +182,7 @@ def _foreign_code(raw: RawConnection, oid: int) -> tuple[str, str] | None:
         " WHERE owner NOT IN (SELECT oid FROM trusted) LIMIT 1"
     )
     with raw.cursor() as cursor:
-        rows = raw.ask(cursor.mogrify(query, {"oid": oid}))
+        rows = raw.query(cursor.mogrify(query, {"oid": oid}))
     return (rows[0][0], rows[0][1]) if rows else None
 
 
@@ -197,8 +197,8 @@ class Index:
     valid: bool
 
 
-# An index that another session is building is INVALID meanwhile, and none of our business: its builder shows up in the
-# progress view and holds this lock on the table. Only ordinary indexes: a partitioned one may be INVALID by design,
+# An index that another session is still building is INVALID, too, and is not reported: its builder is in the progress
+# view and holds this lock on the table. Only ordinary indexes: a partitioned one may be INVALID by design,
 # until its parts are attached.
 INDEXES = """
     SELECT c.oid, i.indrelid, c.relname::text, quote_ident(n.nspname) || '.' || quote_ident(c.relname), i.indisvalid
@@ -211,52 +211,52 @@ INDEXES = """
 """
 
 
-def indexes(asks: Asks, tables: Sequence[int] = ()) -> list[Index]:
+def indexes(connection: Queryable, tables: Sequence[int] = ()) -> list[Index]:
     """The INVALID indexes of the database, and all indexes of these tables."""
-    return [Index(*row) for row in asks.ask(INDEXES, list(tables))]
+    return [Index(*row) for row in connection.query(INDEXES, list(tables))]
 
 
 @dataclass(frozen=True)
 class ResolvedBuild:
-    """A statement that works on an index CONCURRENTLY, with the server's own names."""
+    """A CONCURRENTLY statement on an index, with its names as the server resolves them."""
 
     build: IndexBuild
-    tables: frozenset[int] = frozenset()  # its table and the partitions; empty: a whole schema, or not to be resolved
-    index: str | None = None  # folded and cut as the server does it
+    tables: frozenset[int] = frozenset()  # its table and the partitions; empty: a whole schema, or unresolved
+    index: str | None = None  # case-folded and truncated as on the server
     existed: bool = True
 
-    def left(self, index: Index, invalid_before: frozenset[int]) -> bool:
-        """Whether an INVALID index is this statement's, and not another service's on the same table."""
+    def caused(self, index: Index, invalid_before: frozenset[int]) -> bool:
+        """Whether this statement left the INVALID index, and not another service on the same table."""
         new = index.oid not in invalid_before
         if self.tables and index.table not in self.tables:
             return False
-        if self.index is None or len(self.tables) > 1:  # no name, or those of the partitions' indexes
+        if self.index is None or len(self.tables) > 1:  # no name, or the names of the partitions' indexes
             return new
         name = re.sub(REINDEX_SUFFIX, "", index.relname) if self.build.rebuilds else index.relname
         return name == self.index
 
 
 def resolve(raw: RawConnection, build: IndexBuild) -> ResolvedBuild:
-    """Let the server read the names, with the search_path that the statement will have; outside a transaction."""
+    """Have the server resolve the names, with the search_path that the statement will have; outside a transaction."""
     try:
         return _resolve(raw, build)
-    except (psycopg2.ProgrammingError, psycopg2.DataError):  # a name that only the parser reads, as U&"\0061"
+    except (psycopg2.ProgrammingError, psycopg2.DataError):  # a name that only the parser can read, such as U&"\0061"
         return ResolvedBuild(build)
 
 
 def _resolve(raw: RawConnection, build: IndexBuild) -> ResolvedBuild:
     if build.table is None:
-        rows = raw.ask(
+        rows = raw.query(
             "SELECT i.indrelid, c.relname::pg_catalog.text FROM pg_catalog.pg_index i JOIN pg_catalog.pg_class c"
             " ON c.oid OPERATOR(pg_catalog.=) i.indexrelid"
             " WHERE c.oid OPERATOR(pg_catalog.=) pg_catalog.to_regclass(%s::pg_catalog.text)::pg_catalog.oid",
             build.index,
         )
         return ResolvedBuild(build, _with_partitions(raw, rows[0][0]), rows[0][1]) if rows else ResolvedBuild(build)
-    (table,) = raw.ask("SELECT pg_catalog.to_regclass(%s::pg_catalog.text)::pg_catalog.oid", build.table)[0]
+    (table,) = raw.query("SELECT pg_catalog.to_regclass(%s::pg_catalog.text)::pg_catalog.oid", build.table)[0]
     if build.index is None:
         return ResolvedBuild(build, _with_partitions(raw, table))
-    index, existed = raw.ask(
+    index, existed = raw.query(
         "SELECT s.name::pg_catalog.text, EXISTS (SELECT FROM pg_catalog.pg_index i JOIN pg_catalog.pg_class c"
         " ON c.oid OPERATOR(pg_catalog.=) i.indexrelid WHERE i.indrelid OPERATOR(pg_catalog.=) %s::pg_catalog.oid"
         " AND c.relname OPERATOR(pg_catalog.=) s.name)"
@@ -270,20 +270,20 @@ def _resolve(raw: RawConnection, build: IndexBuild) -> ResolvedBuild:
 def _with_partitions(raw: RawConnection, table: int | None) -> frozenset[int]:
     if table is None:
         return frozenset()
-    rows = raw.ask("SELECT relid::pg_catalog.oid FROM pg_catalog.pg_partition_tree(%s::pg_catalog.oid)", table)
+    rows = raw.query("SELECT relid::pg_catalog.oid FROM pg_catalog.pg_partition_tree(%s::pg_catalog.oid)", table)
     return frozenset([table, *(relation for (relation,) in rows)])
 
 
-WHO = (
+SESSION_DESCRIPTION = (
     "'pid ' || a.pid || ', ' || coalesce(nullif(a.application_name, ''), 'unnamed')"
     " || ' as ' || coalesce(a.usename, '?') || coalesce(' from ' || host(a.client_addr), '')"
 )
 
 
-def lock_holder(asks: Asks, key: int) -> str | None:
-    """Who holds the advisory lock: `pid 71, hcm-db-migrations as app from 10.0.0.7`."""
-    rows = asks.ask(
-        f"SELECT {WHO} FROM pg_locks l JOIN pg_stat_activity a USING (pid)"
+def lock_holder(connection: Queryable, key: int) -> str | None:
+    """The session that holds the advisory lock: `pid 71, hcm-db-migrations as app from 10.0.0.7`."""
+    rows = connection.query(
+        f"SELECT {SESSION_DESCRIPTION} FROM pg_locks l JOIN pg_stat_activity a USING (pid)"
         " WHERE l.locktype = 'advisory' AND l.granted"
         " AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())"
         " AND l.objsubid = 1 AND (l.classid::bigint << 32 | l.objid::bigint) = %s",
@@ -292,16 +292,16 @@ def lock_holder(asks: Asks, key: int) -> str | None:
     return str(rows[0][0]) if rows else None
 
 
-def blockers(asks: Asks, pid: int) -> list[str]:
-    """Whom the session waits for."""
-    query = f"SELECT {WHO} FROM pg_stat_activity a WHERE pid = ANY (pg_blocking_pids(%s)) ORDER BY pid"
-    return [str(name) for (name,) in asks.ask(query, pid)]
+def blockers(connection: Queryable, pid: int) -> list[str]:
+    """The sessions that block this one."""
+    query = f"SELECT {SESSION_DESCRIPTION} FROM pg_stat_activity a WHERE pid = ANY (pg_blocking_pids(%s)) ORDER BY pid"
+    return [str(name) for (name,) in connection.query(query, pid)]
 
 
-def waiters(asks: Asks, pid: int) -> list[tuple[int, str]]:
-    """Who waits for the session: pids and names."""
-    rows = asks.ask(
-        f"SELECT a.pid, {WHO} FROM pg_stat_activity a"
+def waiters(connection: Queryable, pid: int) -> list[tuple[int, str]]:
+    """The sessions that wait for this one: pids and descriptions."""
+    rows = connection.query(
+        f"SELECT a.pid, {SESSION_DESCRIPTION} FROM pg_stat_activity a"
         " WHERE a.pid IN (SELECT pid FROM pg_locks WHERE NOT granted) AND %s = ANY (pg_blocking_pids(a.pid))"
         " ORDER BY 1",
         pid,
@@ -309,7 +309,7 @@ def waiters(asks: Asks, pid: int) -> list[tuple[int, str]]:
     return [(int(other), str(name)) for other, name in rows]
 
 
-# Each view's phase, and how much of how much is done.
+# Each view's columns for phase, done and total.
 PROGRESS = {
     "create_index": ("phase", "coalesce(nullif(blocks_done, 0), tuples_done)",
                      "coalesce(nullif(blocks_total, 0), tuples_total)"),
@@ -322,32 +322,34 @@ PROGRESS = {
 
 @dataclass(frozen=True)
 class Activity:
-    """What a session does now."""
+    """What a session is doing now."""
 
-    statement: str | None  # None: none is running
+    statement: str | None  # None: no statement is running
     waits_for: str | None  # `Lock: relation`
     progress: str | None  # `building index: scanning table, 40 %`
 
 
-def activity(asks: Asks, pid: int) -> Activity:
-    """Ask what the session does, and how far it is."""
-    rows = asks.ask("SELECT state, query, wait_event_type, wait_event FROM pg_stat_activity WHERE pid = %s", pid)
+def activity(connection: Queryable, pid: int) -> Activity:
+    """The session's current statement and its progress."""
+    rows = connection.query(
+        "SELECT state, query, wait_event_type, wait_event FROM pg_stat_activity WHERE pid = %s", pid
+    )
     if not rows or rows[0][0] != "active":
         return Activity(None, None, None)
     _, query, wait_type, wait = rows[0]
     waits_for = f"{wait_type}: {wait}" if wait_type in ("Lock", "IO", "LWLock") else None
     for view, (phase, done, total) in PROGRESS.items():
         name = f"pg_stat_progress_{view}"
-        if not asks.ask("SELECT to_regclass(%s) IS NOT NULL", name)[0][0]:
+        if not connection.query("SELECT to_regclass(%s) IS NOT NULL", name)[0][0]:
             continue
-        found = asks.ask(f"SELECT {phase}, {done}, {total} FROM {name} WHERE pid = %s", pid)
+        found = connection.query(f"SELECT {phase}, {done}, {total} FROM {name} WHERE pid = %s", pid)
         if found:
             what, so_far, whole = found[0]
             return Activity(query, waits_for, f"{what}, {100 * so_far // whole} %" if whole else str(what))
     return Activity(query, waits_for, None)
 
 
-def transaction_status(asks: Asks, transaction_id: int) -> str | None:
-    """What became of a transaction: committed, aborted, in progress; None where it is too old to be known."""
-    status = asks.ask("SELECT txid_status(%s)", transaction_id)[0][0]
+def transaction_status(connection: Queryable, transaction_id: int) -> str | None:
+    """The transaction's status: committed, aborted, in progress; None if it is too old to be known."""
+    status = connection.query("SELECT txid_status(%s)", transaction_id)[0][0]
     return str(status) if status else None

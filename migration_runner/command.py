@@ -1,4 +1,4 @@
-"""What Alembic was told: read from the options that env.py gets, so that a program is served as the command line is."""
+"""The Alembic command, read from the options that env.py gets: the same for a program and for the command line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from alembic.util import CommandError, to_tuple
 
 
 class Needs(Enum):
-    """What a command needs of a database."""
+    """Which database access a command needs."""
 
     NOTHING = "nothing"  # revision, merge, history, show
     READ = "read"  # current, history -i, show current
@@ -28,7 +28,7 @@ class Command:
     """One Alembic command."""
 
     environment: EnvironmentContext
-    plan: Callable[..., Iterable[MigrationStep]]  # Alembic's own: from the heads in the database to the steps to take
+    plan: Callable[..., Iterable[MigrationStep]]  # Alembic's own: from the database's heads to the steps
     needs: Needs
     destination: tuple[str, ...]  # as given: `head`, `+1`, `002`
     shows_current: bool  # `alembic current`, whose `(head)` `helm test` looks for
@@ -36,7 +36,7 @@ class Command:
 
     @classmethod
     def from_context(cls) -> Command:
-        """Read the command that env.py runs for; raise CommandError for one that this project cannot have."""
+        """Read the command that env.py runs for; raise CommandError for one that is not supported."""
         context.configure(dialect_name="postgresql")
         migration = context.get_context()
         environment = migration.environment_context
@@ -63,7 +63,7 @@ class Command:
 
     @property
     def is_relative(self) -> bool:
-        """Whether the destination counts from wherever the database stands, as `+1` and `-1` do."""
+        """Whether the destination is relative to the current revision, as `+1` and `-1` are."""
         return any(re.search(r"(^|@)[+-]\d+$", target) for target in self.destination)
 
 
@@ -73,7 +73,7 @@ def _needs(opts: dict[str, Any], environment: EnvironmentContext) -> Needs:
     if "destination_rev" in opts:
         return Needs.WRITE
     options = environment.config.cmd_opts
-    # A program may want the current revision marked, and does not say so where it could be read: it gets it.
+    # Whether a program wants the current revision marked cannot be read from here, so it is.
     if options is not None and hasattr(options, "rev_range") and not options.indicate_current:
         return Needs.READ if "current" in (options.rev_range or "") else Needs.NOTHING
     return Needs.READ

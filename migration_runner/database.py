@@ -1,4 +1,4 @@
-"""Connections to one database: how they are made, and the runner's own queries, which nobody's objects can divert."""
+"""Connections to one database, and the runner's own queries, which no other role's objects can hijack."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from migration_runner.settings import Settings
 
 Row = tuple[Any, ...]
 
-# libpq's side: a connection whose other end is gone is noticed within about 10 s (the defaults: over an hour).
+# libpq detects a dead connection within about 10 s (by default: after more than an hour).
 CONNECT_ARGS = {
     "connect_timeout": 5,
     "keepalives_idle": 5,
@@ -36,14 +36,14 @@ class Observer(Protocol):
 
 
 class RawConnection(psycopg2.extensions.connection):
-    """The driver's connection, with somebody who may look on."""
+    """The driver's connection, with an optional observer."""
 
     observer: Observer | None = None
-    pid = 0  # of the server's process, by its own word: a pooler makes up another one for the driver
+    pid = 0  # the backend's own; a pooler reports another one to the driver
 
     @property
     def in_transaction(self) -> bool:
-        """Whether the server has a transaction open, as it said with its last answer."""
+        """Whether the server has a transaction open, as of its last response."""
         return self.get_transaction_status() not in (
             psycopg2.extensions.TRANSACTION_STATUS_IDLE,
             psycopg2.extensions.TRANSACTION_STATUS_UNKNOWN,
@@ -52,19 +52,19 @@ class RawConnection(psycopg2.extensions.connection):
     def cursor(  # type: ignore[override]
         self, name: Any = None, cursor_factory: Any = None, **options: Any
     ) -> Any:
-        """A cursor of the driver or of the caller's own class, which passes the observer in either case."""
+        """A cursor of the driver's or the caller's class; the observer sees its statements in either case."""
         factory = cursor_factory or getattr(self, "cursor_factory", None) or psycopg2.extensions.cursor
         return super().cursor(name, cursor_factory=_observed_class(factory), **options)
 
-    def ask(self, query: str | bytes, *parameters: object) -> list[Row]:
-        """The rows of one of the runner's own queries, unseen by the observer and by SQLAlchemy."""
+    def query(self, statement: str | bytes, *parameters: object) -> list[Row]:
+        """The rows of one of the runner's own queries, bypassing the observer and SQLAlchemy."""
         with super().cursor(cursor_factory=psycopg2.extensions.cursor) as cursor:
-            cursor.execute(query, parameters or None)
+            cursor.execute(statement, parameters or None)
             return cursor.fetchall() if cursor.description else []
 
 
 class Observed:
-    """Mixed into a cursor class: each way to run a statement passes the connection's observer."""
+    """Mixed into a cursor class: every way to run a statement goes through the connection's observer."""
 
     connection: RawConnection
 
@@ -97,7 +97,7 @@ class Observed:
         if observer is None:
             return nullcontext()
         if parameters:  # AsIs() may be any part of the statement
-            with suppress(Exception):  # the statement itself will say what is wrong
+            with suppress(Exception):  # running the statement reports what is wrong
                 query = self.mogrify(query, parameters)  # type: ignore[attr-defined]
         if not isinstance(query, str | bytes):
             query = query.as_string(self)
@@ -106,44 +106,44 @@ class Observed:
 
 @functools.cache
 def _observed_class(factory: Any) -> Any:
-    """The cursor class with Observed before it; a factory that is no class is taken as it is."""
+    """The cursor class with Observed mixed in; a factory that is not a class is returned unchanged."""
     if not isinstance(factory, type) or issubclass(factory, Observed):
         return factory
     return type(factory.__name__, (Observed, factory), {})
 
 
 class Database:
-    """The database of a run, and the connections to it that are open: the run's, and those of its revisions."""
+    """The database of a run, and the open connections of the run and of its revisions."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.connections: list[weakref.ref[RawConnection]] = []  # no WeakSet: two threads read it
-        self.opened = 0  # how many there were in all
+        self.connections: list[weakref.ref[RawConnection]] = []  # not a WeakSet: two threads read it
+        self.opened = 0  # how many in total
         self.aside = threading.local()
         self.engine = self._engine()
 
     @property
     def pids(self) -> list[int]:
-        """The server's processes of these connections."""
+        """The backends of these connections."""
         there = [reference() for reference in tuple(self.connections)]
         return [connection.pid for connection in there if connection is not None and not connection.closed]
 
     def _engine(self) -> Engine:
         arguments: dict[str, Any] = {n: v for n, v in CONNECT_ARGS.items() if n not in self.settings.url.query}
         arguments["connection_factory"] = RawConnection
-        # hide_parameters: the values of a failed statement are the campaigns' data, and the log is no place for them.
+        # hide_parameters: the values of a failed statement are campaign data, which must not be logged.
         engine = create_engine(self.settings.url, poolclass=NullPool, connect_args=arguments, hide_parameters=True)
 
         # Before SQLAlchemy's and psycopg2's own queries, whose functions and operators are not qualified ...
         @event.listens_for(engine, "connect", insert=True)
         def _begin(connection: RawConnection, _record: object) -> None:
-            rows = connection.ask("SET LOCAL search_path = pg_catalog; SELECT pg_backend_pid()")
+            rows = connection.query("SET LOCAL search_path = pg_catalog; SELECT pg_backend_pid()")
             connection.pid = rows[0][0]
             if not getattr(self.aside, "connecting", False):
                 self.connections.append(weakref.ref(connection))
                 self.opened += 1
 
-        # ... and after them, for whoever uses the connection.
+        # ... and after them, for the user of the connection.
         @event.listens_for(engine, "connect")
         def _end(connection: RawConnection, _record: object) -> None:
             connection.rollback()
@@ -151,11 +151,11 @@ class Database:
         return engine
 
     def connect(self) -> Connection:
-        """A connection as role and database set it up; may raise DBAPIError, psycopg2.Error, UnicodeDecodeError."""
+        """A connection with the settings of role and database; raises DBAPIError, psycopg2.Error or UnicodeError."""
         return self.engine.connect()
 
     def side_connection(self) -> SideConnection:
-        """A connection for the runner's own questions, which counts for none of the run's."""
+        """A connection for the runner's own queries, not counted as one of the run's."""
         self.aside.connecting = True
         try:
             return SideConnection(self.connect())
@@ -171,19 +171,19 @@ class SideConnection:
         self.raw = raw(connection)
         try:
             self.raw.autocommit = True
-            # What cannot be learned at once is not known: the table may be locked.
-            self.raw.ask("SET search_path = pg_catalog; SET lock_timeout = '1s'; SET statement_timeout = '5s'")
+            # Give up early: the table may be locked.
+            self.raw.query("SET search_path = pg_catalog; SET lock_timeout = '1s'; SET statement_timeout = '5s'")
         except BaseException:
             self.__exit__()
             raise
 
     def as_login_role(self) -> SideConnection:
-        """As the role that logged in: an `ALTER ROLE ... SET role` hides its own sessions from the other one."""
-        self.raw.ask("SET ROLE NONE")
+        """Use the login role: after `ALTER ROLE ... SET role`, the other role cannot see its sessions."""
+        self.raw.query("SET ROLE NONE")
         return self
 
-    def ask(self, query: str, *parameters: object) -> Sequence[Row]:
-        return self.raw.ask(query, *parameters)
+    def query(self, statement: str, *parameters: object) -> Sequence[Row]:
+        return self.raw.query(statement, *parameters)
 
     def __enter__(self) -> SideConnection:
         return self
@@ -195,7 +195,7 @@ class SideConnection:
 
 
 def raw(connection: Connection) -> RawConnection:
-    """The driver's connection of SQLAlchemy's."""
+    """The driver's connection behind SQLAlchemy's."""
     found = connection.connection.dbapi_connection
     assert isinstance(found, RawConnection)
     return found

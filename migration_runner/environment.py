@@ -1,4 +1,4 @@
-"""What env.py calls: `run()`, or the two functions that every Alembic user looks for there."""
+"""What env.py calls: `run()`, or the two functions that Alembic users expect there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger("migration_runner")
 
 
 def run() -> None:
-    """Run the command that Alembic was told, with or without a database."""
+    """Run Alembic's command, with or without a database."""
     if context.is_offline_mode():
         run_offline()
     else:
@@ -25,7 +25,7 @@ def run() -> None:
 
 
 def run_online() -> None:
-    """Run the command on the database that the environment names, with at most one line of failure."""
+    """Run the command on the database that the environment names, with at most one failure line."""
     _set_up_logging()
     if command := _prepare():
         Runner(command, settings.load(_env_file(command))).run()
@@ -36,18 +36,18 @@ def run_offline() -> None:
     _set_up_logging()
     try:
         if command := _prepare():
-            from migration_runner import plan  # in a Job nothing is compiled in advance: 15 ms that a run does not need
+            from migration_runner import plan  # saves 15 ms: a Job has no compiled files
 
             plan.write(command, settings.load(_env_file(command)))
     except CommandError as error:
-        if context.config.cmd_opts is None:  # a program, not the command line
+        if context.config.cmd_opts is None:  # called by a program, not the command line
             raise
         print(f"FAILED: {error}", file=sys.stderr)
         raise SystemExit(255) from error
 
 
 def _prepare() -> Command | None:
-    """Check the files; return the command, or None where it needed no database and is done."""
+    """Check the revision files; return the command, or None if it needed no database and is done."""
     command = Command.from_context()
     revisions.validate(command.script)
     if command.needs is not Needs.NOTHING:
@@ -65,7 +65,7 @@ def _env_file(command: Command) -> Path | None:
 
 
 def _set_up_logging() -> None:
-    """The run's report is seen whatever the project's alembic.ini says; Alembic's second copy of a failure is not."""
+    """Show the run's log whatever the project's alembic.ini says, and hide Alembic's second copy of a failure."""
     if log.level == logging.NOTSET:
         log.setLevel(logging.INFO)
     if not logging.getLogger().handlers and not log.handlers:

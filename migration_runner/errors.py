@@ -1,4 +1,4 @@
-"""What went wrong: what a server's error means, whether it passes, and how it is worded without data or secrets."""
+"""Errors: their meaning, whether they are transient, and their message without data or secrets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Interrupted(BaseException):
 
 
 class RetriesExhausted(SystemExit):
-    """The time to wait is up: one line on standard error and exit code 1, after which the Job is retried."""
+    """The retry budget is used up: one line on standard error and exit code 1, after which the Job is retried."""
 
     def __init__(self, line: str) -> None:
         super().__init__(f"FAILED: {line}")
@@ -25,18 +25,18 @@ class OwnTransaction(Exception):
 
 
 class LockLost(Exception):
-    """A revision released the lock that keeps other runs out, and another run has it now."""
+    """A revision released the migration lock, and another run has acquired it."""
 
 
 class Incomplete(Exception):
-    """A revision finished, and an index that it builds is INVALID."""
+    """A revision finished, but an index that it built is INVALID."""
 
 
-# SQLSTATEs that are known to pass: deadlock and serialization, resources (but no limit that is configured, 534), a
-# lock, a server that stops.
+# Transient SQLSTATEs: deadlock and serialization failure, resources (except a configured limit, 534), a lock, a server
+# that is shutting down.
 TRANSIENT_SQLSTATES = re.compile("40|53[0-3]|55P03|57P0[1235]")
 
-# Of these, the time before the error was the revision's own work.
+# For these, the time before the error was the revision's own work.
 RETRY_CLOCK_STOPS = re.compile("40|55P03")
 
 HINTS = {
@@ -49,11 +49,11 @@ HINTS = {
     "57014": "it was cancelled on the server",
 }
 
-# At connect the driver gives no SQLSTATE, so the text decides. Of these a retry is known to help ...
+# On connect the driver gives no SQLSTATE, so the text decides. For these a retry is known to help ...
 TRANSIENT_CONNECT_ERRORS = re.compile(
     "|".join(
         [
-            # libpq: not listening, not resolvable for now, cut off
+            # libpq: not listening, temporarily not resolvable, disconnected
             "connection refused",
             "timeout expired",
             "timed out",
@@ -78,7 +78,7 @@ TRANSIENT_CONNECT_ERRORS = re.compile(
             "too many (clients|connections)",
             "remaining connection slots are reserved",
             "could not fork new process",
-            # failing over, seen by target_session_attrs or by a pooler
+            # failover, reported by target_session_attrs or by a pooler
             "server is (not )?in hot standby mode",
             "session is (not )?read-only",
             "no more connections allowed",
@@ -94,12 +94,12 @@ TRANSIENT_CONNECT_ERRORS = re.compile(
     re.I,
 )
 
-# ... and of these the fix is known. Everything else fails at once as well, with the server's or libpq's own words.
+# ... and for these the fix is known. Anything else also fails at once, with the server's or libpq's message.
 PERMANENT_CONNECT_ERRORS = {
-    "authentication failed": "check DB_USER and DB_PASSWORD",  # of a password, SASL, PAM, LDAP ...
+    "authentication failed": "check DB_USER and DB_PASSWORD",  # password, SASL, PAM, LDAP ...
     "no password supplied": "set DB_PASSWORD",
     "is not permitted to log in": "grant LOGIN to the role, or set another DB_USER",
-    "private key file": "set the key's mode to 0600, or to 0640 where root owns it (in the chart: 'defaultMode: 0440'"
+    "private key file": "set the key's mode to 0600, or to 0640 if root owns it (in the chart: 'defaultMode: 0440'"
     " of the volume)",
     "channel binding": "set PGCHANNELBINDING=prefer, or enable scram-sha-256 and TLS on the server",
     "certificate": "set PGSSLROOTCERT to the CA's file, and the host to a name in the certificate",
@@ -114,32 +114,32 @@ PERMANENT_CONNECT_ERRORS = {
     "server does not support SSL": "set another PGSSLMODE, or turn TLS on in the server",
     "authentication method requirement": "check PGREQUIREAUTH",
     "GSSAPI": "set another PGGSSENCMODE",
-    "received invalid response": "what listens there is no PostgreSQL: check DB_HOST and DB_PORT, or the proxy",
+    "received invalid response": "the server there is not PostgreSQL: check DB_HOST and DB_PORT, or the proxy",
     "invalid": "check DATABASE_URL's query and the PG* variables",
 }
 
 
 def sqlstate(error: BaseException) -> str | None:
-    """The five characters that the server gave, or None where the connection broke."""
+    """The server's five-character code, or None if the connection broke."""
     code = getattr(getattr(error, "orig", error), "pgcode", None)
     return code if isinstance(code, str) else None
 
 
 def is_transient(error: BaseException, *, connection_lost: bool) -> bool:
-    """Whether a statement's error is known to pass; without an SQLSTATE, only where the connection is lost."""
+    """Whether a statement's error is transient; without an SQLSTATE, only if the connection is lost."""
     if not isinstance(error, DBAPIError | psycopg2.Error):
         return False
     state = sqlstate(error)
-    if state == "XX000":  # two sessions that GRANT or ANALYZE at once
+    if state == "XX000":  # two concurrent GRANT or ANALYZE
         return "tuple concurrently updated" in str(error)
-    if state and not state.startswith("08"):  # a function may raise 08 of a connection of its own
+    if state and not state.startswith("08"):  # a function may raise 08 for its own connection
         return bool(TRANSIENT_SQLSTATES.match(state))
-    # InterfaceError: nothing broke, a revision closed it, or uses what is closed.
+    # InterfaceError: not a broken connection; a revision closed it, or uses a closed one.
     return connection_lost and not isinstance(error, InterfaceError | psycopg2.InterfaceError)
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """What broke the connection: leaving a transaction or an autocommit_block then fails, too, and hides it."""
+    """The error that broke the connection, hidden by a later one on leaving the transaction or autocommit_block."""
     hides = (PendingRollbackError, InterfaceError, psycopg2.InterfaceError)
     while isinstance(error, hides) and isinstance(error.__context__, Exception):
         error = error.__context__
@@ -147,7 +147,7 @@ def root_cause(error: BaseException) -> BaseException:
 
 
 def describe(error: BaseException) -> str:
-    """Any exception on one line, without a statement, a literal or a row."""
+    """Any exception as one line, without statement, literals or rows."""
     if isinstance(error, StatementError) and not isinstance(error, DBAPIError):
         name = re.search(r"bind parameter '(.*?)'", str(error.orig))
         if name:
@@ -157,14 +157,14 @@ def describe(error: BaseException) -> str:
     if isinstance(error, DBAPIError | psycopg2.Error) and (state or not isinstance(error, psycopg2.ProgrammingError)):
         hint = HINTS.get(state or "")
         return server_message(error) + (f" ({hint})" if hint else "")
-    lines = traceback.format_exception_only(type(error), error)  # notes come after it, a syntax error's text before
+    lines = traceback.format_exception_only(type(error), error)  # notes follow, a syntax error's text precedes
     line = " ".join(lines[-1 if isinstance(error, SyntaxError) else 0].split())
-    quotes = isinstance(error, SQLAlchemyError | ValueError | psycopg2.Error)  # what it was given
+    quotes = isinstance(error, SQLAlchemyError | ValueError | psycopg2.Error)  # they quote their input
     return _unquoted(line) if quotes and not isinstance(error, UnicodeError) else line
 
 
 def unbound_parameter(name: str) -> str:
-    """What is wrong with `:name` in the text of a statement."""
+    """The message for `:name` in the text of a statement."""
     return (
         f"SQLAlchemy reads ':{name}' in the statement as a bind parameter without a value; write a backslash before"
         " a colon that is a part of the SQL (\\:)"
@@ -172,16 +172,16 @@ def unbound_parameter(name: str) -> str:
 
 
 def server_message(error: BaseException) -> str:
-    """What the server said, without the statement and without data; or what libpq said."""
-    if isinstance(error, UnicodeDecodeError):  # the words of a server that has another encoding
+    """The server's or libpq's message, without the statement and without data."""
+    if isinstance(error, UnicodeDecodeError):  # the message of a server with another encoding
         return _one_line(error.object.decode(errors="replace"))
-    said = getattr(error, "orig", None) or error
-    diag = getattr(said, "diag", None)
+    original = getattr(error, "orig", None) or error
+    diag = getattr(original, "diag", None)
     state = sqlstate(error) or ""
     primary = getattr(diag, "message_primary", None)
     if diag is None or not primary:
-        return _one_line(str(said))
-    if state[:2] in ("22", "23"):  # the data is in the detail and, of class 22, between quotes of any language
+        return _one_line(str(original))
+    if state[:2] in ("22", "23"):  # the data is in the detail and, for class 22, in quotes of any language
         if str(getattr(diag, "source_file", "")).startswith("pl"):  # RAISE: its text may be anything
             return f"an error of class {state}, raised by a function"
         return _one_line(re.sub(r":\s.*", ': "..."', _unquoted(primary), flags=re.S) if state[:2] == "22" else primary)
@@ -201,7 +201,7 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-# Of all languages that PostgreSQL speaks: ' " ` and those that Unicode calls so.
+# Quotation marks of all of PostgreSQL's languages: ' " ` and those of Unicode.
 QUOTES = "\"'`\u00ab\u00bb\u2018-\u201f\u2039\u203a\u300a-\u300f"
 
 

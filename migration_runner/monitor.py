@@ -1,4 +1,4 @@
-"""A second connection that looks on: who is in the way, who waits for the run, and how far a long statement is."""
+"""A second connection that samples the run: blockers, waiting sessions, and the progress of a long statement."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ LATER_INTERVAL = 60
 
 
 class Monitor:
-    """Samples the session each second, once a step takes longer than one; a run of short steps opens no connection.
+    """Samples the session every second, once a step takes longer than one; a run of short steps opens no connection.
 
-    Where no second connection is to be had, names and progress are missing, and nothing else.
+    Without a second connection, only names and progress are missing.
     """
 
     def __init__(self, database: Database, pid: int, current: Callable[[], StepRun | None]) -> None:
         self.database, self.pid, self.current = database, pid, current
-        self.blockers: frozenset[str] = frozenset()  # of the step; after LOCK_TIMEOUT nobody can tell any more
+        self.blockers: frozenset[str] = frozenset()  # of the step; after LOCK_TIMEOUT they can no longer be queried
         self.waiters: frozenset[str] = frozenset()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -45,8 +45,8 @@ class Monitor:
         self._stop.set()
         self._thread.join(timeout=2)
 
-    def forget(self) -> None:
-        """Another step begins."""
+    def reset(self) -> None:
+        """Reset for the next step."""
         self.blockers = self.waiters = frozenset()
 
     def _run(self) -> None:
@@ -58,7 +58,7 @@ class Monitor:
             step = self.current()
         with suppress(DBAPIError, psycopg2.Error, UnicodeDecodeError), self.database.side_connection() as other:
             self._sample(other.as_login_role())
-        self._sample(None)  # not to be had, or broken
+        self._sample(None)  # no connection, or a broken one
 
     def _sample(self, other: SideConnection | None) -> None:
         logged: tuple[StepRun | None, float] = (None, 0.0)
@@ -84,7 +84,7 @@ class Monitor:
             parts.append(f"waiting for {' and '.join(blockers)}")
         elif doing.waits_for:
             parts.append(f"waiting for {doing.waits_for}")
-        own = ", a connection of the revision's own"
+        own = ", a connection opened by the revision"
         self.waiters = frozenset(
             printable(name) + (own if pid in self.database.pids else "")
             for pid, name in catalog.waiters(other, self.pid)

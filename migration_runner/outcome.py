@@ -1,4 +1,4 @@
-"""The last line of a run that failed: what, why, what stays, where the database stands, what to do; worded here."""
+"""The last line of a failed run: what failed, why, what remains, the database's revision, what to do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from migration_runner.database import Database
 from migration_runner.errors import Incomplete, LockLost, OwnTransaction, describe, printable, sqlstate
 from migration_runner.step import StepRun, Transaction, drop_with
 
-UNKNOWN = "check with 'alembic current'"
+CHECK_CURRENT = "check with 'alembic current'"
 REFUSALS: dict[type[BaseException], str] = {
     OwnTransaction: "committed or rolled back its own transaction (COMMIT or ROLLBACK, commit() or rollback());"
     " transactions are managed by the runner: use op.get_context().autocommit_block()",
@@ -26,7 +26,7 @@ REFUSALS: dict[type[BaseException], str] = {
 
 @dataclass(frozen=True)
 class DatabaseState:
-    """What the database said after a failure, in a connection of its own; each None was not to be learned."""
+    """The database after a failure, read on a separate connection; None is unknown."""
 
     position: str | None = None  # `002`, `base`
     transaction: str | None = None  # committed, aborted, in progress
@@ -40,12 +40,12 @@ def read_state(
     version_table: tuple[str, str] | None,
     invalid_before: frozenset[int],
 ) -> DatabaseState:
-    """Ask where the database stands and what a step left; never raises."""
+    """Read the database's revision and what remains of a step; never raises."""
     state = DatabaseState()
     if version_table is None:
         return state
     with suppress(DBAPIError, psycopg2.Error, UnicodeDecodeError), database.side_connection() as other:
-        # The transaction first: what it made of the version table is to be read afterwards.
+        # The transaction first: it may still change the version table.
         transaction_id = step.transaction_id if step else None
         transaction = catalog.transaction_status(other, transaction_id) if transaction_id else None
         state = replace(state, transaction=transaction, position=_position(other, version_table))
@@ -56,24 +56,24 @@ def read_state(
     return state
 
 
-def _position(other: catalog.Asks, version_table: tuple[str, str]) -> str:
-    rows = other.ask(
+def _position(other: catalog.Queryable, version_table: tuple[str, str]) -> str:
+    rows = other.query(
         "SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname) FROM pg_class c JOIN pg_namespace n"
         " ON n.oid = c.relnamespace WHERE n.nspname = %s::name AND c.relname = %s::name AND c.relkind = 'r'",
         *version_table,
     )
-    heads = other.ask(f"SELECT version_num FROM {rows[0][0]} ORDER BY 1") if rows else []
+    heads = other.query(f"SELECT version_num FROM {rows[0][0]} ORDER BY 1") if rows else []
     return ", ".join(str(head) for (head,) in heads) or "base"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Why a try ended, and all that is known of what it left."""
+    """Why an attempt ended, and what is known of the resulting state."""
 
     error: BaseException | None  # None: a signal ended it
     signal: str | None = None
     step: StepRun | None = None
-    connected: bool = True  # at some time of the run
+    connected: bool = True  # at any time during the run
     location: str | None = None
     blockers: Collection[str] = ()
     waiters: Collection[str] = ()
@@ -83,16 +83,16 @@ class Outcome:
 
     @property
     def reason(self) -> str:
-        """What happened and where the database stands; without what to do about it."""
-        return printable("; ".join([self._what(), *self._in_the_way(), *self._left()]))
+        """What happened and the database's revision, without what to do about it."""
+        return printable("; ".join([self._what(), *self._blocking(), *self._resulting_state()]))
 
     @property
     def fix_line(self) -> str:
-        """For an error that no retry helps."""
+        """For an error that is not retryable."""
         return f"{self.reason}; fix it, then retry"
 
     def timed_out_line(self, seconds: float) -> str:
-        """For an error that may pass."""
+        """For a transient error."""
         return f"{self.reason}; timed out after {seconds:.0f} s; retry later"
 
     @property
@@ -105,13 +105,13 @@ class Outcome:
 
     @property
     def killed_line(self) -> str:
-        """For a run that does not stop; nothing can be asked any more."""
-        parts = [f"interrupted by {self.signal}; did not stop in time and was killed", *self._in_the_way()]
+        """For a run that does not stop; the database can no longer be queried."""
+        parts = [f"interrupted by {self.signal}; did not stop in time and was killed", *self._blocking()]
         step = self.step
         if step and step.recorded:
-            parts.append(f"commit status unknown: {UNKNOWN}")
+            parts.append(f"commit status unknown: {CHECK_CURRENT}")
         elif self.position_before is not None:
-            parts.append(f"the database was at revision {self.position_before} before: {UNKNOWN}")
+            parts.append(f"the database was at revision {self.position_before} before: {CHECK_CURRENT}")
         if step and step.worked_outside:
             kept = step.statements.committed
             parts.append(
@@ -130,7 +130,7 @@ class Outcome:
             return f"{self.step.title} {REFUSALS[type(self.error)]}{where}"
         return f"{f'{self.step.title} failed: ' if self.step else ''}{describe(self.error)}{where}"
 
-    def _in_the_way(self) -> list[str]:
+    def _blocking(self) -> list[str]:
         parts = []
         if self.blockers and self.error is not None and sqlstate(self.error) == "55P03":
             parts.append(f"blocked by {' and '.join(sorted(self.blockers))}")
@@ -138,47 +138,46 @@ class Outcome:
             parts.append(f"waiting for this run: {' and '.join(sorted(self.waiters))}")
         return parts
 
-    def _left(self) -> list[str]:
-        """What stays of the step, and where the database stands: nothing that was not asked."""
-        parts: list[str] = []
-        state, step = self.state, self.step
+    def _resulting_state(self) -> list[str]:
+        """What remains of the step, and the database's revision: only what was read."""
         if not self.connected:
             return ["nothing was changed"]
-        own = step is not None and step.transaction is Transaction.ENDED
-        stays = own
-        if step and own:
+        remains = self._remains()
+        drops = [*self.state.invalid, *self.state.built]
+        return [*remains, *([drop_with(drops)] if drops else []), self._revision(rolled_back=not remains)]
+
+    def _remains(self) -> list[str]:
+        parts: list[str] = []
+        state, step = self.state, self.step
+        if step and step.transaction is Transaction.ENDED:
             parts.append(f"check which of these were committed: {step.statements.all or 'no statement was recorded'}")
         elif step and step.transaction is Transaction.ENTERING_BLOCK and step.statements.all:
-            stays = state.transaction != "aborted"
-            if stays:
+            if state.transaction != "aborted":
                 parts.append(f"check which of these were committed: {step.statements.all}")
         elif step and step.statements.committed:
-            stays = True
             parts.append(f"committed outside the transaction and not rolled back: {step.statements.committed}")
         if step and step.statements.partial:
-            stays = True
             parts.append(f"check what was committed by: {step.statements.partial}")
         if step and step.used_another_connection:
-            stays = True
             parts.append("check for changes committed on the revision's second connection")
         if state.invalid:
-            stays = True
             parts.append(f"left INVALID: {', '.join(state.invalid)}")
-        if drops := [*state.invalid, *state.built]:
-            parts.append(drop_with(drops))
+        return parts
+
+    def _revision(self, *, rolled_back: bool) -> str:
+        state, step = self.state, self.step
+        commit_unknown = f"commit status unknown: {CHECK_CURRENT}"
         if state.position is None:
-            committing = step is not None and step.recorded
-            unknown = "commit status unknown" if committing else "where the database stands is not known"
-            return [*parts, f"{unknown}: {UNKNOWN}"]
+            return commit_unknown if step and step.recorded else f"the database's revision is unknown: {CHECK_CURRENT}"
         position = f"the database is at revision {state.position}"
         if not step:
-            return [*parts, position]
-        if state.transaction == "committed" and not own:
-            return [*parts, f"but the commit succeeded; {position}"] if step.recorded else [*parts, position]
+            return position
+        if state.transaction == "committed" and step.transaction is not Transaction.ENDED:
+            return f"but the commit succeeded; {position}" if step.recorded else position
         if step.recorded and state.transaction != "aborted":
-            return [*parts, f"commit status unknown: {UNKNOWN}"]
-        if stays:
-            return [*parts, position]
+            return commit_unknown
+        if not rolled_back:
+            return position
         if state.transaction == "in progress":
-            return [*parts, f"rollback still in progress on the server; {position}"]
-        return [*parts, f"rolled back; {position}"]
+            return f"rollback still in progress on the server; {position}"
+        return f"rolled back; {position}"

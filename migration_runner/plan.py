@@ -1,4 +1,4 @@
-"""`--sql`: the same steps as a run's, with the same settings and refusals, as SQL that psql executes."""
+"""`--sql`: the steps of a run, with the same settings and checks, as SQL for psql."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from migration_runner.step import savepoint, title
 
 
 class HasNoPlan(AttributeError):
-    """What a revision does depends on a live database, or on how a run sends it; why, in a few words."""
+    """A revision cannot be planned: it depends on a live database, or on how a run sends its SQL; the reason."""
 
 
 READS = "reads the database or depends on its answers"
@@ -41,7 +41,7 @@ def write(command: Command, settings: Settings) -> None:
     """Write the plan to Alembic's output, all or nothing; raise CommandError with one line."""
     plan = _Plan(command, settings)
     try:
-        plan.make()
+        plan.write()
     except CommandError:
         raise
     except (Exception, SystemExit) as error:
@@ -50,7 +50,7 @@ def write(command: Command, settings: Settings) -> None:
     try:
         print(plan.output.getvalue(), end="", file=output, flush=True)
     except (OSError, UnicodeError) as error:
-        if output is sys.stdout:  # else Python tries again, at its own end
+        if output is sys.stdout:  # else Python flushes again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
         reason = getattr(error, "strerror", error)
         raise CommandError(f"the SQL output is incomplete, do not run it: {reason}") from error
@@ -61,7 +61,7 @@ def _refusal(command: Command, step: MigrationStep | None, error: BaseException)
     at = f", at {where}" if where else ""
     if step and isinstance(error, HasNoPlan | NoInspectionAvailable):
         return CommandError(
-            f"{title(step)} {error if isinstance(error, HasNoPlan) else READS}, so there is no plan of it; run it"
+            f"{title(step)} {error if isinstance(error, HasNoPlan) else READS}, so it cannot be planned; run it"
             f" without --sql{at}"
         )
     if step and isinstance(error, UnboundParameter):
@@ -70,15 +70,15 @@ def _refusal(command: Command, step: MigrationStep | None, error: BaseException)
 
 
 class _Plan:
-    """The plan while it is made; `output` has what is written so far."""
+    """The plan being written; `output` has the SQL so far."""
 
     def __init__(self, command: Command, settings: Settings) -> None:
         self.command, self.settings = command, settings
         self.output = _Statements()
         self.step: MigrationStep | None = None
-        self.heads: tuple[str, ...] = ()  # where the database stands before the step
+        self.heads: tuple[str, ...] = ()  # of the database before the step
 
-    def make(self) -> None:
+    def write(self) -> None:
         context.configure(
             dialect_name="postgresql",
             literal_binds=True,
@@ -94,7 +94,7 @@ class _Plan:
         qualify_comparisons(migration._version)
         dialect: Any = migration.dialect
         dialect.statement_compiler = type("PlanCompiler", (_LiteralValues, dialect.statement_compiler), {})
-        dialect._backslash_escapes = False  # as SQLAlchemy learns of a server: standard_conforming_strings is on
+        dialect._backslash_escapes = False  # as SQLAlchemy sets it for a server with standard_conforming_strings on
         self.connection = _PlanConnection(migration)
         migration.connection = migration.impl.connection = cast("Any", self.connection)
         block = functools.partial(MigrationContext.autocommit_block, migration)
@@ -126,10 +126,10 @@ class _Plan:
         """As StepRun.autocommit_block."""
         assert self.step
         self.output.emit(f"RELEASE SAVEPOINT {savepoint(self.step)};")
-        asked = self.connection.asked  # Alembic itself looks whether a transaction is open
+        unanswered = self.connection.unanswered  # Alembic itself checks whether a transaction is open
         try:
             with block():
-                self.connection.asked, self.output.in_block = asked, True
+                self.connection.unanswered, self.output.in_block = unanswered, True
                 try:
                     yield
                 finally:
@@ -138,15 +138,15 @@ class _Plan:
             self.output.emit(f"SAVEPOINT {savepoint(self.step)};")
 
     def _around(self, function: Callable[..., None], table: str, settings: list[str]) -> Callable[..., None]:
-        """As StepRun.apply: the same savepoint, the settings made anew, the same look at what an index became."""
+        """As StepRun.apply: the same savepoint, the settings reset, the same check of the indexes."""
 
         def apply(**options: Any) -> None:
             assert self.step
             self.output.begin_step()
             self.output.emit(_position(table, self.heads), f"SAVEPOINT {savepoint(self.step)};")
             function(**options)
-            if self.connection.asked:  # and the revision has caught that there is no answer
-                raise HasNoPlan(self.connection.asked)
+            if self.connection.unanswered:  # and the revision caught the exception
+                raise HasNoPlan(self.connection.unanswered)
             checks = [check for build in self.output.builds if (check := _index(build, title(self.step)))]
             self.output.emit(f"RELEASE SAVEPOINT {savepoint(self.step)};", *settings, *checks)
 
@@ -166,7 +166,7 @@ class _Statements(io.StringIO):
         self.own_lock_timeout = False
 
     def emit(self, *lines: str) -> None:
-        """The runner's own."""
+        """Write the runner's own SQL."""
         super().write("\n".join(lines) + "\n\n")
 
     def write(self, statement: str) -> int:
@@ -179,12 +179,12 @@ class _Statements(io.StringIO):
             self.builds.append(build)
         if self.own_lock_timeout or not (build or sql.detaches(statement)):
             return super().write(statement)
-        # It holds up no reader and no writer, and waits for all transactions.
+        # It blocks no reader and no writer, and waits for all transactions.
         return super().write(f"SET lock_timeout = 0;\n{statement.rstrip()}\nSET lock_timeout = '{LOCK_TIMEOUT}';\n\n")
 
 
 def _terminated(statement: str) -> str:
-    """The statement with its semicolon, which Alembic writes into a comment where the SQL ends with one."""
+    """The statement with its semicolon, which Alembic puts into a comment if the SQL ends with one."""
     text = statement.rstrip()
     if text.endswith(";") and "--" in text.rsplit("\n", 1)[-1]:
         last = [token.text for token in sql.tokens(text)][-1:]
@@ -194,12 +194,12 @@ def _terminated(statement: str) -> str:
 
 
 class _LiteralValues:
-    """Mixed into the dialect's compiler: what it would print as NULL, or leave open, is refused."""
+    """Mixed into the dialect's compiler: what it would print as NULL, or leave unbound, is refused."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         if getattr(self, "insert_prefetch", ()) or getattr(self, "update_prefetch", ()):
-            raise HasNoPlan("uses a default that Python makes for each row")
+            raise HasNoPlan("uses a default that Python computes for each row")
 
     def render_literal_bindparam(self, bindparam: Any, *arguments: Any, **options: Any) -> str:
         if bindparam.required and bindparam.value is None and bindparam.callable is None:
@@ -218,9 +218,9 @@ class _LiteralValues:
 
 
 class _PlanConnection(MockConnection):
-    """What `op.get_bind()` is in a plan: it writes what is executed, and has no answers."""
+    """What `op.get_bind()` returns in a plan: it writes what is executed, and returns no results."""
 
-    asked = ""  # what it could not answer, even where the revision does not mind
+    unanswered = ""  # what it could not answer, even if the revision caught the exception
 
     def __init__(self, migration: MigrationContext) -> None:
         super().__init__(migration.dialect, self._write)
@@ -229,7 +229,7 @@ class _PlanConnection(MockConnection):
     def _write(self, construct: Any, *_: Any, **__: Any) -> None:
         version_table = self.migration._version
         if isinstance(construct, CreateTable) and construct.element is version_table:
-            construct.if_not_exists = True  # after `downgrade base` it is there, and empty
+            construct.if_not_exists = True  # after `downgrade base` it exists, and is empty
         self.migration.impl._exec(construct)
 
     def execute(self, obj: Any, parameters: Any = None, execution_options: Any = None) -> Any:
@@ -251,8 +251,8 @@ class _PlanConnection(MockConnection):
         return _NoResult(self)
 
     def refusal(self) -> HasNoPlan:
-        """What to raise where only a database has the answer."""
-        self.asked = READS
+        """The exception for what only a database can answer."""
+        self.unanswered = READS
         return HasNoPlan(READS)
 
     def __getattr__(self, name: str) -> NoReturn:
@@ -273,7 +273,7 @@ class _NoResult:
 
 
 def _settings(settings: Settings, quote: Callable[[str], str]) -> list[str]:
-    """What each revision begins with, as Session.defaults; a plan cannot know which names an older server lacks."""
+    """What each revision starts with, as Session.defaults; a plan cannot know which names an older server lacks."""
     return [
         "SET SESSION AUTHORIZATION DEFAULT;",
         "RESET ROLE;",
@@ -289,13 +289,13 @@ def _literal(text: str) -> str:
 
 
 def _block(condition: str, message: str) -> str:
-    """A statement that fails where the condition holds."""
+    """A statement that fails if the condition holds."""
     raises = f"RAISE EXCEPTION USING MESSAGE = {_literal(message)};"
     return f"DO $plan$ BEGIN IF {condition} THEN\n  {raises}\nEND IF; END $plan$;"
 
 
 def _lock(table: str, settings: Settings) -> str:
-    """The run's own lock, under the same key; the schema is what the server finds, where none is set."""
+    """The run's lock, under the same key; without DB_SCHEMA, the server resolves the schema."""
     found = (
         "(SELECT n.nspname::pg_catalog.text FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n"
         " ON n.oid OPERATOR(pg_catalog.=) c.relnamespace WHERE c.oid OPERATOR(pg_catalog.=)"
@@ -314,14 +314,16 @@ def _position(table: str, heads: Iterable[str]) -> str:
     found = f'ARRAY(SELECT version_num::pg_catalog.text COLLATE "C" FROM {table} ORDER BY 1)'
     differs = f"{found} OPERATOR(pg_catalog.<>) ARRAY[{there}]::pg_catalog.text[]"
     at = ", ".join(sorted(heads)) or "base"
-    return _block(differs, f"the database is not at {at}, where this plan begins")
+    return _block(differs, f"the database is not at {at}, where this plan starts")
 
 
 def _index(build: sql.IndexBuild, name: str) -> str | None:
-    """The check of a run's, for whoever applies the plan; names are resolved by the server then."""
+    """The run's check of an index build; the server resolves the names when the plan is applied."""
     if build.index is None or (build.table is None and not build.rebuilds):
         return None
-    if any(name and name.upper().startswith("U&") for name in (build.index, build.table)):  # only the parser reads it
+    if any(
+        name and name.upper().startswith("U&") for name in (build.index, build.table)
+    ):  # only the parser can read it
         return None
     table = f"pg_catalog.to_regclass({_text(build.table or build.index)})::pg_catalog.oid"
     if build.table is None:
@@ -342,5 +344,5 @@ def _index(build: sql.IndexBuild, name: str) -> str | None:
 
 
 def _text(text: str) -> str:
-    """A literal that is of type text and no other, for which somebody may have made a function."""
+    """A literal of type text: an untyped one could match a function that another role has created."""
     return f"{_literal(text)}::pg_catalog.text"

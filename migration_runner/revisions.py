@@ -1,4 +1,4 @@
-"""The revision files: what is checked before a database is contacted, which are applied, and the next one's number."""
+"""The revision files: the checks before a database is contacted, which are applied, and the next one's number."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ SEE_README = "see 'Adding a migration' in README.md"
 def validate(script: ScriptDirectory) -> None:
     """Load all revision files, once for the whole command, or raise CommandError naming the file and the fix.
 
-    Alembic itself only warns of two files with one revision id, and drops one of them; a link it follows, and where
-    that leads to no .py file, it passes over the revision.
+    Alembic itself only warns of two files with one revision id, and drops one of them; it follows a symlink, and
+    ignores the revision if the target is not a .py file.
     """
     for path in _paths(script):
         if path.is_symlink() and (path.suffix == ".py" or path.is_dir()):
@@ -45,10 +45,10 @@ def validate(script: ScriptDirectory) -> None:
         raise CommandError(
             f"{file}; rename it, {SEE_README}"
             if file
-            else f"{error}; fix the 'down_revision' of one of them, {SEE_README}"  # such as a circle
+            else f"{error}; fix the 'down_revision' of one of them, {SEE_README}"  # such as a cycle
         ) from None
     except CommandError as error:
-        name = re.search(r"from filename (.*?\.py)", str(error))  # Alembic's cure is for files of its version 0.1
+        name = re.search(r"from filename (.*?\.py)", str(error))  # Alembic's hint is for files of its version 0.1
         raise CommandError(
             f"{name[1]} has no 'revision'; fix or delete the file, {SEE_README}" if name else str(error)
         ) from None
@@ -59,7 +59,7 @@ def validate(script: ScriptDirectory) -> None:
 
 
 def validate_runnable(script: ScriptDirectory, destination: Iterable[str]) -> None:
-    """Refuse what Alembic would take for success or would find out only after connecting."""
+    """Refuse what Alembic would report as success, or only after connecting."""
     if not script.get_heads():
         raise CommandError(
             f"no revisions found in {' and '.join(map(str, _locations(script)))}; nothing to do, treated as an error:"
@@ -82,16 +82,16 @@ def validate_runnable(script: ScriptDirectory, destination: Iterable[str]) -> No
 def _explain_no_match(script: ScriptDirectory, target: str) -> str:
     names = (revision.revision for revision in script.walk_revisions())
     same = sorted(name for name in names if len(name) > 3 and name.startswith(target))  # as Alembic matches
-    return f"{target} may be any of {', '.join(same)}" if same else f"there is no revision {target}"
+    return f"{target} is ambiguous: {', '.join(same)}" if same else f"there is no revision {target}"
 
 
 def validate_one_head(script: ScriptDirectory) -> None:
-    """Refuse `head` as a destination where there are several."""
+    """Refuse `head` as a destination if there are several."""
     heads = script.get_heads()
     if len(heads) > 1:
         files = " and ".join(f"{head} ({_file(script, head)})" for head in sorted(heads))
         raise CommandError(
-            f"there are {len(heads)} heads: {files}; make one revise the other by its 'down_revision', {SEE_README}"
+            f"there are {len(heads)} heads: {files}; set the 'down_revision' of one to the other, {SEE_README}"
         )
 
 
@@ -110,7 +110,7 @@ def assign_revision_id(context: MigrationContext, _heads: object, directives: li
         raise CommandError(
             f"revision {wanted} already exists: {Path(existing[wanted].path).name}; choose another --rev-id"
         )
-    if wanted and not re.fullmatch(r"\w[\w.]*", wanted):  # it becomes a part of the file's name
+    if wanted and not re.fullmatch(r"\w[\w.]*", wanted):  # it becomes part of the file name
         raise CommandError(f"--rev-id is '{wanted}'; use letters, digits, _ and . only")
     if not wanted:
         highest = max((int(number) for number in existing if number.isascii() and number.isdigit()), default=0)
@@ -140,7 +140,7 @@ def branch_heads(script: ScriptDirectory, heads: Iterable[str]) -> set[Script]:
 
 
 def code_heads(script: ScriptDirectory) -> list[str]:
-    """The heads, without those that another one depends on: these have no row of their own in the version table."""
+    """The heads, without those that another one depends on, which have no row in the version table."""
     heads = sorted(script.get_heads())
     if len(heads) == 1:
         return heads
@@ -148,7 +148,7 @@ def code_heads(script: ScriptDirectory) -> list[str]:
 
 
 def superseded(script: ScriptDirectory, heads: tuple[str, ...]) -> str | None:
-    """A row of the version table that another one makes stale, if there is one."""
+    """A row of the version table that another one supersedes, if any."""
     for head in heads if len(heads) > 1 else ():
         if any(head in applied(script, _parents(_get(script, other))) for other in heads if other != head):
             return head
@@ -156,7 +156,7 @@ def superseded(script: ScriptDirectory, heads: tuple[str, ...]) -> str | None:
 
 
 def revision_error(script: ScriptDirectory, error: BaseException) -> CommandError:
-    """What to raise for an error in a revision file."""
+    """The exception for an error in a revision file."""
     where = error_location(error, script)
     what = f"{where}: {describe(error)}" if where else _explain_error(script, error)
     return CommandError(f"{what}; fix the file, {SEE_README}")
@@ -188,7 +188,7 @@ def _file(script: ScriptDirectory, name: str) -> str:
 
 
 def _locations(script: ScriptDirectory) -> list[Path]:
-    """The folders of revisions; `ScriptDirectory.versions` knows one only."""
+    """The folders of revisions; `ScriptDirectory.versions` is only one."""
     return [Path(location) for location in script._version_locations]
 
 
@@ -198,7 +198,7 @@ def _paths(script: ScriptDirectory) -> Iterator[Path]:
 
 
 def _takes_no_argument(function: Any) -> bool:
-    if isinstance(function, types.FunctionType):  # nearly always; inspect.signature takes 20 times as long
+    if isinstance(function, types.FunctionType):  # nearly always; inspect.signature is 20 times slower
         code = function.__code__
         if code.co_argcount == code.co_kwonlyargcount == 0 and not hasattr(function, "__wrapped__"):
             return True
@@ -219,7 +219,7 @@ def _file_with_wrong_id(script: ScriptDirectory) -> str | None:
 
 
 def _explain_error(script: ScriptDirectory, error: BaseException) -> str:
-    """The file at fault where the exception names none: it is no Python (UTF-16), or an id is of a wrong kind."""
+    """The file at fault if the exception names none: it is not Python (UTF-16), or an id has the wrong type."""
     known: set[str] = set()
     wanted: list[tuple[str, str]] = []
     for path in _paths(script):
@@ -230,11 +230,11 @@ def _explain_error(script: ScriptDirectory, error: BaseException) -> str:
         except (SyntaxError, ValueError):  # ValueError, too: Python 3.11 and older
             return f"{path.name}: {describe(error)}"
         if not isinstance(fields.get("revision"), str):
-            return f"{path.name} has a 'revision' that is no string"
+            return f"{path.name} has a 'revision' that is not a string"
         for name in ("down_revision", "depends_on", "branch_labels"):
             values = to_tuple(fields.get(name), default=())
             if not all(isinstance(value, str) for value in values):
-                return f"{path.name} has a '{name}' that is no string"
+                return f"{path.name} has a '{name}' that is not a string"
             known |= set(values) if name == "branch_labels" else set()
             wanted += [(path.name, value) for value in values] if name == "depends_on" else []
         known.add(fields["revision"])
@@ -245,14 +245,14 @@ def _explain_error(script: ScriptDirectory, error: BaseException) -> str:
 
 
 def _fields(path: Path) -> dict[str, Any]:
-    """What the file assigns, whether or not it makes a revision."""
+    """The file's assignments, whether or not it is a revision."""
     fields: dict[str, Any] = {}
     exec(compile(path.read_bytes(), path, "exec"), fields)  # noqa: S102  the same file was just run by Alembic
     return fields
 
 
 def _explain_warning(script: ScriptDirectory, warning: str) -> str:
-    """What Alembic warned of, with the files; reads them again, as only a failing run does."""
+    """Alembic's warning, with the files; reads them again, in a failing run only."""
     files: dict[str, list[str]] = defaultdict(list)
     followers: dict[str, list[str]] = defaultdict(list)
     for path in _paths(script):

@@ -1,4 +1,4 @@
-"""One command on one database: plans, applies each step, retries where that is safe, and ends with one line."""
+"""One command on one database: plans, applies each step, retries if that is safe, and ends with one line."""
 
 from __future__ import annotations
 
@@ -32,7 +32,14 @@ from migration_runner.errors import (
 from migration_runner.monitor import Monitor
 from migration_runner.outcome import DatabaseState, Outcome, read_state
 from migration_runner.retry import RetryBudget
-from migration_runner.session import SAFE_PATH, Session, acquire_lock, describe, open_session, qualify_comparisons
+from migration_runner.session import (
+    SAFE_PATH,
+    Session,
+    acquire_lock,
+    describe_server,
+    open_session,
+    qualify_comparisons,
+)
 from migration_runner.settings import Settings
 from migration_runner.signals import StopSignal, interruptible
 from migration_runner.step import StepRun
@@ -41,36 +48,36 @@ log = logging.getLogger("migration_runner")
 
 
 class Progress:
-    """What is known over all tries: the first one's plan, and what was read of the database."""
+    """What is kept over all attempts: the first one's plan, and what was read from the database."""
 
     def __init__(self, command: Command) -> None:
         self.command = command
-        self.version_table: tuple[str, str] | None = None  # schema and name, once a session was begun
-        self.position: str | None = None  # where the database was last read to stand
+        self.version_table: tuple[str, str] | None = None  # schema and name, once a session was opened
+        self.position: str | None = None  # the database's revision, as last read
         self.steps: list[MigrationStep] | None = None
         self.invalid_before: frozenset[int] = frozenset()
         self.logged: set[str] = set()
 
     def log(self, line: str, level: int = logging.INFO) -> None:
-        """Log a line that another try would repeat only once."""
+        """Log a line once, not again in each attempt."""
         if line not in self.logged:
             self.logged.add(line)
             log.log(level, "%s", line)
 
     def remaining(self, heads: tuple[str, ...], migration: MigrationContext) -> list[MigrationStep]:
-        """The steps still to take: the first plan's, less what is applied, so that `+2` counts from where it began."""
+        """The remaining steps of the first attempt's plan, so that `+2` stays relative to where the run started."""
         if self.steps is None or not all(isinstance(step, RevisionStep) for step in self.steps):
             self.steps = list(self.command.plan(heads, migration))
             return self.steps
         have = revisions.applied(self.command.script, heads)
         steps = [s for s in self.steps if isinstance(s, RevisionStep) and (s.revision.revision in have) != s.is_upgrade]
         if steps and not have.issuperset(steps[0].from_revisions):
-            raise CommandError(f"another run changed the database meanwhile, which is at {join(heads)} now; retry")
+            raise CommandError(f"another run has changed the database, which is now at {join(heads)}; retry")
         return list(steps)
 
     @property
     def resume(self) -> str:
-        """How to go on after an interruption; a relative destination would count from elsewhere then."""
+        """How to resume after an interruption; a relative destination would now mean another revision."""
         last = self.steps[-1] if self.steps else None
         if self.command.is_relative and isinstance(last, RevisionStep):
             name = "upgrade" if last.is_upgrade else "downgrade"
@@ -79,7 +86,7 @@ class Progress:
 
 
 class Runner:
-    """Runs a command, over as many connections as it takes."""
+    """Runs a command, over as many connections as needed."""
 
     def __init__(self, command: Command, settings: Settings) -> None:
         self.command = command
@@ -91,7 +98,7 @@ class Runner:
 
     def run(self) -> None:
         """Run the command; raise CommandError (no retry helps) or RetriesExhausted (one may) with one line."""
-        gc.freeze()  # the revisions' modules stay, and each collection would look at all of them
+        gc.freeze()  # the revisions' modules stay, and each collection would scan all of them
         try:
             with interruptible(self.stop, self._cancel, self._interrupted_line, self._killed_line):
                 while not self._succeeds():
@@ -100,7 +107,7 @@ class Runner:
             gc.unfreeze()
 
     def _succeeds(self) -> bool:
-        """Whether the command is done; False after a failure that is known to pass, and a wait."""
+        """Whether the command is done; False after a transient failure and a wait."""
         self.attempt = None
         try:
             with open_session(self.database, self.budget) as session:
@@ -111,7 +118,7 @@ class Runner:
         except BaseException as caught:
             self.stop.check()
             ours = isinstance(caught, CommandError | RetriesExhausted)
-            if ours and not (self.attempt and self.attempt.step):  # one that a revision raises is its failure
+            if ours and not (self.attempt and self.attempt.step):  # one raised by a revision is that revision's failure
                 raise
             self._wait_or_raise(root_cause(caught))
             return False
@@ -128,11 +135,11 @@ class Runner:
         if not self.budget.wait(outcome.reason):
             raise RetriesExhausted(outcome.timed_out_line(self.budget.seconds)) from error
 
-    def _outcome(self, error: BaseException | None, *, signal: str | None = None, ask: bool = True) -> Outcome:
+    def _outcome(self, error: BaseException | None, *, signal: str | None = None, read: bool = True) -> Outcome:
         progress, attempt = self.progress, self.attempt
         step = attempt.step if attempt else None
         state = DatabaseState()
-        if ask:
+        if read:
             state = read_state(self.database, step, progress.version_table, progress.invalid_before)
         if step and step.ended_its_transaction(state.transaction) and error is not None:
             error = OwnTransaction()
@@ -153,25 +160,25 @@ class Runner:
         return self._outcome(None).interrupted_line
 
     def _killed_line(self, signal: str) -> str:
-        return self._outcome(None, signal=signal, ask=False).killed_line  # there is no time, and maybe no network
+        return self._outcome(None, signal=signal, read=False).killed_line  # no time left, and possibly no network
 
     def _cancel(self) -> None:
-        """Cancel what the run's connections do, the revision's own ones included, until the run is in control."""
+        """Cancel statements on the run's connections, including the revision's own, until the run is in control."""
         with suppress(DBAPIError, psycopg2.Error, UnicodeDecodeError), self.database.side_connection() as other:
             other.as_login_role()
             while not self.stop.in_control.wait(0.1):
-                other.ask("SELECT pg_cancel_backend(pid) FROM unnest(%s::int[]) AS pid", self.database.pids)
+                other.query("SELECT pg_cancel_backend(pid) FROM unnest(%s::int[]) AS pid", self.database.pids)
 
 
 class Attempt:
-    """One try on one session."""
+    """One attempt, on one session."""
 
     def __init__(self, runner: Runner, session: Session) -> None:
         self.runner, self.session = runner, session
         self.monitor = Monitor(runner.database, session.raw.pid, lambda: self.step)
         self.step: StepRun | None = None
-        self.heads: tuple[str, ...] = ()  # after the step that was last recorded
-        self.lost = False  # the connection, when the try ended
+        self.heads: tuple[str, ...] = ()  # after the last recorded step
+        self.lost = False  # the connection, at the end of the attempt
         runner.progress.version_table = (session.schema, session.settings.version_table)
 
     def run(self) -> None:
@@ -184,10 +191,10 @@ class Attempt:
 
     def _run(self) -> None:
         command, session, progress = self.runner.command, self.session, self.runner.progress
-        progress.log(describe(session))
+        progress.log(describe_server(session))
         if command.needs is Needs.WRITE:
             acquire_lock(session, self.runner.budget)
-        self._warn_of_others()
+        self._warn_of_untrusted_creators()
         table = catalog.version_table(session.raw, session.schema, session.settings.version_table)
         session.raw.commit()
         if table and table.problem:
@@ -206,38 +213,38 @@ class Attempt:
             "fn": functools.partial(self._plan, table),
         }
         if command.needs is Needs.READ:
-            options["dont_mutate"] = True  # else Alembic makes its version table for `history`, too
+            options["dont_mutate"] = True  # else Alembic creates its version table for `history`, too
             # Alembic's own takes quadratic time.
             command.script.get_all_current = functools.partial(  # type: ignore[method-assign]
                 revisions.branch_heads, command.script
             )
-        if command.purges and table and table.has_triggers:  # whose names are resolved as the revisions' are
+        if command.purges and table and table.has_triggers:  # which run with the revisions' search_path
             session.use_search_path(session.search_path)
             session.raw.commit()
         command.environment.configure(**options)
         qualify_comparisons(command.environment.get_context()._version)
-        if command.purges:  # Alembic would commit that before the stamp, which may fail
+        if command.purges:  # else Alembic commits it before the stamp, which may fail
             session.connection.begin()
         command.environment.run_migrations()
         session.connection.commit()
 
-    def _warn_of_others(self) -> None:
-        others = catalog.others_who_may_create(self.session.raw, self.session.schemas)
+    def _warn_of_untrusted_creators(self) -> None:
+        creators = catalog.untrusted_creators(self.session.raw, self.session.schemas)
         self.session.raw.rollback()
-        if others:
+        if creators:
             self.runner.progress.log(
-                f"others may CREATE in {', '.join(map(printable, others))}, so that revisions may call what they put"
-                " there: see 'Minimum privileges' in README.md",
+                f"untrusted roles may CREATE in {', '.join(map(printable, creators))}, and revisions may call what they"
+                " create there: see 'Minimum privileges' in README.md",
                 logging.WARNING,
             )
 
     def _plan(
         self, table: catalog.VersionTable | None, heads: tuple[str, ...], migration: MigrationContext
     ) -> Iterator[MigrationStep]:
-        """Yield Alembic's steps, each logged before it begins and after it is committed."""
+        """Yield Alembic's steps; log each before it starts and after its commit."""
         command, progress, connection = self.runner.command, self.runner.progress, self.session.connection
         script = command.script
-        if command.purges:  # Alembic has deleted the rows, and says that there were none
+        if command.purges:  # Alembic has deleted the rows, and passes no heads
             self.session.use_search_path(SAFE_PATH)
         else:
             progress.position = join(heads)
@@ -246,34 +253,34 @@ class Attempt:
             if command.shows_current and not self._at_head(heads):
                 revisions.validate_one_head(script)  # of two, `current` would call either one the head
             if not heads:  # Alembic prints nothing then
-                log.info("at %s", self._described(heads))
+                log.info("at %s", self._describe_heads(heads))
             list(command.plan(heads, migration))
             return
         steps = progress.remaining(heads, migration)
         if not steps:
-            log.info("at %s: nothing to do", self._described(heads))
+            log.info("at %s: nothing to do", self._describe_heads(heads))
             return
         names = [_name(step) for step in steps[:10]] + ["..."] * (len(steps) > 10)
-        progress.log(f"at {self._described(heads)}; to do: {len(steps)} ({', '.join(names)})")
+        progress.log(f"at {self._describe_heads(heads)}; to do: {len(steps)} ({', '.join(names)})")
         _refuse_long_names(steps, table)
         self._note_invalid_indexes()
         self.session.use_search_path(self.session.search_path)
         if not command.purges:
-            connection.commit()  # each step begins a transaction of its own
+            connection.commit()  # each step has its own transaction
         for step in steps:
-            yield self._begin(copy.copy(step), migration)
+            yield self._wrap(copy.copy(step), migration)
             assert self.step
             elapsed = self.step.elapsed
             progress.position, self.step = join(self.heads), None
             self.runner.budget.reset()
             log.info("done in %.2f s", elapsed)
         self._log_new_invalid_indexes()
-        log.info("now at %s", self._described(self.heads))
+        log.info("now at %s", self._describe_heads(self.heads))
 
-    def _begin(self, step: MigrationStep, migration: MigrationContext) -> MigrationStep:
-        """The step with the run's doings around its function."""
+    def _wrap(self, step: MigrationStep, migration: MigrationContext) -> MigrationStep:
+        """The step with its function wrapped by StepRun."""
         log.info("running %s", printable(str(step)))
-        self.monitor.forget()
+        self.monitor.reset()
         run = self.step = StepRun(self.session, step, self.runner.stop.check)
         function, block = step.migration_fn, functools.partial(MigrationContext.autocommit_block, migration)
         step.migration_fn = lambda **options: run.apply(
@@ -287,13 +294,13 @@ class Attempt:
         self.heads = tuple(sorted(heads))
 
     def _refuse_unknown(self, heads: tuple[str, ...], table: catalog.VersionTable | None) -> None:
-        """After `helm rollback` the database is ahead of the code; going back by itself would lose data."""
+        """After `helm rollback` the database is ahead of the code; an automatic downgrade would lose data."""
         script = self.runner.command.script
         if unknown := [head for head in heads if not _known(script, head)]:
             raise CommandError(
                 f"the database is at {printable(join(tuple(unknown)))}, which this code (head"
-                f" {join(tuple(revisions.code_heads(script)))}) does not know; deploy the code that knows it, or, where"
-                " the version table is another project's, set ALEMBIC_VERSION_TABLE or DB_SCHEMA; see 'Troubleshooting'"
+                f" {join(tuple(revisions.code_heads(script)))}) does not know; deploy the code that knows it or, if the"
+                " version table is another project's, set ALEMBIC_VERSION_TABLE or DB_SCHEMA; see 'Troubleshooting'"
                 " in README.md"
             )
         if table and (stale := revisions.superseded(script, heads)):
@@ -308,7 +315,7 @@ class Attempt:
         wanted = revisions.code_heads(script)
         return sorted(heads) == wanted or (len(wanted) > 1 and revisions.applied(script, heads).issuperset(wanted))
 
-    def _described(self, heads: tuple[str, ...]) -> str:
+    def _describe_heads(self, heads: tuple[str, ...]) -> str:
         if self._at_head(heads):
             return f"{join(heads)} (head)"
         wanted = revisions.code_heads(self.runner.command.script)
@@ -322,7 +329,7 @@ class Attempt:
             self.runner.progress.log(printable(f"ignoring pre-existing INVALID indexes: {names}"), logging.WARNING)
 
     def _log_new_invalid_indexes(self) -> None:
-        # All is done, whatever comes of this.
+        # The migration is done, even if this fails.
         with suppress(psycopg2.Error):
             before = self.runner.progress.invalid_before
             with self.session.safe_path():

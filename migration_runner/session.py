@@ -1,4 +1,4 @@
-"""The session that migrates: connects, waits, makes its settings, locks, and checks whose objects it would obey."""
+"""The migrating session: connects with retries, applies its settings, locks, and checks its schemas' owners."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from migration_runner.settings import Settings, password_hint
 
 log = logging.getLogger("migration_runner")
 
-# How long one statement waits for a table. Everyone who comes after it waits behind it, so it is short; the
-# transaction is tried again.
+# How long one statement waits for a table. Later statements queue behind it, so it is short; the transaction is
+# retried.
 LOCK_TIMEOUT = "3s"
 
-# Set in the session because a pooler refuses them at connect. An orphan (its client was killed, or its node is lost and
-# sends no FIN) releases its locks within seconds. A role's own time limits are for applications: a migration's limit
-# is the Job's deadline. Names that the server's version lacks are left out.
+# Set in the session because a pooler refuses them on connect. An orphaned session (its client was killed, or its node
+# is lost and sends no FIN) releases its locks within seconds. A role's own time limits are for applications: a
+# migration's limit is the Job's deadline. Names that the server's version lacks are omitted.
 SERVER_SETTINGS = {
     "lock_timeout": LOCK_TIMEOUT,
     "statement_timeout": "0",
@@ -49,15 +49,15 @@ SERVER_SETTINGS = {
     "tcp_user_timeout": "10s",
 }
 
-# What a revision may change for good (SET SESSION CHARACTERISTICS), and the next one begins with as the role has it.
+# What a revision may change permanently (SET SESSION CHARACTERISTICS); reset to the role's own for the next one.
 OWN_SETTINGS = ("default_transaction_read_only", "default_transaction_isolation", "default_transaction_deferrable")
 
-# What SQLAlchemy and the runner ask is not qualified, so nothing of theirs is looked up in a schema of the role's.
+# The queries of SQLAlchemy and the runner are not qualified, so they must not be resolved in the role's schemas.
 SAFE_PATH = "pg_catalog"
 
 
 class Session:
-    """One connection, as long as it lasts."""
+    """One connection and its settings."""
 
     def __init__(self, connection: Connection, database: Database) -> None:
         self.connection = connection
@@ -65,7 +65,7 @@ class Session:
         self.raw: RawConnection = raw(connection)
         self.schema = ""  # of the version table; fixed for the run, since a revision may change the search_path
         self.search_path = ""  # of the revisions
-        self.schemas: tuple[str, ...] = ()  # that it names
+        self.schemas: tuple[str, ...] = ()  # in the search_path
         self.defaults: dict[str, str] = {}
         self.lock_key: int | None = None
 
@@ -76,52 +76,52 @@ class Session:
 
     @property
     def lost(self) -> bool:
-        """Whether the connection is broken, as the driver knows it."""
+        """Whether the connection is broken, according to the driver."""
         return self.connection.invalidated or bool(self.raw.closed)
 
     @property
     def settings_sql(self) -> bytes:
-        """The query that makes the session's settings anew."""
+        """The query that applies the session's settings."""
         calls = ", ".join(["pg_catalog.set_config(%s, %s, false)"] * len(self.defaults))
         with self.raw.cursor() as cursor:
             return bytes(cursor.mogrify(f"SELECT {calls}", [text for pair in self.defaults.items() for text in pair]))
 
     @cached_property
     def reset_sql(self) -> bytes:
-        """The same after each revision; its last columns: the transaction's id, and whether the run's lock is held."""
+        """The same, run after each revision; its last columns: the transaction's id, whether the run's lock is held."""
         held = "true" if self.lock_key is None else f"pg_catalog.pg_try_advisory_lock({self.lock_key})"
         return self.settings_sql + f", pg_catalog.txid_current_if_assigned(), {held}".encode()
 
     def use_search_path(self, path: str) -> None:
         """Resolve names as the revisions do, or as the runner does."""
-        self.raw.ask("SELECT pg_catalog.set_config('search_path', %s, false)", path)
+        self.raw.query("SELECT pg_catalog.set_config('search_path', %s, false)", path)
 
     @contextmanager
     def safe_path(self) -> Iterator[None]:
-        """For the runner's questions between revisions."""
+        """For the runner's queries between revisions."""
         self.use_search_path(SAFE_PATH)
         yield
         self.use_search_path(self.search_path)
 
-    def ask(self, query: str | bytes, *parameters: object) -> list[tuple[object, ...]]:
-        """Ask one of the runner's own questions in a transaction of its own, between revisions."""
-        rows = self.raw.ask(query, *parameters)
+    def query(self, statement: str | bytes, *parameters: object) -> list[tuple[object, ...]]:
+        """Run one of the runner's own queries in its own transaction, between revisions."""
+        rows = self.raw.query(statement, *parameters)
         self.raw.commit()
         return rows
 
 
 @contextmanager
 def open_session(database: Database, budget: RetryBudget) -> Iterator[Session]:
-    """Yield a session with its settings made, or raise CommandError or RetriesExhausted with one line."""
+    """Yield a session with its settings applied, or raise CommandError or RetriesExhausted with one line."""
     with _first_connection(database, budget) as connection:
         session = Session(connection, database)
         try:
-            _reject_transaction_pooling(session, database)  # first: the settings would stay in the pool
+            _reject_transaction_pooling(session, database)  # first: the settings would leak into the pool
             _set_defaults(session)
             _choose_schema(session)
             yield session
         finally:
-            # Where the driver's own call found it broken, SQLAlchemy does not know that, and would roll back.
+            # If the driver's own call found it broken, SQLAlchemy does not know, and would roll back.
             if session.raw.closed and not connection.closed and not connection.invalidated:
                 connection.invalidate()
 
@@ -143,30 +143,30 @@ def _first_connection(database: Database, budget: RetryBudget) -> Connection:
 
 
 def _permanent(reason: str) -> str | None:
-    """What to do where no retry is known to help; None where one is."""
-    said = re.sub('"[^"]*"', "", reason)  # a host or a role may be called `invalid`
-    for words, hint in PERMANENT_CONNECT_ERRORS.items():
-        if words in said:
-            password = words in ("authentication failed", "no password supplied")
+    """What to do if no retry is known to help; None for a transient error."""
+    text = re.sub('"[^"]*"', "", reason)  # a host or a role may be called `invalid`
+    for part, hint in PERMANENT_CONNECT_ERRORS.items():
+        if part in text:
+            password = part in ("authentication failed", "no password supplied")
             return f"{hint}{password_hint() if password else ''}"
-    if TRANSIENT_CONNECT_ERRORS.search(said):
+    if TRANSIENT_CONNECT_ERRORS.search(text):
         return None
     return "not a known transient error, so not retried: check the DB_* and PG* variables, then retry"
 
 
 def _reject_transaction_pooling(session: Session, database: Database) -> None:
-    """A pooler in transaction mode hands out another backend for each transaction, so a session's lock guards nothing.
+    """A pooler in transaction mode assigns a backend per transaction, so a session-level lock protects nothing.
 
-    A pooler makes up the pid that the protocol gives the client. Only where that differs from the backend's own is a
-    second connection asked for: while it holds a transaction open, the first one gets another backend in transaction
-    mode and keeps its own in session mode.
+    The pid that a pooler reports to the client is not the backend's. Only if they differ is a second connection opened:
+    while it holds a transaction open, the first one gets another backend in transaction mode and keeps its own in
+    session mode.
     """
     if session.raw.info.backend_pid == session.raw.pid:
         return
-    ask = "SELECT pg_catalog.pg_backend_pid()"
+    query = "SELECT pg_catalog.pg_backend_pid()"
     with database.connect() as other:
-        raw(other).ask(ask)
-        second = session.ask(ask)[0][0]
+        raw(other).query(query)
+        second = session.query(query)[0][0]
     if second != session.raw.pid:
         raise CommandError(
             "the connection goes through a pooler in transaction mode (PgBouncer's pool_mode=transaction), where"
@@ -176,46 +176,46 @@ def _reject_transaction_pooling(session: Session, database: Database) -> None:
 
 
 def _set_defaults(session: Session) -> None:
-    """What each revision begins with: SERVER_SETTINGS, as far as the server has them, and the role's own."""
+    """What each revision starts with: SERVER_SETTINGS, as far as the server has them, and the role's own."""
     names = ["session_authorization", "role", *OWN_SETTINGS, *SERVER_SETTINGS]  # the first one resets the second
     columns = ", ".join(f"pg_catalog.current_setting('{name}', true)" for name in ["search_path", *names])
-    path, *values = session.raw.ask(f"SELECT {columns}")[0]
+    path, *values = session.raw.query(f"SELECT {columns}")[0]
     session.search_path = str(path)
     known = {name: str(value) for name, value in zip(names, values, strict=True) if value is not None}
     session.defaults = known | {name: value for name, value in SERVER_SETTINGS.items() if name in known}
     session.defaults["search_path"] = SAFE_PATH
-    session.ask(session.settings_sql)
+    session.query(session.settings_sql)
 
 
 def _choose_schema(session: Session) -> None:
-    """Find the schemas of the run, and refuse those that somebody else has put in its way."""
+    """Find the schemas of the run, and refuse one that another role has put first."""
     wanted = session.settings.schema
     if wanted:
-        if not session.ask("SELECT EXISTS (SELECT FROM pg_namespace WHERE nspname = %s::name)", wanted)[0][0]:
+        if not session.query("SELECT EXISTS (SELECT FROM pg_namespace WHERE nspname = %s::name)", wanted)[0][0]:
             raise CommandError(f"DB_SCHEMA is '{wanted}', a schema that does not exist; create it, or set another")
-        session.search_path = str(session.raw.ask("SELECT quote_ident(%s)", wanted)[0][0])
-    place = catalog.find_place(session.raw, session.search_path, session.settings.version_table)
+        session.search_path = str(session.raw.query("SELECT quote_ident(%s)", wanted)[0][0])
+    found = catalog.resolve_search_path(session.raw, session.search_path, session.settings.version_table)
     session.raw.commit()
-    if place.current_schema is None:
+    if found.current_schema is None:
         raise CommandError(
-            f"the role {printable(place.role)} has no USAGE privilege on any schema in its search_path"
+            f"the role {printable(found.role)} has no USAGE privilege on any schema in its search_path"
             f" ({printable(session.search_path)}); grant USAGE on one, set DB_SCHEMA, or fix the role's search_path"
         )
-    if not wanted and place.current_schema == place.role and "$user" in session.search_path and place.schema_owner:
+    if not wanted and found.current_schema == found.role and "$user" in session.search_path and found.schema_owner:
         raise CommandError(
-            f"the schema {printable(place.current_schema)} comes first only because it is called as the role, and its"
-            f" owner is {printable(place.schema_owner)}; set DB_SCHEMA to the schema of the tables"
+            f"the schema {printable(found.current_schema)} comes first only because it has the role's name, and it is"
+            f" owned by {printable(found.schema_owner)}; set DB_SCHEMA to the schema of the tables"
         )
-    session.schema = wanted or place.table_schema or place.current_schema
-    session.schemas = place.schemas
-    session.defaults["search_path"] = session.search_path  # from the first revision's end
-    # SQLAlchemy asked for it under SAFE_PATH; a revision's reflection goes by it.
-    session.connection.dialect.default_schema_name = place.current_schema
+    session.schema = wanted or found.table_schema or found.current_schema
+    session.schemas = found.schemas
+    session.defaults["search_path"] = session.search_path  # after the first revision
+    # SQLAlchemy read it under SAFE_PATH; a revision's reflection uses it.
+    session.connection.dialect.default_schema_name = found.current_schema
 
 
-def describe(session: Session) -> str:
-    """`database app at db:5432 as app, schema public, PostgreSQL 18.1`: the server that answered."""
-    info = session.raw.info  # of several hosts in the URL, the one that answered
+def describe_server(session: Session) -> str:
+    """`database app at db:5432 as app, schema public, PostgreSQL 18.1`: the server that accepted the connection."""
+    info = session.raw.info  # of several hosts in the URL, the connected one
     host = str(info.host)
     if address := info.dsn_parameters.get("hostaddr"):
         host += f" [{address}]"
@@ -229,11 +229,11 @@ def acquire_lock(session: Session, budget: RetryBudget) -> None:
     """Take the lock that keeps a second run of this schema and version table out, for the rest of the session.
 
     It is polled, not waited for: a waiting statement holds a snapshot, which CREATE INDEX CONCURRENTLY in the first
-    run waits for. Each try is committed: what the caller begins next must be its own transaction, not ours.
+    run waits for. Each attempt is committed: the caller must start its own transaction.
     """
     key = lock_key(session.schema, session.settings)
     while True:
-        taken = session.ask("SELECT pg_try_advisory_lock(%s)", key)[0][0]
+        taken = session.query("SELECT pg_try_advisory_lock(%s)", key)[0][0]
         if taken:
             session.lock_key = key
             return
@@ -247,7 +247,7 @@ def acquire_lock(session: Session, budget: RetryBudget) -> None:
 
 
 def lock_key(schema: str, settings: Settings) -> int:
-    """Of the version table: two projects in one database do not wait for each other."""
+    """The key of the version table: two projects in one database do not wait for each other."""
     digest = hashlib.sha256(f"{schema}.{settings.version_table}".encode()).digest()
     return int.from_bytes(digest[:8], "big", signed=True)
 
@@ -262,8 +262,8 @@ class _VersionNumber(String):
 
 
 def qualify_comparisons(version_table: Table) -> None:
-    """Have Alembic's own UPDATE and DELETE compare by PostgreSQL's operator, whatever the search_path has.
+    """Make Alembic's own UPDATE and DELETE compare by PostgreSQL's operator, whatever the search_path has.
 
-    So they can run with the revisions' search_path, by which an audit trigger of one's own finds its tables.
+    So they can run with the revisions' search_path, which an audit trigger needs to find its tables.
     """
     version_table.c.version_num.type = _VersionNumber(32)

@@ -1,4 +1,4 @@
-"""Where the database is: DATABASE_URL, else the DB_* variables, else .env at the repository root."""
+"""The settings of a run: DATABASE_URL, else the DB_* variables, else .env at the repository root."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ SEE_ENV_EXAMPLE = "see .env.example"
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run needs to know; `url` never goes into Alembic's Config, whose interpolation would print it."""
+    """The settings; `url` never goes into Alembic's Config, whose interpolation would print it."""
 
     url: URL
     schema: str | None
     version_table: str
     wait_seconds: float
-    hides_user: bool = False  # the user of DATABASE_URL may be a token; DB_USER is none
+    hides_user: bool = False  # the user of DATABASE_URL may be a token; DB_USER is not
 
     @property
     def target(self) -> str:
-        """`database unifieddevdb at db:5432 as postgres`: of a URL's parts the only ones that a message may quote."""
+        """`database unifieddevdb at db:5432 as postgres`: the only parts of a URL that a message may quote."""
         url = self.url
         host = url.host or _text(url.query.get("host"))
         address = _text(url.query.get("hostaddr")) or os.environ.get("PGHOSTADDR")
-        # libpq takes the port from a service file before PGPORT, and only it reads that.
+        # For libpq, a service file's port takes precedence over PGPORT, and only libpq reads that file.
         port = url.port or (None if os.environ.get("PGSERVICE") else os.environ.get("PGPORT") or 5432)
         user = "" if self.hides_user else f" as {url.username}"
         return (
@@ -45,7 +45,7 @@ class Settings:
         )
 
     def without_user(self, message: str) -> str:
-        """The server's words without the user, where that may be a token."""
+        """The server's message without the user, if that may be a token."""
         user = self.url.username
         return (
             message.replace(f'"{user}"', '"..."')
@@ -58,7 +58,7 @@ def load(env_file: Path | None = None) -> Settings:
     """Return the settings, or raise CommandError with one line that names the variable and what to set."""
     _read_env_file(env_file)
     for name, value in os.environ.items():
-        # Python hides bytes that are no UTF-8 in these characters.
+        # Python decodes bytes that are not UTF-8 to these characters.
         if _is_ours(name) and re.search("[\udc80-\udcff]", value):
             raise CommandError(f"{name} is not UTF-8; set it as UTF-8, {SEE_ENV_EXAMPLE}")
     given = bool(os.environ.get("DATABASE_URL"))
@@ -66,7 +66,7 @@ def load(env_file: Path | None = None) -> Settings:
         url=_url_from_database_url() if given else _url_from_parts(),
         hides_user=given,
         schema=_identifier("DB_SCHEMA", 63),
-        # Its primary key is called as the table, with _pkc behind it.
+        # The name of its primary key is the table's with _pkc appended.
         version_table=_identifier("ALEMBIC_VERSION_TABLE", 59) or "alembic_version",
         wait_seconds=_wait_seconds(),
     )
@@ -93,7 +93,7 @@ def _is_ours(name: str) -> bool:
 
 
 def _url_from_database_url() -> URL:
-    # No message quotes a part of the URL: a password that is not percent-encoded runs over into any of them.
+    # No message quotes a part of the URL: a password that is not percent-encoded may end up in any of them.
     write = (
         "write postgresql://user:password@host:5432/database and percent-encode the user and the password,"
         f" {SEE_ENV_EXAMPLE}"
@@ -116,9 +116,9 @@ def _url_from_database_url() -> URL:
     if not url.database:
         raise CommandError(f"DATABASE_URL has no database; {write}")
     if re.search(r"[@:;&=\s]", url.database) or re.search(r"[@;&=\s]", url.host or ""):
-        raise CommandError(f"DATABASE_URL has one of @ : ; & = or white space after the host; {write}")
+        raise CommandError(f"DATABASE_URL has one of @ : ; & = or whitespace after the host; {write}")
     if url.port is not None and not 1 <= url.port <= 65535:
-        raise CommandError(f"DATABASE_URL has no port from 1 to 65535; {write}")
+        raise CommandError(f"DATABASE_URL has a port outside 1 to 65535; {write}")
     for name in url.query:
         try:
             psycopg2.extensions.make_dsn(**{name: "x"})
@@ -129,7 +129,7 @@ def _url_from_database_url() -> URL:
         url.set(drivername="postgresql+psycopg2").get_dialect()().create_connect_args(url)
     except (ArgumentError, ValueError):
         raise CommandError(f"DATABASE_URL has hosts and ports in its query that do not match; {write}") from None
-    # SQLAlchemy decodes user and password only. Without a driver, its version 2.1 would take psycopg 3.
+    # SQLAlchemy decodes user and password only. Without a driver, its version 2.1 would use psycopg 3.
     return url.set(drivername="postgresql+psycopg2", database=unquote(url.database))
 
 
@@ -157,16 +157,16 @@ def _url_from_parts() -> URL:
 
 
 def _password() -> str | None:
-    """None leaves it to libpq: PGPASSWORD, PGPASSFILE, peer."""
+    """None: libpq finds it in PGPASSWORD, PGPASSFILE, peer."""
     default = None if os.environ.get("PGPASSWORD") or os.environ.get("PGPASSFILE") else "postgres"
     return os.environ.get("DB_PASSWORD", default) or None
 
 
 def password_hint() -> str:
-    """What else may be wrong where the server refuses the password or misses one; `; ...` or empty."""
+    """Other possible causes if the server rejects the password or requires one; `; ...` or empty."""
     password = os.environ.get("DB_PASSWORD", "")
     if not os.environ.get("DATABASE_URL") and password != password.strip():
-        return "; DB_PASSWORD has leading or trailing whitespace (a Secret that was made with echo ends with a newline)"
+        return "; DB_PASSWORD has leading or trailing whitespace (a Secret created with echo ends with a newline)"
     path = Path(os.environ.get("PGPASSFILE") or Path("~/.pgpass"))
     try:
         mode = stat.S_IMODE(path.expanduser().stat().st_mode)
@@ -185,7 +185,7 @@ def _not_empty(name: str, default: str) -> str:
     value = os.environ.get(name, default)
     if not value:
         raise CommandError(f"{name} is ''; set it, or unset it for the default '{default}', {SEE_ENV_EXAMPLE}")
-    if value != value.strip():  # a Secret made with `echo` ends with a newline
+    if value != value.strip():  # a Secret created with `echo` ends with a newline
         raise CommandError(f"{name} is {value!r}, with leading or trailing whitespace; remove it, {SEE_ENV_EXAMPLE}")
     return value
 

@@ -1,8 +1,8 @@
-"""SIGTERM and SIGINT end a run within a grace period, also in a statement, also on a dead network.
+"""SIGTERM and SIGINT end a run within a grace period, even in a statement or on a dead network.
 
-psycopg2 waits for a statement in C, where no Python handler runs. So the signal's arrival wakes a thread (through the
-wakeup file descriptor), which has the statement cancelled on a second connection; then the handler's exception comes
-through. PQcancel would do without a connection, but blocks the whole process when the network is dead.
+psycopg2 waits for a statement in C, where no Python handler runs. So the signal wakes a thread (through the wakeup
+file descriptor), which cancels the statement on a second connection; then the handler's exception is raised.
+PQcancel needs no connection, but blocks the whole process when the network is dead.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from migration_runner.errors import Interrupted
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-# All that a run in Kubernetes has after SIGTERM is its grace period, and a person after Ctrl-C has no patience.
+# Well below a pod's grace period after SIGTERM, and short enough for a person after Ctrl-C.
 SHUTDOWN_GRACE_SECONDS = 1.7
 
 
 class StopSignal:
-    """The signal that arrived, if any; `in_control` once Python code runs again and no statement does."""
+    """The signal that arrived, if any; `in_control` is set once Python code runs again, not a statement."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self.in_control = threading.Event()
 
     def check(self) -> None:
-        """Raise Interrupted again, where the handler's own was swallowed: in a destructor, in psycopg2's decoder."""
+        """Raise Interrupted again if the handler's own was swallowed: in a destructor, in psycopg2's decoder."""
         if self.received:
             raise Interrupted
 
@@ -47,17 +47,17 @@ def interruptible(
 ) -> Iterator[None]:
     """Let a stop signal end the block: `cancel` (in a thread) interrupts what waits in C, then `last_line` is printed.
 
-    Where the block does not end within SHUTDOWN_GRACE_SECONDS, the process prints `killed_line` of the signal's name,
-    which the handler may not have seen, and exits.
+    If the block does not end within SHUTDOWN_GRACE_SECONDS, the process prints `killed_line` of the signal's name,
+    which the handler may not have received, and exits.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    armed = False  # else the exception could come while the handlers are set or taken away, where nothing catches it
+    armed = False  # else it could be raised while the handlers are installed or removed, where nothing catches it
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
-        if stop.received is None:  # once: a second one would come into the midst of cleaning up
+        if stop.received is None:  # once: a second one would interrupt the cleanup
             stop.received = signal.Signals(number)
             if armed:
                 raise Interrupted
@@ -81,7 +81,7 @@ def interruptible(
     except Interrupted:
         stop.in_control.set()
         line = last_line()
-        ended.set()  # of two lines, one
+        ended.set()  # only one of the two lines
         print(f"FAILED: {line}", file=sys.stderr)
         assert stop.received
         raise SystemExit(128 + stop.received) from None
@@ -99,8 +99,8 @@ def interruptible(
 def _watch(
     reader: socket.socket, ended: threading.Event, cancel: Callable[[], None], killed_line: Callable[[str], str]
 ) -> None:
-    """The thread: wait for a signal, cancel what runs, and end the process if nothing else does."""
-    with reader:  # open to the end: a second signal is written, too
+    """The thread: wait for a signal, cancel the statement, and end the process if nothing else does."""
+    with reader:  # kept open: a second signal is written, too
         number = reader.recv(1)
         while number and number[0] not in STOP_SIGNALS:
             number = reader.recv(1)

@@ -1,7 +1,7 @@
-"""SQL as far as the runner must read it: comments, literals and names are told apart, nothing is guessed from words.
+"""A minimal SQL tokenizer: it distinguishes comments, literals, names and words.
 
-What a statement did is asked of the server; here is only what it is: its verb and object for the log, and whether it
-builds an index concurrently.
+What a statement did is read from the server; this module only classifies it: its verb and object for the log, and
+whether it builds an index concurrently.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _TOKEN = re.compile(
 
 
 def tokens(statement: str) -> Iterator[Token]:
-    """The statement's tokens without white space and comments, which nest in PostgreSQL."""
+    """The statement's tokens without whitespace and comments, which nest in PostgreSQL."""
     position = 0
     while match := _TOKEN.match(statement, position):
         position = match.end()
@@ -58,7 +58,7 @@ _ENDS = frozenset(
 )
 
 
-# More of a statement is not looked at for a summary.
+# The part of a statement that is read for a summary.
 LONGEST = 2_000
 
 
@@ -91,14 +91,14 @@ def summarize(statement: str) -> str:
 
 @dataclass(frozen=True)
 class IndexBuild:
-    """A statement that builds, rebuilds or drops an index concurrently; names as written, for the server to resolve."""
+    """A statement that builds, rebuilds or drops an index concurrently; names unresolved, as written."""
 
     index: str | None
     table: str | None
     rebuilds: bool = False  # REINDEX
 
 
-# What REINDEX CONCURRENTLY appends to the name of what it builds, and of what that replaces.
+# What REINDEX CONCURRENTLY appends to the names of the new index and of the replaced one.
 REINDEX_SUFFIX = r"_cc(new|old)\d*$"
 
 
@@ -108,14 +108,14 @@ class _Reader:
         self.next()
 
     def next(self) -> str:
-        """Move on; the token that was current."""
+        """Advance; return the token that was current."""
         before = getattr(self, "text", "")
         token = next(self.tokens, Token("end", ""))
         self.kind, self.text = token
         return before
 
     def takes(self, *words: str) -> bool:
-        """Move past these words where they come next; those after the first must then follow."""
+        """Skip these words if they come next; all of them must match."""
         for word in words:
             if self.kind != "word" or self.text.upper() != word:
                 return False
@@ -123,7 +123,7 @@ class _Reader:
         return True
 
     def name(self) -> str | None:
-        """A name as it is written, schema included."""
+        """A name as written, schema included."""
         if self.kind not in ("word", "name"):
             return None
         name = self.next()
@@ -134,7 +134,7 @@ class _Reader:
 
 
 def index_build(statement: str) -> IndexBuild | None:
-    """What the statement builds, rebuilds or drops CONCURRENTLY; None where it is no such statement."""
+    """What the statement builds, rebuilds or drops CONCURRENTLY; None for any other statement."""
     read = _Reader(statement)
     while read.text == ";":
         read.next()
@@ -187,7 +187,7 @@ _ATOMIC = frozenset(
 
 
 def is_atomic(statement: str) -> bool:
-    """Whether it does all or nothing outside a transaction; DO, CALL, REINDEX and others may commit on their way."""
+    """Whether it does all or nothing outside a transaction; DO, CALL, REINDEX and others may commit only a part."""
     first = next((token.text.upper() for token in tokens(statement) if token.kind == "word"), "")
     return first in _ATOMIC and not is_script(statement) and not detaches(statement)
 
@@ -202,7 +202,7 @@ def detaches(statement: str) -> bool:
 
 
 def is_script(statement: str) -> bool:
-    """Whether it is several statements, which the server takes as one transaction from us, and psql one by one."""
+    """Whether it is several statements: one transaction if the runner sends them, separate ones in psql."""
     ended = False
     for token in tokens(statement):
         if ended and token.text != ";":

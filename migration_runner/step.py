@@ -1,4 +1,4 @@
-"""One revision being applied: what it runs, what of that stays, and whether its transaction is still the runner's."""
+"""One revision being applied: its statements, which are committed, and whether its transaction is still intact."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ class StatementLog:
         self._committed = (0, "")  # count and last at the last commit
 
     def add(self, statement: str) -> None:
-        """Another one finished."""
+        """A statement finished."""
         self.count += 1
         self.last = statement[: sql.LONGEST]
         if self.count <= 3:
             self.first.append(self.last)
 
     def add_partial(self, statement: str) -> None:
-        """One failed, outside the transaction, that may have committed a part of its work."""
+        """A statement failed outside the transaction, and may have committed part of its work."""
         self.partial = sql.summarize(statement)
 
     def commit(self) -> None:
-        """All that finished so far stays."""
+        """All finished statements are committed."""
         self._committed = (self.count, self.last)
 
     @property
     def committed(self) -> str:
-        """What stays: `CREATE TABLE a; INSERT INTO a; INSERT INTO a; 47 more; INSERT INTO a`, or nothing."""
+        """What is committed: `CREATE TABLE a; INSERT INTO a; INSERT INTO a; 47 more; INSERT INTO a`, or nothing."""
         return self._text(*self._committed)
 
     @property
@@ -68,15 +68,15 @@ class StatementLog:
 class Transaction(Enum):
     """Whose transaction a step is in."""
 
-    OURS = "the runner's, from the step's begin"
-    ENTERING_BLOCK = "the runner's, whose commit is on its way"
+    OURS = "the runner's, from the start of the step"
+    ENTERING_BLOCK = "the runner's, being committed"
     BLOCK = "none, in an autocommit_block"
     AFTER_BLOCK = "the runner's, from the end of an autocommit_block"
-    ENDED = "whatever the revision made of it"
+    ENDED = "unknown: the revision ended the runner's"
 
 
 class StepRun:
-    """A step of one try; each try makes another object."""
+    """A step of one attempt; each attempt has its own object."""
 
     def __init__(self, session: Session, step: MigrationStep, check_stopped: Callable[[], None]) -> None:
         self.session, self.step, self.check_stopped = session, step, check_stopped
@@ -86,7 +86,7 @@ class StepRun:
         self.transaction = Transaction.OURS
         self.transaction_id: int | None = None
         self.builds: list[catalog.ResolvedBuild] = []
-        self.recorded = False  # all that is left is the commit
+        self.recorded = False  # only the commit is missing
 
     @property
     def title(self) -> str:
@@ -95,7 +95,7 @@ class StepRun:
 
     @property
     def worked_outside(self) -> bool:
-        """Whether the step left its transaction, so that something may stay whatever becomes of that."""
+        """Whether the step left its transaction, so that a rollback may not undo all of it."""
         return self.transaction is not Transaction.OURS or self.used_another_connection
 
     @property
@@ -119,7 +119,7 @@ class StepRun:
 
     @contextmanager
     def autocommit_block(self, block: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
-        """Alembic's own, which commits: what came before stays from here on, and what follows is a new transaction."""
+        """Alembic's own, which commits: everything before it is permanent, and a new transaction follows it."""
         raw = self.session.raw
         self._require_own_transaction(f"RELEASE SAVEPOINT {savepoint(self.step)}")
         raw.observer = None  # Alembic's own statements are not the revision's
@@ -138,14 +138,14 @@ class StepRun:
             raw.observer = self
 
     def ended_its_transaction(self, status: str | None) -> bool:
-        """Whether it did, told by what became of the transaction where nobody else committed it."""
+        """Whether it did: the transaction is committed, and not by the runner."""
         if status == "committed" and not self.recorded and self.transaction is not Transaction.ENTERING_BLOCK:
             self.transaction = Transaction.ENDED
         return self.transaction is Transaction.ENDED
 
     def left_invalid(self, indexes: list[catalog.Index], before: frozenset[int]) -> list[catalog.Index]:
-        """The INVALID indexes that this step's statements left, or met."""
-        return [i for i in indexes if not i.valid and any(build.left(i, before) for build in self.builds)]
+        """The INVALID indexes that this step's statements left or found."""
+        return [i for i in indexes if not i.valid and any(build.caused(i, before) for build in self.builds)]
 
     def built(self, indexes: list[catalog.Index]) -> list[catalog.Index]:
         """The valid indexes that this step built outside its transaction."""
@@ -154,7 +154,7 @@ class StepRun:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since it began."""
+        """Seconds since the start."""
         return time.monotonic() - self.started
 
     @contextmanager
@@ -168,14 +168,16 @@ class StepRun:
         try:
             yield
         except BaseException as error:
-            # Its answer may be lost, on the way or by a signal; or it had committed a part.
-            told = not isinstance(error, Interrupted) and not raw.closed and atomic and sql.is_atomic(statement)
-            if self.transaction is Transaction.BLOCK and not (told or sql.index_build(statement)):  # the catalog tells
+            # Its response may be lost, by a disconnect or a signal; or it committed part of its work.
+            undone = not isinstance(error, Interrupted) and not raw.closed and atomic and sql.is_atomic(statement)
+            if self.transaction is Transaction.BLOCK and not (
+                undone or sql.index_build(statement)
+            ):  # the catalog has those
                 self.statements.add_partial(statement)
             raise
         finally:
             if waits and not raw.closed and not raw.in_transaction:
-                raw.ask(f"SET lock_timeout = '{LOCK_TIMEOUT}'")
+                raw.query(f"SET lock_timeout = '{LOCK_TIMEOUT}'")
         self.statements.add(statement)
         if not raw.in_transaction:
             self.statements.commit()
@@ -183,7 +185,7 @@ class StepRun:
                 raise self._own_transaction()
 
     def _waits_for_all(self, statement: str) -> bool:
-        """Whether lock_timeout was lifted: a concurrent build waits for all transactions, and holds up nobody."""
+        """Whether lock_timeout was lifted: a concurrent build waits for all transactions, and blocks nobody."""
         raw = self.session.raw
         if raw.in_transaction:
             return False
@@ -192,20 +194,20 @@ class StepRun:
             return False
         if build:
             self.builds.append(catalog.resolve(raw, build))
-        ours = bool(raw.ask("SHOW lock_timeout")[0][0] == LOCK_TIMEOUT)
+        ours = bool(raw.query("SHOW lock_timeout")[0][0] == LOCK_TIMEOUT)
         if ours:
-            raw.ask("SET lock_timeout = 0")
+            raw.query("SET lock_timeout = 0")
         return ours
 
     def _begin(self) -> None:
-        """Know the transaction again: by a savepoint, and by its id for whoever asks after the connection broke."""
-        ((self.transaction_id,),) = self.session.raw.ask(BEGIN_SQL.format(savepoint(self.step)))
+        """Mark the transaction by a savepoint, and keep its id for a check after the connection broke."""
+        ((self.transaction_id,),) = self.session.raw.query(BEGIN_SQL.format(savepoint(self.step)))
 
     def _end(self, invalid_before: frozenset[int]) -> None:
-        """The transaction must be the one that began; then the settings are made anew, for whatever comes next."""
+        """Check that the transaction is still the same one, then reset the settings."""
         query = f"RELEASE SAVEPOINT {savepoint(self.step)}; ".encode() + self.session.reset_sql
         *_, transaction_id, held = self._require_own_transaction(query)[0]
-        if transaction_id != self.transaction_id:  # another one with a savepoint of that name
+        if transaction_id != self.transaction_id:  # another transaction with a savepoint of that name
             raise self._own_transaction()
         if not held:
             raise LockLost
@@ -217,7 +219,7 @@ class StepRun:
 
     def _require_own_transaction(self, query: str | bytes) -> list[tuple[object, ...]]:
         try:
-            return self.session.raw.ask(query)
+            return self.session.raw.query(query)
         except psycopg2.Error as error:
             if error.pgcode in ("3B001", "25P01"):  # no such savepoint; no transaction
                 raise self._own_transaction() from error
@@ -228,7 +230,7 @@ class StepRun:
         return OwnTransaction()
 
     def _refuse_own_transaction_after_failure(self) -> None:
-        """A failed transaction answers no question but this one."""
+        """A failed transaction accepts no other query than this one."""
         raw = self.session.raw
         status = raw.info.transaction_status
         if self.session.lost or self.transaction is Transaction.BLOCK:
@@ -241,17 +243,17 @@ class StepRun:
 
 
 def savepoint(step: MigrationStep) -> str:
-    """The name, in quotes, of what the step's own transaction has and no other.
+    """The quoted name of a savepoint that only the step's own transaction has.
 
-    Releasing it, or rolling back to it where the transaction has failed, is how the server says whether the transaction
-    is still the same one. The plan (--sql) has the same statements.
+    Releasing it, or rolling back to it if the transaction has failed, shows whether the transaction is still the same
+    one. The plan (--sql) has the same statements.
     """
     name = step.revision.revision if isinstance(step, RevisionStep) else "stamp"
     return '"migration_runner {}"'.format(name.replace('"', '""'))
 
 
 def title(step: MigrationStep) -> str:
-    """The step, as a person would name it."""
+    """The step's name in messages."""
     if not isinstance(step, RevisionStep):
         return "the stamp"
     revision = step.revision

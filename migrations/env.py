@@ -1,4 +1,4 @@
-"""What Alembic runs for every command; migration_runner/ does the work."""
+"""Alembic's entry point for every command; migration_runner/ does the work."""
 
 import logging.config
 

@@ -104,8 +104,8 @@ def test_a_rollback_leaves_the_schema_and_the_next_upgrade_to_that_code_says_so(
     upgrade = release.upgrade(old)
     assert upgrade.returncode == 1
     upgrade.line(
-        "FAILED: the database is at 002, which this code (head 001) does not know; deploy the code that knows it, or,"
-        " where the version table is another project's, set ALEMBIC_VERSION_TABLE or DB_SCHEMA; see 'Troubleshooting'"
+        "FAILED: the database is at 002, which this code (head 001) does not know; deploy the code that knows it or, if"
+        " the version table is another project's, set ALEMBIC_VERSION_TABLE or DB_SCHEMA; see 'Troubleshooting'"
         " in README.md"
     )
     assert (database.at, api.conditions(f"{JOB}-4")["Failed"]) == (["002"], "PodFailurePolicy")

@@ -196,7 +196,7 @@ def test_a_plan_that_builds_an_index_concurrently_waits_for_all_transactions(
 @pytest.mark.fault(
     "Code and settings",
     fault="A revision reads the database, and its plan (--sql) is asked for",
-    sees="`revision 002 (...) reads the database or depends on its answers, so there is no plan of it; run it without"
+    sees="`revision 002 (...) reads the database or depends on its answers, so it cannot be planned; run it without"
     " --sql, at <file>, line 8`, exit 255",
     state="The database is not contacted",
     do="What the line says",
@@ -218,9 +218,8 @@ def test_a_revision_that_reads_has_no_plan_and_is_told_once(project: Project, bo
     result = project.alembic("upgrade", "001:head", "--sql")
     assert (result.returncode, result.stdout) == (255, "")
     assert result.stderr == (
-        f"FAILED: revision 002 ({path.name}) reads the database or depends on its answers, so there is no plan of"
-        f" it; run"
-        f" it without --sql, at {path.name}, line 8\n"
+        f"FAILED: revision 002 ({path.name}) reads the database or depends on its answers, so it cannot be planned;"
+        f" run it without --sql, at {path.name}, line 8\n"
     )
     assert project.alembic("upgrade", "head").returncode == 0
 
@@ -228,8 +227,8 @@ def test_a_revision_that_reads_has_no_plan_and_is_told_once(project: Project, bo
 @pytest.mark.parametrize(
     ("prepare", "said"),
     [
-        (("stamp", "head"), "the database is not at base, where this plan begins"),
-        (("upgrade", "head"), "the database is not at base, where this plan begins"),
+        (("stamp", "head"), "the database is not at base, where this plan starts"),
+        (("upgrade", "head"), "the database is not at base, where this plan starts"),
     ],
     ids=" ".join,
 )

@@ -229,8 +229,7 @@ def test_a_setting_of_libpq_that_cannot_be_met_fails_at_once(
 @pytest.mark.fault(
     "Network",
     fault="Something that is no PostgreSQL listens there, such as a proxy that answers in HTTP",
-    sees="`cannot connect to database ...: ... received invalid response ...; what listens there is no PostgreSQL:"
-    " check"
+    sees="`cannot connect to database ...: ... received invalid response ...; the server there is not PostgreSQL: check"
     " DB_HOST and DB_PORT, or the proxy`, at once, exit 255",
     state="Nothing was changed",
     do="What the line says",
@@ -239,7 +238,7 @@ def test_a_proxys_refusal_fails_at_once(offline_project: Project) -> None:
     with answering(b"HTTP/1.1 403 Forbidden\r\n\r\n") as port:
         result = offline_project.alembic("current", DATABASE_URL=f"postgresql://app:x@127.0.0.1:{port}/reports")
     assert result.returncode == 255
-    assert result.failure.endswith("; what listens there is no PostgreSQL: check DB_HOST and DB_PORT, or the proxy")
+    assert result.failure.endswith("; the server there is not PostgreSQL: check DB_HOST and DB_PORT, or the proxy")
     assert "waiting" not in result.stderr
 
 
@@ -284,8 +283,7 @@ def test_white_space_around_a_wrong_password_is_named(project: Project, database
     result = project.alembic("current", **parts(database) | {"DB_PASSWORD": f"{PASSWORD}\n"})
     assert result.returncode == 255
     assert result.failure.endswith(
-        "; check DB_USER and DB_PASSWORD; DB_PASSWORD has leading or trailing whitespace (a Secret that was made"
-        " with echo"
+        "; check DB_USER and DB_PASSWORD; DB_PASSWORD has leading or trailing whitespace (a Secret created with echo"
         " ends with a newline)"
     )
 

@@ -164,7 +164,7 @@ def test_the_word_in_a_comment_or_a_string_changes_no_limit(
 @pytest.mark.fault(
     "Database",
     fault="The version table is locked",
-    sees="`waiting, ...: canceling statement due to lock timeout; where the database stands is not known: check with"
+    sees="`waiting, ...: canceling statement due to lock timeout; the database's revision is unknown: check with"
     " 'alembic current'`, then it recovers, or `timed out after N s; retry later`, exit 1",
     state="Nothing was changed",
     do="End that session, deploy again",
@@ -179,9 +179,8 @@ def test_a_version_table_that_is_locked_is_waited_for_in_bounded_time(
         assert time.monotonic() - start < 30
     assert result.returncode == 1
     assert result.failure == (
-        "canceling statement due to lock timeout; blocked by pid N, report as postgres; where the database stands"
-        " is not known: check with 'alembic current';"
-        " timed out after 2 s; retry later"
+        "canceling statement due to lock timeout; blocked by pid N, report as postgres; the database's revision is"
+        " unknown: check with 'alembic current'; timed out after 2 s; retry later"
     )
 
 

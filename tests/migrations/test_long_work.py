@@ -69,7 +69,7 @@ def test_a_concurrent_build_tells_its_phase_and_for_whom_it_waits(project_at_002
     "Concurrency",
     fault="A revision uses a second connection, which waits for the first one",
     sees="`revision 003 (...) still running after 10 s: no statement is running; pid N, hcm-db-migrations as ..., a"
-    " connection of the revision's own waits for this run`, and the same in the last line",
+    " connection opened by the revision waits for this run`, and the same in the last line",
     state="Finished revisions stay, this one is rolled back but for what its own connection committed",
     do="Use op.get_bind() alone",
 )
@@ -83,7 +83,7 @@ with op.get_bind().engine.begin() as other:
     running = project_at_002.start("upgrade", "head")
     running.prints("still running")
     result, seconds = running.stop(signal.SIGTERM)
-    own = f"pid N, hcm-db-migrations as {database.role} from 127.0.0.1, a connection of the revision's own"
+    own = f"pid N, hcm-db-migrations as {database.role} from 127.0.0.1, a connection opened by the revision"
     line = progress(result)[0]
     assert line.endswith(f": no statement is running; {own} waits for this run")
     assert result.returncode == 143

@@ -141,7 +141,7 @@ def test_two_files_with_one_number_are_refused_by_name(offline_project: Project,
 @pytest.mark.fault(
     "Code and settings",
     fault="Two heads",
-    sees="`there are 2 heads: ... and ...; make one revise the other by its 'down_revision', ...`, exit 255",
+    sees="`there are 2 heads: ... and ...; set the 'down_revision' of one to the other, ...`, exit 255",
     state="The database is not contacted",
     do="What the line says",
 )
@@ -151,7 +151,7 @@ def test_two_heads_are_refused_by_name(offline_project: Project, command: str) -
     result = offline_project.alembic(command, "head")
     assert (result.returncode, result.failure) == (
         255,
-        f"there are 2 heads: 002 ({one.name}) and 003 ({two.name}); make one revise the other by its 'down_revision',"
+        f"there are 2 heads: 002 ({one.name}) and 003 ({two.name}); set the 'down_revision' of one to the other,"
         f" {RULES}",
     )
 
@@ -162,7 +162,7 @@ def test_a_revision_after_two_heads_is_refused(offline_project: Project) -> None
     result = offline_project.alembic("revision", "-m", "x")
     assert (result.returncode, offline_project.files()) == (255, before)
     assert result.failure == (
-        f"there are 2 heads: 002 ({one.name}) and 003 ({two.name}); make one revise the other by its 'down_revision',"
+        f"there are 2 heads: 002 ({one.name}) and 003 ({two.name}); set the 'down_revision' of one to the other,"
         f" {RULES}"
     )
 

@@ -14,7 +14,7 @@ from tests.support.revisions import AUDIT, audited
 from tools.postgres import execute
 
 TROUBLE = "fix that, or set ALEMBIC_VERSION_TABLE or DB_SCHEMA; see 'Troubleshooting' in README.md"
-CREATES = "WARNING others may CREATE in public ({}), so that revisions may call what they put there: see 'Minimum"
+CREATES = "WARNING untrusted roles may CREATE in public ({}), and revisions may call what they create there: see"
 
 
 @pytest.fixture
@@ -65,8 +65,8 @@ TRAPS = [
 @pytest.mark.fault(
     "Database",
     fault="Another role has put functions or operators in a schema of the role's search_path",
-    sees="`WARNING others may CREATE in public (...), so that revisions may call what they put there: see 'Minimum"
-    " privileges' in README.md`",
+    sees="`WARNING untrusted roles may CREATE in public (...), and revisions may call what they create there: see"
+    " 'Minimum privileges' in README.md`",
     state="All done; none of them was called by the run itself",
     do="`REVOKE CREATE ON SCHEMA public FROM PUBLIC`",
 )
@@ -95,7 +95,7 @@ CHECK = "CREATE FUNCTION public.theirs(text) RETURNS boolean LANGUAGE sql AS 'SE
 @pytest.mark.fault(
     "Database",
     fault="The version table is another role's, a view, or runs another role's code",
-    sees="`the version table public.alembic_version belongs to ...; fix that, or set ALEMBIC_VERSION_TABLE or"
+    sees="`the version table public.alembic_version is owned by ...; fix that, or set ALEMBIC_VERSION_TABLE or"
     " DB_SCHEMA;"
     " ...`, exit 255",
     state="Nothing was changed, and nothing of it was run",
@@ -104,11 +104,11 @@ CHECK = "CREATE FUNCTION public.theirs(text) RETURNS boolean LANGUAGE sql AS 'SE
 @pytest.mark.parametrize(
     ("theirs", "admins", "problem"),
     [
-        ([VERSIONS], [], "belongs to {other}"),
+        ([VERSIONS], [], "is owned by {other}"),
         (
             ["CREATE VIEW public.alembic_version AS SELECT '001'::varchar AS version_num"],
             ["ALTER VIEW public.alembic_version OWNER TO {role}"],
-            "is a view, no ordinary table",
+            "is a view, not an ordinary table",
         ),
         (
             [VERSIONS, TRIGGER],
@@ -116,7 +116,7 @@ CHECK = "CREATE FUNCTION public.theirs(text) RETURNS boolean LANGUAGE sql AS 'SE
                 "ALTER TABLE alembic_version OWNER TO {role}",
                 "CREATE TRIGGER t BEFORE INSERT ON alembic_version FOR EACH ROW EXECUTE FUNCTION theirs()",
             ],
-            "runs the function public.theirs(), which belongs to {other}",
+            "runs the function public.theirs(), which is owned by {other}",
         ),
         (
             [VERSIONS, CHECK],
@@ -124,7 +124,7 @@ CHECK = "CREATE FUNCTION public.theirs(text) RETURNS boolean LANGUAGE sql AS 'SE
                 "ALTER TABLE alembic_version OWNER TO {role}",
                 "ALTER TABLE alembic_version ADD CHECK (theirs(version_num))",
             ],
-            "runs the function public.theirs(text), which belongs to {other}",
+            "runs the function public.theirs(text), which is owned by {other}",
         ),
         (
             [VERSIONS, CHECK],
@@ -132,7 +132,7 @@ CHECK = "CREATE FUNCTION public.theirs(text) RETURNS boolean LANGUAGE sql AS 'SE
                 "ALTER TABLE alembic_version OWNER TO {role}",
                 "CREATE RULE r AS ON INSERT TO alembic_version WHERE theirs(new.version_num) DO ALSO SELECT 1",
             ],
-            "runs the function public.theirs(text), which belongs to {other}",
+            "runs the function public.theirs(text), which is owned by {other}",
         ),
         (
             [VERSIONS, CHECK],
@@ -140,7 +140,7 @@ CHECK = "CREATE FUNCTION public.theirs(text) RETURNS boolean LANGUAGE sql AS 'SE
                 "ALTER TABLE alembic_version OWNER TO {role}; ALTER TABLE alembic_version FORCE ROW LEVEL SECURITY",
                 "CREATE POLICY p ON alembic_version USING (theirs(version_num))",
             ],
-            "runs the function public.theirs(text), which belongs to {other}",
+            "runs the function public.theirs(text), which is owned by {other}",
         ),
     ],
     ids=["owner", "view", "trigger", "check", "rule", "policy"],
@@ -170,8 +170,8 @@ def test_a_version_table_of_others_is_refused(
 @pytest.mark.fault(
     "Database",
     fault="A schema that is called as the role, made by somebody else, comes first by `$user`",
-    sees="`the schema ... comes first only because it is called as the role, and its owner is ...; set DB_SCHEMA to the"
-    " schema of the tables`, exit 255",
+    sees="`the schema ... comes first only because it has the role's name, and it is owned by ...; set DB_SCHEMA to"
+    " the schema of the tables`, exit 255",
     state="Nothing was changed",
     do="What the line says",
 )
@@ -184,7 +184,7 @@ def test_a_schema_of_others_that_is_called_as_the_role_is_refused(
     result = project.alembic("upgrade", "head")
     assert (result.returncode, result.failure) == (
         255,
-        f"the schema {database.role} comes first only because it is called as the role, and its owner is"
+        f"the schema {database.role} comes first only because it has the role's name, and it is owned by"
         f" other_{database.role}; set DB_SCHEMA to the schema of the tables",
     )
     assert project.alembic("upgrade", "head", DB_SCHEMA="public").returncode == 0
@@ -234,7 +234,7 @@ def test_an_audit_trigger_of_ones_own_stays_possible(project: Project, database:
         (
             "version_num text",
             "('001'), ('001')",
-            "has a revision twice: DELETE FROM public.alembic_version a USING public.alembic_version b"
+            "has a duplicate revision: DELETE FROM public.alembic_version a USING public.alembic_version b"
             " WHERE a.version_num = b.version_num AND a.ctid > b.ctid",
         ),
     ],

@@ -113,8 +113,8 @@ def test_a_password_in_the_env_file_may_look_like_a_variable(offline_project: Pr
         ("postgresql://u:{}@h/", f"DATABASE_URL has no database; {URL_FORMAT}"),
         ("postgresql://u:{}@/db", f"DATABASE_URL has no host; {URL_FORMAT}"),
         ("postgresql:///db", f"DATABASE_URL has no host; {URL_FORMAT}"),
-        ("postgresql://u:{}@h:0/db", f"DATABASE_URL has no port from 1 to 65535; {URL_FORMAT}"),
-        ("postgresql://u:{}@h:65536/db", f"DATABASE_URL has no port from 1 to 65535; {URL_FORMAT}"),
+        ("postgresql://u:{}@h:0/db", f"DATABASE_URL has a port outside 1 to 65535; {URL_FORMAT}"),
+        ("postgresql://u:{}@h:65536/db", f"DATABASE_URL has a port outside 1 to 65535; {URL_FORMAT}"),
         ("postgresql://u:{}@h:five/db", f"DATABASE_URL is not a valid URL; {URL_FORMAT}"),
         (
             "postgresql://u@h/db?password={}",
@@ -132,7 +132,7 @@ def test_a_password_in_the_env_file_may_look_like_a_variable(offline_project: Pr
         ("jdbc:postgresql://u:{}@h/db", f"DATABASE_URL is a JDBC URL; {URL_FORMAT}"),
         ("jdbc:postgresql://h/db?user=u&password={}", f"DATABASE_URL is a JDBC URL; {URL_FORMAT}"),
         *[
-            (url, f"DATABASE_URL has one of @ : ; & = or white space after the host; {URL_FORMAT}")
+            (url, f"DATABASE_URL has one of @ : ; & = or whitespace after the host; {URL_FORMAT}")
             for url in (
                 "postgresql://te/am:{}@h:1/db",
                 "postgresql://h:1/db;password={}",

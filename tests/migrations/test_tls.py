@@ -156,6 +156,6 @@ def test_a_client_key_that_libpq_refuses_fails_at_once(
     assert result.returncode == 255
     assert "has group or world access" in result.failure
     assert result.failure.endswith(
-        "; set the key's mode to 0600, or to 0640 where root owns it (in the chart: 'defaultMode: 0440' of the volume)"
+        "; set the key's mode to 0600, or to 0640 if root owns it (in the chart: 'defaultMode: 0440' of the volume)"
     )
     assert "waiting" not in result.stderr

@@ -25,7 +25,7 @@ def test_a_database_ahead_of_the_code_is_refused(project: Project, database: Dat
     result = project.alembic(*arguments)
     assert (result.returncode, database.at) == (255, ["002"])
     assert result.failure == (
-        "the database is at 002, which this code (head 001) does not know; deploy the code that knows it, or, where the"
+        "the database is at 002, which this code (head 001) does not know; deploy the code that knows it or, if the"
         f" version table is another project's, set ALEMBIC_VERSION_TABLE or DB_SCHEMA; {TROUBLE}"
     )
 

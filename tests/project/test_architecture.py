@@ -1,0 +1,73 @@
+"""docs/architecture.md names every folder and module, and the imports are those that it allows."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import grimp
+import pytest
+
+from tools.paths import BIN, ROOT
+
+PAGE = (ROOT / "docs/architecture.md").read_text()
+NAMES = re.findall(r"`([^`\s]+)`", PAGE.split("```")[2])
+PATH = re.compile(r"\.?[\w-][\w./-]*(/|\.(py|md|yaml|json|toml|mod|mako|tpl|example))[\w.-]*")
+RULES = [line for line in PAGE.split("## Where to change what")[1].splitlines() if line.startswith("| ")][1:]
+
+
+def _tracked() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [Path(line) for line in listed.splitlines()]
+
+
+def _imports(path: Path) -> set[str]:
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return {name.split(".")[0] for name in plain | {str(n.module) for n in nodes if isinstance(n, ast.ImportFrom)}}
+
+
+def test_the_runner_and_the_tools_import_only_what_they_may() -> None:
+    command = [BIN / "lint-imports", "--no-cache", "--no-logo"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_tests_share_code_in_support_only() -> None:
+    graph = grimp.build_graph("tests", cache_dir=None)
+    found = [
+        f"{importer} imports {name}"
+        for name in graph.modules
+        if re.match("test_|conftest$", name.rpartition(".")[2])
+        for importer in graph.find_modules_that_directly_import(name)
+    ]
+    assert sorted(found) == []
+
+
+@pytest.mark.parametrize(
+    ("folder", "allowed"), [("migrations", {"migration_runner"}), ("bench", {"tools"})], ids=["migrations", "bench"]
+)
+def test_folders_that_are_no_packages_import_only_what_they_may(folder: str, allowed: set[str]) -> None:
+    ours = {path.parts[0] for path in _tracked() if len(path.parts) > 1}
+    for path in (ROOT / folder).rglob("*.py"):
+        assert _imports(path) & ours <= (allowed if "versions" not in path.parts else set()), path
+
+
+def test_every_path_on_the_page_exists() -> None:
+    missing = {name for name in NAMES if PATH.fullmatch(name) and not (ROOT / name).exists()}
+    assert missing == set()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_name_on_the_page_is_in_a_file_beside_it(rule: str) -> None:
+    names = re.findall(r"`([^`\s]+)`", rule.split(" | ")[1])
+    paths = [name for name in names if PATH.fullmatch(name)]
+    text = "".join((ROOT / path).read_text() for path in paths if (ROOT / path).is_file())
+    identifiers = [name.rpartition(".")[2] for name in names if name not in paths and re.fullmatch(r"[\w.]+", name)]
+    assert [name for name in identifiers if name not in text] == []
+
+
+def test_every_folder_and_every_module_of_the_runner_is_on_the_page() -> None:
+    folders = {path.parts[0] for path in _tracked() if len(path.parts) > 1 and not path.parts[0].startswith(".")}
+    modules = {path.stem for path in _tracked() if path.match("migration_runner/*.py")} - {"__init__"}
+    assert folders - {"charts"} | {"charts/hcm-db-migrations"} | modules <= set(NAMES)
