@@ -86,7 +86,7 @@ def test_uninstall_leaves_the_schema_and_nothing_else_and_a_reinstall_finds_it(
     "Going back",
     fault="`helm rollback` to older code",
     sees="Nothing; the next upgrade with that code: `the database is at 002, which this code (head 001) does not know;"
-    " deploy the code that knows it, ...`, exit 255",
+    " deploy the code that knows it ...`, exit 255",
     state="The schema stays as it is",
     do="Deploy the newer code, or downgrade with it by `args`",
 )

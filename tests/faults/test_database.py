@@ -107,7 +107,7 @@ def test_a_server_that_crashes_for_lack_of_room_is_waited_for_and_the_next_run_f
 @pytest.mark.fault(
     "Database",
     fault="`max_connections` is reached",
-    sees="`waiting, up to N s more: ... remaining connection slots are reserved ...` (or `too many clients already`)",
+    sees="`waiting, up to N s more: ... remaining connection slots are reserved ...`, or 'too many clients already'",
     state="Nothing was begun",
     do="Nothing: it goes on by itself, and one free slot is enough; else find who holds the connections",
 )

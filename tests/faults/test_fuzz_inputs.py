@@ -72,7 +72,7 @@ def test_any_password_opens_the_database(load: Callable, database: Database) -> 
 @pytest.mark.fault(
     "Code and settings",
     fault="DB_HOST, DB_PORT, DB_NAME or DB_USER is anything",
-    sees="It is taken as it is, or one line names the variable and what to set, exit 255",
+    sees="It is taken as it is, or one line names the variable and what to set",
     state="The database is not contacted",
     do="What the line says",
 )
@@ -96,7 +96,7 @@ def test_any_part_is_taken_as_it_is_or_refused_by_name(load: Callable) -> None:
 @pytest.mark.fault(
     "Code and settings",
     fault="DATABASE_URL is anything",
-    sees="It is read as SQLAlchemy documents it, or one line says how to write it and quotes none of it, exit 255",
+    sees="It is read as SQLAlchemy documents it, or one line says how to write it and quotes none of it",
     state="The database is not contacted",
     do="What the line says",
 )

@@ -173,7 +173,7 @@ def test_a_connection_that_never_answers_is_an_error(proxied: Project, database:
 @pytest.mark.fault(
     "Network",
     fault="A load balancer keeps the connection up in a revision, and nothing comes back any more",
-    sees="Nothing until the Job's deadline (`job.activeDeadlineSeconds`): it looks like a long statement. Then, within"
+    sees="Nothing until the Job's deadline ('job.activeDeadlineSeconds'): it looks like a long statement. Then, within"
     " 2 s: `interrupted by SIGTERM; did not stop in time and was killed; ...`, exit 143",
     state="Finished revisions stay; the orphaned session ends when the load balancer lets go",
     do="Mend the load balancer, deploy again",

@@ -261,3 +261,37 @@ def test_a_plan_after_everything_was_undone_is_applied(project: Project, databas
     assert project.alembic("downgrade", "base").returncode == 0
     assert database.psql(plan).returncode == 0
     assert database.at == ["001"]
+
+
+def test_the_sql_has_a_percent_sign_as_it_is(project: Project, database: Database) -> None:
+    project.add("002", "op.execute(\"CREATE TABLE a AS SELECT format('100%% of %s', 1) AS x\")")
+    assert "format('100%% of %s', 1)" in project.alembic("upgrade", "head", "--sql").stdout
+    assert project.alembic("upgrade", "head").returncode == 0
+    assert database.scalar("SELECT x FROM a") == "100% of 1"
+
+
+def test_a_destination_that_does_not_exist_is_named_before_connecting(offline_project: Project) -> None:
+    result = offline_project.alembic("upgrade", "999")
+    assert (result.returncode, result.failure) == (255, "there is no revision 999; 'alembic history' lists them")
+
+
+def test_the_beginning_of_several_revisions_is_named_before_connecting(offline_project: Project) -> None:
+    offline_project.add("ab12", down="001")
+    offline_project.add("ab34", down="ab12")
+    result = offline_project.alembic("upgrade", "ab")
+    assert (result.returncode, result.failure) == (255, "ab is ambiguous: ab12, ab34; 'alembic history' lists them")
+
+
+def test_current_calls_neither_of_two_heads_the_head(project: Project) -> None:
+    assert project.alembic("upgrade", "head").returncode == 0
+    project.add("002")
+    project.add("003", down="001")
+    result = project.alembic("current")
+    assert (result.returncode, "(head)" in result.stdout) == (255, False)
+    assert result.failure.startswith("there are 2 heads: 002 ")
+
+
+def test_current_of_an_empty_database_says_so(project: Project) -> None:
+    result = project.alembic("current")
+    assert (result.returncode, result.stdout) == (0, "")
+    assert result.lines[-1] == "HH:MM:SS INFO at base (the head is 001)"

@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.database import Database
 from tests.support.project import Project
-from tests.support.revisions import AUDIT, BLOCK, FILE, FIX, audit, audited, building, follow
+from tests.support.revisions import AUDIT, BLOCK, FILE, FIX, TABLE, audit, audited, building, follow
 from tests.support.waiting import until
 
 
@@ -229,3 +229,16 @@ def test_a_table_that_is_locked_for_the_drivers_own_cursor_is_tried_again(projec
         other.connection.commit()
         result = running.wait()
     assert (result.returncode, database.at) == (0, ["002"]), result
+
+
+@pytest.mark.parametrize("error", ["SystemExit(0)", "SystemExit", "KeyboardInterrupt"])
+def test_a_revision_that_exits_is_a_failure(project: Project, database: Database, error: str) -> None:
+    project.add("002", f"{TABLE}raise {error}")
+    result = project.alembic("upgrade", "head")
+    assert (result.returncode, database.at) == (255, ["001"])
+    name = FILE.format("002")
+    said = error.replace("(0)", ": 0")
+    assert result.failure == (
+        f"revision 002 ({name}) failed: {said}, at {name}, line 8; rolled back; the database is at revision 001;"
+        f" fix it, then retry"
+    )

@@ -164,7 +164,7 @@ def test_the_word_in_a_comment_or_a_string_changes_no_limit(
 @pytest.mark.fault(
     "Database",
     fault="The version table is locked",
-    sees="`waiting, ...: canceling statement due to lock timeout; the database's revision is unknown: check with"
+    sees="`waiting, ...: canceling statement due to lock timeout; ...; the database's revision is unknown: check with"
     " 'alembic current'`, then it recovers, or `timed out after N s; retry later`, exit 1",
     state="Nothing was changed",
     do="End that session, deploy again",

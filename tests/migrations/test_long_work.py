@@ -23,7 +23,7 @@ def progress(result: Result) -> list[str]:
 @pytest.mark.fault(
     "Database",
     fault="A statement takes long",
-    sees="After 10 s, and every 10 s in the first minute: `revision 003 (...) still running after 10 s: SELECT"
+    sees="After 10 s, and every 10 s in the first minute: `revision 003 (...) still running after N s: SELECT"
     " pg_sleep`",
     state="-",
     do="Nothing",
@@ -41,7 +41,7 @@ def test_a_long_statement_is_named_without_its_values(project_at_002: Project, d
 @pytest.mark.fault(
     "Database",
     fault="An index that is built concurrently waits for others, or takes long",
-    sees="`revision 003 (...) still running after 10 s: CREATE INDEX CONCURRENTLY slow ON audit; waiting for"
+    sees="`revision 003 (...) still running after N s: CREATE INDEX CONCURRENTLY slow ON audit; waiting for"
     " writers before"
     " build; waiting for pid N, report as postgres`",
     state="-",
@@ -68,7 +68,7 @@ def test_a_concurrent_build_tells_its_phase_and_for_whom_it_waits(project_at_002
 @pytest.mark.fault(
     "Concurrency",
     fault="A revision uses a second connection, which waits for the first one",
-    sees="`revision 003 (...) still running after 10 s: no statement is running; pid N, hcm-db-migrations as ..., a"
+    sees="`revision 003 (...) still running after N s: no statement is running; pid N, hcm-db-migrations as ..., a"
     " connection opened by the revision waits for this run`, and the same in the last line",
     state="Finished revisions stay, this one is rolled back but for what its own connection committed",
     do="Use op.get_bind() alone",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.database import Database
 from tests.support.project import Project
 from tests.support.revisions import FIRST, RULES
 
@@ -289,3 +290,18 @@ def test_files_with_other_line_ends_and_a_byte_order_mark_load(offline_project: 
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
     assert offline_project.alembic("heads").stdout == "002 (head)\n"
     assert fields(made(offline_project, "-m", "x"))["revision"] == "003"
+
+
+def test_a_revision_that_the_version_table_cannot_hold_is_named_before_any_step(
+    project: Project, database: Database
+) -> None:
+    project.add("2" * 33, down="001")
+    said = f"revision {'2' * 33} has 33 characters, and the version table holds 32; shorten it{{}}; {RULES}"
+    assert project.alembic("upgrade", "head").failure == said.format("")
+    assert database.relations == []
+    assert project.alembic("upgrade", "001").returncode == 0
+    widen = "ALTER TABLE public.alembic_version ALTER version_num TYPE text"
+    assert project.alembic("upgrade", "head").failure == said.format(f", or widen the column: {widen}")
+    database.execute(widen)
+    assert project.alembic("upgrade", "head").returncode == 0
+    assert project.alembic("current").stdout == f"{'2' * 33} (head)\n"

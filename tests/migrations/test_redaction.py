@@ -143,3 +143,22 @@ assert grown < 4000, f"{grown} kB"
     project.add("002", body)
     result = project.alembic("upgrade", "head")
     assert (result.returncode, database.at) == (0, ["002"]), result
+
+
+def test_what_statements_quote_is_not_printed_and_of_many_only_the_ends(project: Project, database: Database) -> None:
+    rows = "".join(f"    op.execute(\"INSERT INTO a VALUES ('{n}', 'jane@secret.org')\")\n" for n in range(50))
+    table = 'op.execute("CREATE TABLE a (x text, y text)")\n'
+    project.add("002", BLOCK + table + rows + "    1 / 0")
+    result = project.alembic("upgrade", "head")
+    assert result.returncode == 255
+    assert "secret" not in result.stderr
+    row = "INSERT INTO a"
+    listed = f"not rolled back: CREATE TABLE a; {row}; {row}; 47 more; {row}; the database is at revision 001; "
+    assert listed in result.failure
+
+
+def test_the_row_of_a_violated_constraint_is_not_printed(project: Project) -> None:
+    project.add("002", "op.execute(\"INSERT INTO hcm_report_metadata (dag_name) VALUES ('Jane Doe')\")")
+    result = project.alembic("upgrade", "head")
+    assert "violates not-null constraint" in result.failure
+    assert "Jane" not in result.stdout + result.stderr

@@ -20,7 +20,7 @@ def test_an_upgrade_says_where_what_and_how_long(project: Project, first: str) -
     project.add("002", name="add_status_column")
     result = project.alembic("upgrade", "head")
     assert (result.returncode, result.stdout) == (0, "")
-    assert result.lines == [
+    assert result.stderr.splitlines() == [
         first,
         "HH:MM:SS INFO at base (the head is 002); to do: 2 (001 create_hcm_report_metadata, 002 add_status_column)",
         "HH:MM:SS INFO running upgrade  -> 001, create_hcm_report_metadata",
@@ -68,7 +68,7 @@ def test_a_failure_ends_with_the_reason_and_the_cure(project: Project, first: st
         " revision 001; fix it, then retry"
     )
     assert (result.returncode, result.stdout) == (255, f"FAILED: {reason}\n")
-    assert result.lines == [
+    assert result.stderr.splitlines() == [
         first,
         "HH:MM:SS INFO at base (the head is 002); to do: 2 (001 create_hcm_report_metadata, 002 add)",
         "HH:MM:SS INFO running upgrade  -> 001, create_hcm_report_metadata",
@@ -80,7 +80,7 @@ def test_a_failure_ends_with_the_reason_and_the_cure(project: Project, first: st
 def test_current_says_which_database_and_prints_the_revision_alone(project: Project, first: str) -> None:
     assert project.alembic("upgrade", "head").returncode == 0
     result = project.alembic("current")
-    assert (result.returncode, result.stdout, result.lines) == (0, "001 (head)\n", [first])
+    assert (result.returncode, result.stdout, result.stderr) == (0, "001 (head)\n", f"{first}\n")
 
 
 def test_what_a_revision_logs_is_seen(project: Project) -> None:

@@ -40,7 +40,7 @@ def during(result: Result, revision: str, rest: str) -> str:
     "Process and pod",
     fault="SIGTERM (drain, deadline, deleted Job) or SIGINT in a revision",
     sees="Within 2 s `interrupted by SIGTERM in revision 004 (...) after N s; rolled back; the database is at"
-    " revision 003; run again to resume; ...`, exit 143 (SIGINT: 130)",
+    " revision 003; run again to resume; ...`, exit 143 (130)",
     state="Finished revisions stay, this one is rolled back",
     do="Deploy again; where the time was up, raise `job.activeDeadlineSeconds` and Helm's `--timeout`",
 )

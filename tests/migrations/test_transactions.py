@@ -9,9 +9,8 @@ import pytest
 
 from tests.support.database import Database
 from tests.support.project import Project
-from tests.support.revisions import BLOCK, FILE, FIX
+from tests.support.revisions import BLOCK, FILE, FIX, TABLE
 
-TABLE = 'op.execute("CREATE TABLE a (x int)")\n'
 RAW = "raw = op.get_bind().connection.dbapi_connection\n"
 CURSOR = "cursor = op.get_bind().connection.cursor()\n"
 FAILS = 'op.execute("SELECT 1 / 0")'
@@ -348,10 +347,8 @@ def test_no_cursor_goes_unseen(project: Project, database: Database, body: str) 
 @pytest.mark.fault(
     "Partial work",
     fault="A revision commits something on a second connection, and fails",
-    sees="`revision 002 (...) failed: ...; check for changes committed on the revision's second connection; the"
-    " database"
-    " is at"
-    " revision 001; ...`, exit 255, without a retry",
+    sees="`revision 003 (...) failed: ...; check for changes committed on the revision's second connection; the"
+    " database is at revision 002; ...`, exit 255, without a retry",
     state="What it committed there; finished revisions",
     do="Undo it, use op.get_bind() alone, deploy again",
 )
@@ -454,3 +451,11 @@ def test_the_real_cause_is_named_where_the_revision_closed_its_connection(projec
     path = project.add("002", "op.get_bind().close()\nraise ValueError('the real cause')")
     result = project.alembic("upgrade", "head")
     assert f"failed: ValueError: the real cause, at {path.name}, line 8; " in result.failure
+
+
+def test_savepoints_and_autocommit_blocks_are_a_revisions_own(project: Project, database: Database) -> None:
+    project.add("002", "with op.get_bind().begin_nested():\n    op.execute('CREATE TABLE a (x int)')")
+    block = f"{BLOCK}op.execute('CREATE INDEX CONCURRENTLY b ON a (x)')\n"
+    project.add("003", f"op.execute('INSERT INTO a VALUES (1)')\n{block}op.execute('INSERT INTO a VALUES (2)')")
+    result = project.alembic("upgrade", "head")
+    assert (result.returncode, database.at, database.execute("SELECT x FROM a")) == (0, ["003"], [(1,), (2,)]), result

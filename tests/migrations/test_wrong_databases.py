@@ -12,7 +12,7 @@ TROUBLE = "see 'Troubleshooting' in README.md"
 @pytest.mark.fault(
     "Code and settings",
     fault="The database is ahead of the code (after `helm rollback`)",
-    sees="`the database is at 002, which this code (head 001) does not know; deploy the code that knows it, ...`, "
+    sees="`the database is at 002, which this code (head 001) does not know; deploy the code that knows it ...`, "
     "exit 255",
     state="Nothing was changed",
     do="Deploy the newer code, or downgrade with it first",

@@ -52,9 +52,14 @@ def claims(sees: str) -> list[str]:
 
 def pattern(claim: str) -> re.Pattern[str]:
     """`claim` as a pattern for printed text."""
-    parts = re.split(r"(\.\.\.|<[^<>]+>|\bN\b)", claim)
-    wild = {"...": r".*", "N": r"\d+(?:\.\d+)?"}
-    return re.compile("".join(wild.get(part, ".*" if part.startswith("<") else re.escape(part)) for part in parts))
+    parts = re.split(r"( ?\.\.\.|<[^<>]+>|\bN\b)", claim)
+    return re.compile("".join(_part_pattern(part) for part in parts))
+
+
+def _part_pattern(part: str) -> str:
+    if part == "N":
+        return r"\d+(?:\.\d+)?"
+    return ".*" if part.endswith("...") or part.startswith("<") else re.escape(part)
 
 
 def is_seen(claim: str, texts: list[str], codes: set[int]) -> bool:

@@ -17,6 +17,7 @@ AGAIN = (
 )
 SLEEP = 'op.execute("SELECT pg_sleep(60)")'
 BUILD = 'op.execute("CREATE INDEX CONCURRENTLY slow ON audit (revision)")'
+TABLE = 'op.execute("CREATE TABLE a (x int)")\n'
 BLOCK = "with op.get_context().autocommit_block():\n    "
 KILLED = (
     "interrupted by SIGTERM; did not stop in time and was killed; the database was at revision 002 before: check with"
