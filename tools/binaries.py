@@ -1,4 +1,4 @@
-"""The command line tools and the parts of Kubernetes, at the versions that `tools/<module>/go.mod` pins.
+"""The command line tools and the parts of Kubernetes, at the versions that `tools/**/go.mod` pins.
 
     python -m tools.binaries helm          prints the path of helm, which is built first when PATH has no fitting one
 
@@ -40,7 +40,7 @@ USUAL_TIME = {"helm": "3 minutes", "ct": "1 minute", "kube-apiserver": "4 minute
 def modules() -> dict[str, tuple[Path, str]]:
     """Every tool that can be built: {name: (folder of its Go module, Go package)}."""
     found = {}
-    for go_mod in sorted((ROOT / "tools").glob("*/go.mod")):
+    for go_mod in sorted((ROOT / "tools").glob("**/go.mod")):
         block = re.search(r"^tool (?:([^\s(]+)$|\((.*?)^\))", go_mod.read_text(), re.M | re.S)
         for package in (block[1] or block[2]).split():
             name = re.sub(r"(/v\d+)?$", "", package).rsplit("/", 1)[-1]

@@ -36,9 +36,10 @@ from pathlib import Path
 
 import psycopg2
 
-from tools import engine
 from tools.binaries import find_or_build
 from tools.network import free_port
+from tools.offline_cluster import engine
+from tools.offline_cluster import images as offline_images
 from tools.paths import CACHE, ROOT
 from tools.steps import UnavailableError, locked, once, remove, run, say
 
@@ -56,10 +57,10 @@ PUBLIC_IMAGES = {
     "server": "python:3.10",
 }
 LOCAL_IMAGES = {
-    "python": engine.PYTHON,
-    "git_sync": engine.GIT_SYNC,
-    "postgres": engine.SERVER,
-    "server": engine.SERVER,
+    "python": offline_images.PYTHON,
+    "git_sync": offline_images.GIT_SYNC,
+    "postgres": offline_images.SERVER,
+    "server": offline_images.SERVER,
 }
 
 
@@ -239,7 +240,7 @@ def _make(owner: int) -> Cluster:
     env, how, images = _choose()
     STATE.mkdir(parents=True, exist_ok=True)
     if how == "made here":
-        address, ports, image = engine.address(), dict(NODE_PORTS), ["--image", engine.make_images()]
+        address, ports, image = engine.address(), dict(NODE_PORTS), ["--image", offline_images.make_images()]
         networking = {"apiServerAddress": address, "apiServerPort": 6443}
         # The machine may still have cgroup v1, which kubelet refuses unless told otherwise.
         patches = ["kind: KubeletConfiguration\nfailCgroupV1: false\n"]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from tools.steps import UnavailableError, remove, run
+
+KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
 
 def extract(
@@ -40,3 +43,18 @@ def extract(
     for package in sorted((apt / "cache/archives").glob("*.deb")):
         run(["dpkg-deb", "--extract", package, partial])
     remove(apt)
+
+
+def codename() -> str:
+    """The codename of this system's release, such as bookworm."""
+    return re.search(r"VERSION_CODENAME=(\w+)", Path("/etc/os-release").read_text())[1]
+
+
+def sources(suite: str) -> str:
+    """sources.list for a Debian suite, from the mirrors that this machine uses."""
+    own = codename()
+    listed = run(["apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE) $(COMPONENT)", "Created-By: Packages"])
+    lines = sorted({line for line in listed.splitlines() if re.search(rf" {own}(-security|-updates)? main$", line)})
+    if not lines:
+        raise UnavailableError(f"apt has no source for Debian {own}: add one to /etc/apt/sources.list.d")
+    return "".join(f"deb [signed-by={KEYRING}] {line.replace(f' {own}', f' {suite}')}\n" for line in lines)

@@ -17,8 +17,8 @@ from kubernetes import client, config
 from sqlalchemy import make_url
 
 from tests.migrations.helpers import Database
-from tools import engine
 from tools.cluster import NAME, Cluster
+from tools.offline_cluster import engine
 from tools.paths import CHART, ROOT
 from tools.postgres import execute
 from tools.steps import run

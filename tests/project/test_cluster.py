@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tools import cluster, engine
+from tools import cluster
+from tools.offline_cluster import engine
 from tools.paths import ROOT
 from tools.steps import UnavailableError
 

@@ -3,9 +3,6 @@
 The engine is Debian's Docker, extracted into the cache: nothing is installed. It runs in network, mount and process
 namespaces of its own, with its own /run, bridges and packet filter rules. So it stands beside a user's Docker, and
 when its first process ends, the kernel removes all of it. A cable (veth pair) connects it to the machine: `address()`.
-
-Images that cannot be pulled are made here under honest names (`hcm-local/...`) from Debian packages, and the kind node
-from the programs that `tools.binaries` builds. They stay in the engine's data folder in the cache.
 """
 
 from __future__ import annotations
@@ -18,36 +15,17 @@ import re
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from pathlib import Path
 
-from tools import binaries, debian
-from tools.paths import CACHE, ROOT
-from tools.steps import UnavailableError, once, remove, run, say
+from tools import debian
+from tools.paths import CACHE
+from tools.steps import UnavailableError, once, run
 
 FOLDER = CACHE / "engine"
-HERE = ROOT / "tools"
 CABLE = f"hcm-{hashlib.sha256(bytes(FOLDER)).hexdigest()[:8]}"
 # Debian 12's Docker 20.10 cannot run privileged containers without CAP_SYS_RESOURCE; Debian 13's can, also on 12.
 PACKAGES = ["docker.io/trixie", "docker-cli/trixie", "iptables", "iproute2", "mmdebstrap"]
-KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-
-PYTHON = "hcm-local/python:3.11-debian12"
-GIT_SYNC = "hcm-local/git-sync-standin:v4.7.1"
-SERVER = "hcm-local/server:debian12"
-NODE_BASE = "hcm-local/node-base:debian12"
-# Each is one Debian 12 system without recommended packages.
-SYSTEMS = {
-    PYTHON: "python3,python3-pip,python3-venv,python-is-python3,ca-certificates",
-    SERVER: "python3,git,openssh-client,openssh-server,postgresql-15,ca-certificates",
-    NODE_BASE: "systemd,systemd-sysv,dbus,containerd,runc,iptables,conntrack,ethtool,socat,iproute2,mount,kmod,procps,"
-    "ca-certificates,libseccomp2,hostname",
-}
-# As in the official python image: pip installs into the system.
-CUSTOM = ['--customize-hook=rm -f "$1"/usr/lib/python3*/EXTERNALLY-MANAGED']
-NODE_PROGRAMS = ["kubeadm", "kubelet", "kubectl", "crictl", "host-local", "loopback", "ptp", "portmap"]
-CONTROL_PLANE = ["kube-apiserver", "kube-controller-manager", "kube-scheduler", "kube-proxy", "etcd", "coredns"]
 
 
 def check() -> None:
@@ -58,7 +36,7 @@ def check() -> None:
         missing.append("root")
     if release.get("ID") != "debian" or int(release.get("VERSION_ID") or 0) < 12:
         missing.append("Debian 12 or newer")
-    if not KEYRING.exists() or not shutil.which("apt-get"):
+    if not debian.KEYRING.exists() or not shutil.which("apt-get"):
         missing.append("apt-get with Debian's keyring")
     if missing:
         raise UnavailableError(f"an engine of our own needs {', '.join(missing)}")
@@ -161,98 +139,6 @@ def stop() -> None:
             group.rmdir()
 
 
-def image_is_current(tag: str, digest: str) -> bool:
-    """Whether the engine has the image, made from what `digest` stands for."""
-    label = '{{index .Config.Labels "made-from"}}'
-    command = ["docker", "image", "inspect", "--format", label, tag]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True).stdout.strip() == digest
-
-
-def make_images() -> str:
-    """Make every image that is missing or out of date. Return the name of the kind node's image."""
-    for tag, packages in SYSTEMS.items():
-        digest = hashlib.sha256(f"{packages} {CUSTOM}".encode()).hexdigest()[:12]
-        if not image_is_current(tag, digest):
-            _make_system(tag, packages, digest)
-    digest = hashlib.sha256(str(SYSTEMS).encode())
-    for file in sorted((HERE / "images").iterdir()):
-        digest.update(file.read_bytes())
-    if not image_is_current(GIT_SYNC, digest.hexdigest()):
-        docker("tag", SERVER, "hcm-local/server")
-        _build(HERE / "images", GIT_SYNC, "", digest.hexdigest())
-    modules = [HERE / module / name for module in ("kubernetes", "etcd") for name in ("go.mod", "go.sum")]
-    for file in [*sorted((HERE / "node").iterdir()), *modules]:
-        digest.update(file.read_bytes())
-    version = binaries.pinned_version("kubelet")
-    if not image_is_current(f"hcm-local/node:{version}", digest.hexdigest()):
-        _bake_node(version, digest.hexdigest())
-    return f"hcm-local/node:{version}"
-
-
-def _make_system(tag: str, packages: str, digest: str) -> None:
-    with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
-        (Path(folder) / "bookworm.list").write_text(_debian_sources("bookworm"))
-        command = [
-            "mmdebstrap",
-            "--variant=minbase",
-            f"--include={packages}",
-            "--dpkgopt=path-exclude=/usr/share/doc/*",
-        ]
-        command += [*CUSTOM, "bookworm", f"{folder}/system.tar", f"{folder}/bookworm.list"]
-        run(command, f"making image {tag} from Debian 12's packages", "45 s", env=environment())
-        docker(
-            "import", "--change", f"LABEL made-from={digest}", "--change", 'CMD ["bash"]', f"{folder}/system.tar", tag
-        )
-
-
-def _build(context: Path, tag: str, target: str, digest: str, *arguments: str) -> None:
-    label = f"--label=made-from={digest}"
-    target = [f"--target={target}"] if target else []
-    docker("build", "--quiet", "--network=none", label, *target, *arguments, f"--tag={tag}", context)
-
-
-def _bake_node(version: str, digest: str) -> None:
-    """Build the kind node, and put the images that a cluster starts with into its containerd: no registry is asked."""
-    programs = {name: binaries.find_or_build(name) for name in [*NODE_PROGRAMS, *CONTROL_PLANE]}
-    say("building the kind node's image (usually 30 s)")
-    docker("tag", NODE_BASE, "hcm-local/node-base")
-    with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
-        shutil.copytree(HERE / "node", folder, dirs_exist_ok=True)
-        for path in programs.values():
-            shutil.copy(path, folder)
-        for target in ("control-plane", "pause", "node"):
-            arguments = [f"--build-arg=KUBERNETES_VERSION={version}"] if target == "node" else []
-            _build(Path(folder), f"hcm-local/{target}:unbaked", target, digest, *arguments)
-    listed = run([programs["kubeadm"], "config", "images", "list", "--kubernetes-version", version]).split()
-    names = [name for name in listed if "/pause:" not in name]
-    for name in names:
-        docker("tag", "hcm-local/control-plane:unbaked", name)
-    pause = re.search(r'sandbox_image = "(.*)"', (HERE / "node/containerd.toml").read_text())[1]
-    docker("tag", "hcm-local/pause:unbaked", pause)
-    node = ["--privileged", "--security-opt=seccomp=unconfined", "--network=none", "--entrypoint=sleep"]
-    container = docker("run", "--detach", *node, "hcm-local/node:unbaked", "infinity").strip()
-    try:
-        docker("exec", "--detach", container, "containerd")
-        archive = FOLDER / "images.tar"
-        what = "baking the images of Kubernetes and of the tests into it"
-        docker("save", "--output", archive, *names, pause, PYTHON, GIT_SYNC, SERVER, what=what, usual="30 s")
-        load = "until ctr version >/dev/null 2>&1; do sleep 0.1; done; "
-        load += "ctr -n k8s.io images import --all-platforms --no-unpack --digests - >&2"
-        with archive.open("rb") as images:
-            words = ["--interactive", container, "timeout", "300", "sh", "-c", load]
-            docker("exec", *words, what="  and loading them", usual="30 s", stdin=images)
-        remove(archive)
-        docker("exec", container, "sh", "-c", "pkill -x containerd; sleep 1; rm -rf /run/containerd")
-        entry = 'ENTRYPOINT ["/usr/local/bin/entrypoint", "/sbin/init"]'
-        docker(
-            "commit", "--change", entry, container, f"hcm-local/node:{version}", what="  and saving it", usual="20 s"
-        )
-    finally:
-        docker("rm", "--force", "--volumes", container)
-    docker("image", "prune", "--force")
-    remove(binaries.COMPILED)  # 4 GB; a newer Kubernetes would compile nearly all anew
-
-
 def _programs() -> Path:
     """The folder where the engine's Debian packages are extracted."""
     digest = hashlib.sha256(" ".join(PACKAGES).encode()).hexdigest()[:12]
@@ -261,28 +147,18 @@ def _programs() -> Path:
 
 def _extract_packages(partial: Path) -> None:
     """Download PACKAGES and what they need beyond this system with apt, and extract them."""
-    suite = re.search(r"VERSION_CODENAME=(\w+)", Path("/etc/os-release").read_text())[1]
+    suite = debian.codename()
     debian.extract(
         partial,
         PACKAGES,
         "downloading Docker from Debian's packages into the cache",
-        sources="".join(sorted({_debian_sources(suite), _debian_sources("trixie")})),
+        sources="".join(sorted({debian.sources(suite), debian.sources("trixie")})),
         preferences="Package: *\nPin: release n=trixie*\nPin-Priority: 100\n" * (suite != "trixie"),
     )
     links = partial / "usr/local/bin"
     links.mkdir(parents=True, exist_ok=True)
     for name in ("iptables", "ip6tables"):
         (links / name).symlink_to("../../sbin/xtables-nft-multi")
-
-
-def _debian_sources(suite: str) -> str:
-    """sources.list for a Debian suite, from the mirrors that this machine uses."""
-    own = re.search(r"VERSION_CODENAME=(\w+)", Path("/etc/os-release").read_text())[1]
-    listed = run(["apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE) $(COMPONENT)", "Created-By: Packages"])
-    lines = sorted({line for line in listed.splitlines() if re.search(rf" {own}(-security|-updates)? main$", line)})
-    if not lines:
-        raise UnavailableError(f"apt has no source for Debian {own}: add one to /etc/apt/sources.list.d")
-    return "".join(f"deb [signed-by={KEYRING}] {line.replace(f' {own}', f' {suite}')}\n" for line in lines)
 
 
 def _free_network() -> tuple[ipaddress.IPv4Network, ipaddress.IPv4Network]:
