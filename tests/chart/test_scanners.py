@@ -14,7 +14,7 @@ import pytest
 from tests.chart.conftest import Helm
 from tools.binaries import find_or_build
 from tools.paths import CACHE, CHART, ROOT
-from tools.steps import once, run
+from tools.steps import cached, run
 
 NETWORK_POLICY = (
     "where the database, git and the index are is the cluster's knowledge; the README names the pod's labels"
@@ -57,7 +57,7 @@ def _checkov() -> Path:
         run([*pip, "--require-hashes", "-r", lock])
 
     digest = hashlib.sha256(lock.read_bytes()).hexdigest()[:12]
-    return once(CACHE / f"checkov-{digest}", install) / "bin"
+    return cached(CACHE / f"checkov-{digest}", install) / "bin"
 
 
 def test_checkov_finds_what_is_excepted_and_no_more(manifest: Path) -> None:

@@ -24,7 +24,7 @@ from tests.conftest import SECRETS
 from tests.e2e.helpers import Api, Release, Repository
 from tests.migrations.helpers import PASSWORD, Database, fresh_database, until
 from tools.binaries import find_or_build
-from tools.cluster import Cluster, down, ensure
+from tools.cluster import Cluster, delete, get_or_create
 from tools.paths import ROOT
 from tools.steps import UnavailableError
 
@@ -49,9 +49,9 @@ def _start(config: pytest.Config) -> dict[str, Any]:
     if bool(named) != (config.getoption("--cluster-type") == "existing"):
         raise pytest.UsageError("a cluster of your own takes both options: --cluster-type existing --kubeconfig FILE")
     try:
-        cluster = ensure(named, owner=os.getpid())
+        cluster = get_or_create(named, owner=os.getpid())
         if cluster.owner:
-            config.add_cleanup(lambda: down(cluster.owner))
+            config.add_cleanup(lambda: delete(cluster.owner))
         python = f"--build-arg=PYTHON={cluster.images['python']}"
         own_image = None
         with contextlib.suppress(UnavailableError):  # in a cluster of the user's, pip runs

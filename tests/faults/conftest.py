@@ -24,7 +24,7 @@ from tools import binaries, debian
 from tools.network import free_port
 from tools.paths import CACHE
 from tools.postgres import UNPRIVILEGED
-from tools.steps import UnavailableError, once
+from tools.steps import UnavailableError, cached
 
 __all__ = ["database", "files", "own_server", "project", "server"]
 
@@ -109,7 +109,7 @@ def _pgbouncer() -> tuple[Path, dict[str, str]]:
     release = Path("/etc/os-release").read_text()
     name = "-".join(re.findall(r'^(?:ID|VERSION_ID)="?([^"\n]*)', release, re.M))
     try:
-        folder = once(
+        folder = cached(
             CACHE / f"pgbouncer-{name}",
             lambda partial: debian.extract(partial, ["pgbouncer"], "downloading PgBouncer's package into the cache"),
         )

@@ -40,7 +40,7 @@ def docker(folder: Path, script: str) -> None:
 
 def test_a_users_docker_is_taken_where_it_can_pull(path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     docker(path, "exit 0")
-    environment, how, images = cluster._choose()
+    environment, how, images = cluster._select_provider()
     assert (how, images) == ("docker", cluster.PUBLIC_IMAGES)
     assert "KUBECONFIG" not in environment
     assert capfd.readouterr().err == (
@@ -62,7 +62,7 @@ def test_else_the_cluster_is_made_here(
 ) -> None:
     if script:
         docker(path, script)
-    _, how, images = cluster._choose()
+    _, how, images = cluster._select_provider()
     assert (how, images) == ("made here", cluster.LOCAL_IMAGES)
     assert capfd.readouterr().err == MADE_HERE.format(reason)
 
@@ -71,7 +71,7 @@ def test_where_none_is_possible_the_message_has_the_cure(tmp_path: Path, monkeyp
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(UnavailableError) as caught:
-        cluster._choose()
+        cluster._select_provider()
     assert re.fullmatch(
         "no cluster can be made here: docker is not on PATH, and an engine of our own needs root, .*apt-get with"
         " Debian's keyring. Start Docker with access to its registry, or name a cluster of your own: pytest"
@@ -91,7 +91,7 @@ def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def remember(owner: int) -> None:
-    cluster._remember(cluster.Cluster("docker", "", "", {}, {}, {}, owner))
+    cluster._save_state(cluster.Cluster("docker", "", "", {}, {}, {}, owner))
 
 
 DEAD = 2**22 + 1  # above the kernel's largest pid
@@ -106,16 +106,16 @@ def test_a_cluster_that_runs_is_taken_and_only_its_owner_deletes_it(
     running: list[str], before: int, asked: int, after: int
 ) -> None:
     remember(before)
-    found = cluster.ensure(owner=asked)
+    found = cluster.get_or_create(owner=asked)
     assert (found.owner, json.loads((cluster.STATE / "cluster.json").read_text())["owner"]) == (after, after)
-    cluster.down(os.getpid())
+    cluster.delete(os.getpid())
     assert running == ["deleted"] * (after == os.getpid())
 
 
 def test_a_cluster_that_another_run_will_delete_is_not_shared(running: list[str]) -> None:
     remember(1)
     with pytest.raises(UnavailableError, match=r"process 1 tests on the cluster .* or keep it with make cluster"):
-        cluster.ensure(owner=os.getpid())
+        cluster.get_or_create(owner=os.getpid())
     assert running == []
 
 

@@ -20,10 +20,10 @@ from pathlib import Path
 
 from tools import debian
 from tools.paths import CACHE
-from tools.steps import UnavailableError, once, run
+from tools.steps import UnavailableError, cached, run
 
 FOLDER = CACHE / "engine"
-CABLE = f"hcm-{hashlib.sha256(bytes(FOLDER)).hexdigest()[:8]}"
+VETH = f"hcm-{hashlib.sha256(bytes(FOLDER)).hexdigest()[:8]}"
 # Debian 12's Docker 20.10 cannot run privileged containers without CAP_SYS_RESOURCE; Debian 13's can, also on 12.
 PACKAGES = ["docker.io/trixie", "docker-cli/trixie", "iptables", "iproute2", "mmdebstrap"]
 
@@ -56,9 +56,9 @@ def environment() -> dict[str, str]:
     }
 
 
-def docker(*arguments: str | Path, what: str = "", usual: str = "", **options) -> str:
+def docker(*arguments: str | Path, what: str = "", expected: str = "", **options) -> str:
     """Run a docker command on this engine, return its standard output."""
-    return run(["docker", *arguments], what, usual, env=environment(), **options)
+    return run(["docker", *arguments], what, expected, env=environment(), **options)
 
 
 def address() -> str:
@@ -103,9 +103,9 @@ def start() -> None:
         (FOLDER / "pid").write_text(first[0])
         (FOLDER / "address").write_text(inside)
         for command in (
-            f"ip link add {CABLE} type veth peer name uplink netns {first[0]}",
-            f"ip address add {host}/30 dev {CABLE}",
-            f"ip link set {CABLE} up",
+            f"ip link add {VETH} type veth peer name uplink netns {first[0]}",
+            f"ip address add {host}/30 dev {VETH}",
+            f"ip link set {VETH} up",
             f"nsenter --target {first[0]} --net ip address add {inside}/30 dev uplink",
             f"nsenter --target {first[0]} --net ip link set uplink up",
         ):
@@ -131,7 +131,7 @@ def stop() -> None:
                 time.sleep(0.05)
     if (FOLDER / "address").exists():
         with contextlib.suppress(RuntimeError):  # the kernel takes its time, and the next engine's has the same name
-            run(["ip", "link", "delete", CABLE], env=environment())
+            run(["ip", "link", "delete", VETH], env=environment())
     for name in ("pid", "docker.sock", "address"):
         (FOLDER / name).unlink(missing_ok=True)
     for group in sorted(Path("/sys/fs/cgroup").glob("**/hcm-db-migrations/**/"), reverse=True):
@@ -142,7 +142,7 @@ def stop() -> None:
 def _programs() -> Path:
     """The folder where the engine's Debian packages are extracted."""
     digest = hashlib.sha256(" ".join(PACKAGES).encode()).hexdigest()[:12]
-    return once(CACHE / f"engine-programs-{digest}", _extract_packages)
+    return cached(CACHE / f"engine-programs-{digest}", _extract_packages)
 
 
 def _extract_packages(partial: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tools import binaries, debian
 from tools.offline_cluster.engine import FOLDER, docker, environment
-from tools.steps import remove, run, say
+from tools.steps import log, remove, run
 
 HERE = Path(__file__).parent
 
@@ -89,7 +89,7 @@ def _build(context: Path, tag: str, target: str, digest: str, *arguments: str) -
 def _bake_node(version: str, digest: str) -> None:
     """Build the kind node, and put the images that a cluster starts with into its containerd: no registry is asked."""
     programs = {name: binaries.find_or_build(name) for name in [*NODE_PROGRAMS, *CONTROL_PLANE]}
-    say("building the kind node's image (usually 30 s)")
+    log("building the kind node's image (usually 30 s)")
     docker("tag", NODE_BASE, "hcm-local/node-base")
     with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
         shutil.copytree(HERE / "node", folder, dirs_exist_ok=True)
@@ -110,17 +110,17 @@ def _bake_node(version: str, digest: str) -> None:
         docker("exec", "--detach", container, "containerd")
         archive = FOLDER / "images.tar"
         what = "baking the images of Kubernetes and of the tests into it"
-        docker("save", "--output", archive, *names, pause, PYTHON, GIT_SYNC, SERVER, what=what, usual="30 s")
+        docker("save", "--output", archive, *names, pause, PYTHON, GIT_SYNC, SERVER, what=what, expected="30 s")
         load = "until ctr version >/dev/null 2>&1; do sleep 0.1; done; "
         load += "ctr -n k8s.io images import --all-platforms --no-unpack --digests - >&2"
         with archive.open("rb") as images:
             words = ["--interactive", container, "timeout", "300", "sh", "-c", load]
-            docker("exec", *words, what="  and loading them", usual="30 s", stdin=images)
+            docker("exec", *words, what="  and loading them", expected="30 s", stdin=images)
         remove(archive)
         docker("exec", container, "sh", "-c", "pkill -x containerd; sleep 1; rm -rf /run/containerd")
         entry = 'ENTRYPOINT ["/usr/local/bin/entrypoint", "/sbin/init"]'
         docker(
-            "commit", "--change", entry, container, f"hcm-local/node:{version}", what="  and saving it", usual="20 s"
+            "commit", "--change", entry, container, f"hcm-local/node:{version}", what="  and saving it", expected="20 s"
         )
     finally:
         docker("rm", "--force", "--volumes", container)
