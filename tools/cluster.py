@@ -240,7 +240,7 @@ def _create(owner: int) -> Cluster:
     env, how, images = _select_provider()
     STATE.mkdir(parents=True, exist_ok=True)
     if how == "made here":
-        address, ports, image = engine.address(), dict(NODE_PORTS), ["--image", offline_images.make_images()]
+        address, ports, image = engine.address(), dict(NODE_PORTS), ["--image", offline_images.build_images()]
         networking = {"apiServerAddress": address, "apiServerPort": 6443}
         # The machine may still have cgroup v1, which kubelet refuses unless told otherwise.
         patches = ["kind: KubeletConfiguration\nfailCgroupV1: false\n"]
