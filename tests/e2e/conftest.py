@@ -8,7 +8,6 @@ deleted after the last.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import secrets
 import sys
@@ -60,7 +59,7 @@ def _start(config: pytest.Config) -> dict[str, Any]:
     except UnavailableError as error:
         return {"unavailable": str(error)}
     helms = [Path(sys.executable).with_name("helm"), find_or_build("helm")]
-    return {"cluster": dataclasses.asdict(cluster), "own image": own_image, "helms": list(map(str, helms))}
+    return {"cluster": cluster.to_dict(), "own image": own_image, "helms": list(map(str, helms))}
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -73,11 +72,11 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     shared = config.stash.get(SHARED, None) or {}
     if "cluster" not in shared:
         return [f"cluster: none, {reason}" for reason in shared.values()]
-    cluster = Cluster(**shared["cluster"])
+    cluster = Cluster.from_dict(shared["cluster"])
     kubernetes = client.VersionApi(Api.of(cluster, "").core.api_client).get_code().git_version
     image = cluster.images["git_sync"]
     which = "a stand-in for git-sync" if "standin" in image else "the real git-sync"
-    return [f"cluster: {cluster.how}, Kubernetes {kubernetes}, {which} ({image})"]
+    return [f"cluster: {cluster.kind}, Kubernetes {kubernetes}, {which} ({image})"]
 
 
 @pytest.fixture(scope="session")
@@ -92,7 +91,7 @@ def shared(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def cluster(shared: dict[str, Any]) -> Cluster:
-    found = Cluster(**shared["cluster"])
+    found = Cluster.from_dict(shared["cluster"])
     SECRETS.add(found.passwords["TOKEN"])
     return found
 

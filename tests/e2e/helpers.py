@@ -17,7 +17,7 @@ from kubernetes import client, config
 from sqlalchemy import make_url
 
 from tests.migrations.helpers import Database
-from tools.cluster import NAME, Cluster
+from tools.cluster import NAME, Cluster, ClusterKind
 from tools.offline_cluster import engine
 from tools.paths import CHART, ROOT
 from tools.postgres import execute
@@ -269,9 +269,9 @@ def let_go(database: Database) -> None:
 
 def in_node(cluster: Cluster, *command: str) -> tuple[list[str], dict[str, str]]:
     """The command line, and the environment, that run a command on the machine that kind made."""
-    if cluster.how == "existing":
+    if cluster.kind is ClusterKind.EXISTING:
         pytest.skip("this reaches into the node: it needs a kind cluster of our own, so leave out --kubeconfig")
-    environment = engine.environment() if cluster.how == "made here" else dict(os.environ)
+    environment = engine.environment() if cluster.kind is ClusterKind.LOCAL_BUILD else dict(os.environ)
     return ["docker", "exec", f"{NAME}-control-plane", *command], environment
 
 
