@@ -6,9 +6,11 @@ import contextlib
 import fcntl
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -94,10 +96,14 @@ def run(
     stdin: IO[bytes] | None = None,
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
+    stream: bool = False,
+    stop: threading.Event | None = None,
 ) -> str:
     """Run `command` and return its standard output; its standard input is the text `input` or the file `stdin`.
 
     With `what`, the step is announced with its `expected` duration, and its progress is logged every 10 s.
+    With `stream`, the output is not captured but goes where this process's output goes. If the event `stop` is set, the
+    command and everything that it started are terminated, and KeyboardInterrupt is raised.
     Raises RuntimeError with the end of the output if the command fails. An interrupt terminates the command as well.
     """
     if what:
@@ -106,18 +112,27 @@ def run(
     source = subprocess.PIPE if input else stdin or subprocess.DEVNULL
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         arguments = list(map(str, command))
-        with subprocess.Popen(arguments, stdin=source, stdout=out, stderr=err, cwd=cwd, env=env) as process:
+        stdout, stderr = (None, None) if stream else (out, err)
+        with subprocess.Popen(
+            arguments, stdin=source, stdout=stdout, stderr=stderr, cwd=cwd, env=env, start_new_session=bool(stop)
+        ) as process:
             try:
                 if input and process.stdin:
                     process.stdin.write(input.encode())
                     process.stdin.close()
                 while process.poll() is None:
+                    if stop and stop.is_set():
+                        raise KeyboardInterrupt
                     time.sleep(0.02)
                     if what and time.monotonic() - last_logged > 10:
                         last_logged = time.monotonic()
                         log(f"  {last_logged - start:4.0f} s  {_last_line(err) or _last_line(out)}")
             except BaseException:
-                process.terminate()
+                if stop:
+                    os.killpg(process.pid, signal.SIGTERM)
+                    process.wait()
+                else:
+                    process.terminate()
                 raise
         out.seek(0)
         output = out.read().decode(errors="replace")
