@@ -1,9 +1,9 @@
-"""The runner against stock Alembic, on the same revisions and the same server: ratios of medians, in one run.
+"""Compare the runner with stock Alembic, on the same revisions and the same server: ratios of medians, in one run.
 
     make bench                # 1,000 revisions, nine rounds
     make bench REVISIONS=10000
 
-Stock is what `alembic init` writes, with a transaction for each revision. The two take turns, and nothing is compiled
+Stock is the output of `alembic init`, with a transaction for each revision. The two alternate, and nothing is compiled
 in advance, as in a Job.
 """
 
@@ -42,7 +42,7 @@ def downgrade() -> None:
 
 
 def make_projects(folder: Path, revisions: int) -> dict[str, Path]:
-    """`ours` and `stock`, with as many revisions that make a table each."""
+    """`ours` and `stock`, with as many revisions that create a table each."""
     ours, stock = folder / "ours", folder / "stock"
     (ours / "migrations/versions").mkdir(parents=True)
     copytree(ROOT / "migration_runner", ours / "migration_runner", ignore=ignore_patterns("__pycache__"))
@@ -57,7 +57,7 @@ def make_projects(folder: Path, revisions: int) -> dict[str, Path]:
         ("config.get_section(config.config_ini_section, {})", '{"sqlalchemy.url": os.environ["DATABASE_URL"]}'),
         ("connection=connection,", "connection=connection, transaction_per_migration=True,"),
     ):
-        assert before in text, f"alembic init writes another env.py than expected: {before!r} is missing"
+        assert before in text, f"the env.py of alembic init is not as expected: {before!r} is missing"
         text = text.replace(before, after)
     env.write_text(text)
     for number in range(1, revisions + 1):
@@ -77,10 +77,7 @@ def measure(revisions: int, rounds: int) -> dict[tuple[str, str], float]:
                 database = f"{name}{turn}"
                 server.execute(f"CREATE DATABASE {database}")
                 url = server.url.set(database=database, drivername="postgresql")
-                environment = os.environ | {
-                    "DATABASE_URL": dsn(url),
-                    "PYTHONDONTWRITEBYTECODE": "1",
-                }
+                environment = os.environ | {"DATABASE_URL": dsn(url), "PYTHONDONTWRITEBYTECODE": "1"}
                 for what, command in (
                     ("from empty", ("upgrade", "head")),
                     ("no-op", ("upgrade", "head")),
