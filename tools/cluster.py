@@ -53,7 +53,7 @@ KINDEST = "kindest/node:v1.37.0@sha256:a1ed56cfb0e7b93589bdf97c8cd566405a265939e
 
 
 class ClusterKind(str, enum.Enum):
-    """Who runs the cluster; printed in the header of a test report."""
+    """Where the cluster comes from; printed in the header of a test report."""
 
     EXISTING = "existing"  # named by its kubeconfig; gets the fixtures, and is kept
     DOCKER = "docker"  # kind in the user's container engine, with public images

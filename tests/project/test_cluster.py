@@ -110,15 +110,15 @@ DEAD = 2**22 + 1  # above the kernel's largest pid
 
 
 @pytest.mark.parametrize(
-    ("before", "asked", "after"),
+    ("before", "requested", "after"),
     [(0, 0, 0), (0, os.getpid(), 0), (1, 0, 0), (DEAD, os.getpid(), os.getpid()), (DEAD, 0, 0)],
     ids=["kept", "kept, tests", "in use, make cluster", "left by a killed run, tests", "left, make cluster"],
 )
 def test_a_running_cluster_is_used_and_only_its_owner_deletes_it(
-    running: list[str], before: int, asked: int, after: int
+    running: list[str], before: int, requested: int, after: int
 ) -> None:
     save_state(before)
-    found = cluster.get_or_create(owner=asked)
+    found = cluster.get_or_create(owner=requested)
     assert (found.owner, json.loads((cluster.STATE / "cluster.json").read_text())["owner"]) == (after, after)
     cluster.delete(os.getpid())
     assert running == ["deleted"] * (after == os.getpid())
