@@ -1,4 +1,4 @@
-# Everything a developer runs. Prerequisites: Linux, Python 3.10+ with venv, git, make.
+# All commands of a developer. Prerequisites: Linux, Python 3.10+ with venv, git, make.
 SHELL := /bin/sh
 PYTHON ?= python3
 ROUNDS ?= 1000
@@ -11,23 +11,23 @@ UV_COMPILE = $(BIN)/uv pip compile -q --universal --python-version 3.10 --genera
 .PHONY: help venv demo migrate test test-fast test-e2e soak bench cluster install cluster-down lint lock docs clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
-venv: .venv/ready ## set up .venv with everything that developing and testing needs
+venv: .venv/ready ## set up .venv for development and tests
 
 .venv/ready: requirements-dev.txt
 	@command -v git >/dev/null || { echo "git is missing: install it (Debian: apt-get install git)" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { echo "$(PYTHON) is missing or older than 3.10: install Python 3.10 or newer, or name one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { echo "$(PYTHON) is missing or older than 3.10: install Python 3.10 or newer, or set one: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no venv module: install it (Debian: apt-get install python3-venv)" >&2; exit 1; }
 	@echo "setting up .venv (about 30 s, once)"
 	@rm -rf .venv && $(PYTHON) -m venv .venv
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --require-hashes --only-binary :all: -r requirements-dev.txt
 	@touch $@
 
-demo: venv ## see a migration from an empty database and back, in under a minute
+demo: venv ## upgrade an empty database and downgrade it again, in under a minute
 	@$(BIN)/python -m tools.demo
 
-migrate: venv ## migrate the database that DATABASE_URL, DB_* or .env names
+migrate: venv ## migrate the database of DATABASE_URL, DB_* or .env
 	@$(BIN)/alembic upgrade head
 
 test: ## run every test, with a real PostgreSQL and a real Kubernetes
@@ -36,32 +36,32 @@ test: ## run every test, with a real PostgreSQL and a real Kubernetes
 test-fast: venv ## run the tests that need no cluster
 	@$(BIN)/pytest -n $$(($$(nproc) + 1)) tests/project tests/chart tests/migrations tests/faults
 
-test-e2e: venv ## install the chart on a real cluster
+test-e2e: venv ## run the tests that install the chart on a real cluster
 	@$(BIN)/pytest -n 4 tests/e2e
 
-soak: venv ## run ten runs at once with random kills 1,000 times (about 17 minutes; ROUNDS=n for another number)
+soak: venv ## 1,000 rounds of ten concurrent runs with random kills (about 17 minutes; ROUNDS=n for another number)
 	@$(BIN)/pytest -s tests/faults/test_concurrency.py --rounds $(ROUNDS)
 
 bench: venv ## compare with stock Alembic (about two minutes; REVISIONS=n for another number than 1,000)
 	@$(BIN)/python -m bench.stock_alembic --revisions $(REVISIONS)
 
-cluster: venv ## make a Kubernetes cluster to play with: database, git server and package index included
+cluster: venv ## create a local Kubernetes cluster (kind) with a database, a git server and a package index
 	@$(BIN)/python -m tools.cluster up
 
-install: venv ## install the chart on that cluster, see the log and the table
+install: venv ## install the chart on that cluster, print the log and the table
 	@$(BIN)/python -m tools.cluster install
 
-cluster-down: venv ## delete that cluster and all that it started
+cluster-down: venv ## delete that cluster and everything that it started
 	@$(BIN)/python -m tools.cluster down
 
-lint: venv ## run the linters alone (they are tests, too)
+lint: venv ## run only the linters (they are tests as well)
 	@$(BIN)/pytest tests/project -k lint
 
-lock: venv ## compile every requirements*.in into its .txt (add UPGRADE=--upgrade to move the pins)
+lock: venv ## compile every requirements*.in into its .txt (UPGRADE=--upgrade upgrades all pins)
 	@for name in requirements requirements-dev tools/checkov/requirements; do $(UV_COMPILE) $(UPGRADE) $$name.in -o $$name.txt || exit; done
 
-docs: venv ## write what is generated: the chart's README, docs/failures.md
+docs: venv ## write the generated documents: the chart's README, docs/failures.md
 	@$(BIN)/python -m tools.docs
 
-clean: ## delete .venv and what tests left in the tree
+clean: ## delete .venv and the tests' caches in the tree
 	@rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,9 +1,9 @@
-"""The runner against stock Alembic, on the same revisions and the same server: ratios of medians, in one run.
+"""Compare the runner with stock Alembic, on the same revisions and the same server: ratios of medians, in one run.
 
     make bench                # 1,000 revisions, nine rounds
     make bench REVISIONS=10000
 
-Stock is what `alembic init` writes, with a transaction for each revision. The two take turns, and nothing is compiled
+Stock is the output of `alembic init`, with a transaction for each revision. The two alternate, and nothing is compiled
 in advance, as in a Job.
 """
 
@@ -42,12 +42,12 @@ def downgrade() -> None:
 
 
 def make_projects(folder: Path, revisions: int) -> dict[str, Path]:
-    """`ours` and `stock`, with as many revisions that make a table each."""
-    ours, stock = folder / "ours", folder / "stock"
-    (ours / "migrations/versions").mkdir(parents=True)
-    copytree(ROOT / "migration_runner", ours / "migration_runner", ignore=ignore_patterns("__pycache__"))
+    """`runner` and `stock`, with as many revisions that create a table each."""
+    runner, stock = folder / "runner", folder / "stock"
+    (runner / "migrations/versions").mkdir(parents=True)
+    copytree(ROOT / "migration_runner", runner / "migration_runner", ignore=ignore_patterns("__pycache__"))
     for name in ("alembic.ini", "migrations/env.py", "migrations/script.py.mako"):
-        copy(ROOT / name, ours / name)
+        copy(ROOT / name, runner / name)
     stock.mkdir()
     subprocess.run([ALEMBIC, "init", "migrations"], cwd=stock, check=True, capture_output=True)
     env = stock / "migrations/env.py"
@@ -57,14 +57,14 @@ def make_projects(folder: Path, revisions: int) -> dict[str, Path]:
         ("config.get_section(config.config_ini_section, {})", '{"sqlalchemy.url": os.environ["DATABASE_URL"]}'),
         ("connection=connection,", "connection=connection, transaction_per_migration=True,"),
     ):
-        assert before in text, f"alembic init writes another env.py than expected: {before!r} is missing"
+        assert before in text, f"the env.py of alembic init is not as expected: {before!r} is missing"
         text = text.replace(before, after)
     env.write_text(text)
     for number in range(1, revisions + 1):
         source = REVISION.format(number=number, down=repr(f"{number - 1:05}") if number > 1 else None)
-        for project in (ours, stock):
+        for project in (runner, stock):
             (project / f"migrations/versions/20260101_000000_{number:05}_add.py").write_text(source)
-    return {"ours": ours, "stock": stock}
+    return {"runner": runner, "stock": stock}
 
 
 def measure(revisions: int, rounds: int) -> dict[tuple[str, str], float]:
@@ -77,10 +77,7 @@ def measure(revisions: int, rounds: int) -> dict[tuple[str, str], float]:
                 database = f"{name}{turn}"
                 server.execute(f"CREATE DATABASE {database}")
                 url = server.url.set(database=database, drivername="postgresql")
-                environment = os.environ | {
-                    "DATABASE_URL": dsn(url),
-                    "PYTHONDONTWRITEBYTECODE": "1",
-                }
+                environment = os.environ | {"DATABASE_URL": dsn(url), "PYTHONDONTWRITEBYTECODE": "1"}
                 for what, command in (
                     ("from empty", ("upgrade", "head")),
                     ("no-op", ("upgrade", "head")),
@@ -103,9 +100,9 @@ def main() -> None:
     arguments = parser.parse_args()
     median = measure(arguments.revisions, arguments.rounds)
     for what in ("from empty", "no-op", "current"):
-        ours, stock = median["ours", what], median["stock", what]
-        print(f"{what:10}  ours {ours:6.2f} s  stock {stock:6.2f} s  ratio {ours / stock:.3f}")
-    print(f"current against no-op, ours: {median['ours', 'current'] / median['ours', 'no-op']:.3f}")
+        runner, stock = median["runner", what], median["stock", what]
+        print(f"{what:10}  runner {runner:6.2f} s  stock {stock:6.2f} s  ratio {runner / stock:.3f}")
+    print(f"current against no-op, runner: {median['runner', 'current'] / median['runner', 'no-op']:.3f}")
 
 
 if __name__ == "__main__":

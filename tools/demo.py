@@ -1,40 +1,41 @@
-"""`make demo`: from an empty database to a migrated one and back, with the code and the script that the Job runs."""
+"""`make demo`: upgrade an empty database and downgrade it again, with the code and the script that the Job runs."""
 
 from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from tools.paths import ROOT
+from tools.paths import CHART, ROOT
 from tools.postgres import Postgres
+from tools.steps import run
 
-SCRIPT = ROOT / "charts" / "hcm-db-migrations" / "files" / "migrate.sh"
+SCRIPT = CHART / "files" / "migrate.sh"
 
 UPGRADE = 'op.add_column("hcm_report_metadata", sa.Column("status", sa.String(50), nullable=True))'
 DOWNGRADE = 'op.drop_column("hcm_report_metadata", "status")'
 
-stopped = threading.Event()  # by Ctrl-C
+interrupted = threading.Event()  # by Ctrl-C
 
 
 def main() -> None:
-    began = time.monotonic()
+    start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="hcm-demo-") as folder:
-        say("An empty PostgreSQL, on loopback and in a temporary folder")
+        heading("An empty PostgreSQL, on loopback and in a temporary folder")
         with Postgres() as server:
             show(server.execute("SELECT version()")[0][0].split(" on ")[0])
             Demo(Path(folder), server).run()
-    say(f"All gone again. {time.monotonic() - began:.0f} s; your database is next: see 'Deploying' in README.md")
+    seconds = time.monotonic() - start
+    heading(f"Everything is removed again. {seconds:.0f} s; your database is next: see 'Deploying' in README.md")
 
 
 class Demo:
-    """A pod's volume in `folder`, and what happens in it."""
+    """A pod's volume in `folder`, and the commands that run in it."""
 
     def __init__(self, folder: Path, server: Postgres) -> None:
         self.folder, self.server = folder, server
@@ -45,12 +46,12 @@ class Demo:
         }
         self.environment = others | {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "DB_HOST": url.host,
+            "DB_HOST": str(url.host),
             "DB_PORT": str(url.port),
-            "DB_NAME": url.database,
-            "DB_USER": url.username,
+            "DB_NAME": str(url.database),
+            "DB_USER": str(url.username),
             "DB_PASSWORD": server.password,
-            # What the chart gives the script besides.
+            # The chart's other variables for the script.
             "NAMESPACE": "health",
             "GIT_REPO": f"file://{ROOT}",
             "GIT_REF": "HEAD",
@@ -60,21 +61,21 @@ class Demo:
         }
 
     def run(self) -> None:
-        say("The hook clones this repository: the last commit, one folder of files, no history")
+        heading("The hook clones this repository: the last commit, without history")
         self.clone()
 
-        say("The Job's script installs the pinned requirements and migrates")
+        heading("The Job's script installs the pinned requirements and migrates")
         self.migrate("upgrade", "head")
-        # The next runs use what is installed, as an image that brings its dependencies does.
+        # Later runs use the installed requirements, as an image with baked-in dependencies does.
         self.environment |= {"REQUIREMENTS": "", "PATH": f"{self.folder}/venv/bin:{self.environment['PATH']}"}
 
-        say("The table and its indexes")
+        heading("The table and its indexes")
         self.psql(r"\d hcm_report_metadata")
 
-        say("Again: nothing to do")
+        heading("Again: nothing to do")
         self.migrate("upgrade", "head")
 
-        say("A new revision: the number is found by itself")
+        heading("A new revision: its number is assigned automatically")
         self.alembic("revision", "-m", "add_status_column")
         file = next(self.code.glob("migrations/versions/*_002_add_status_column.py"))
         file.write_text(
@@ -84,53 +85,42 @@ class Demo:
         self.migrate("upgrade", "head")
         self.alembic("history")
 
-        say("And back, by name")
+        heading("And the downgrade, to revision 001")
         self.migrate("downgrade", "001")
         self.alembic("current")
 
     def clone(self) -> None:
         """Lay out the volume as git-sync does: worktrees by commit, and a link to the current one."""
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True
-        ).stdout
-        worktree = self.folder / "git" / ".worktrees" / commit.strip()
+        worktree = self.folder / "git" / ".worktrees" / run(["git", "rev-parse", "HEAD"], cwd=ROOT).strip()
         command = ["git", "clone", "--quiet", "--depth=1", f"file://{ROOT}"]
         show_command(*command)
-        run([*command, worktree])
+        self.stream([*command, worktree])
         self.code.symlink_to(worktree.relative_to(self.code.parent))
 
     def migrate(self, *arguments: str) -> None:
         show_command("migrate.sh", *arguments)
-        run(["sh", SCRIPT, *arguments], cwd=self.folder, env=self.environment)
+        self.stream(["sh", SCRIPT, *arguments])
 
     def alembic(self, *arguments: str) -> None:
         show_command("alembic", *arguments)
-        run(["alembic", *arguments], cwd=self.code, env=self.environment)
+        self.stream(["alembic", *arguments], cwd=self.code)
 
     def psql(self, command: str) -> None:
         show_command("psql", "--command", command)
         url = self.server.url
-        environment = self.environment | {"PGPASSWORD": self.server.password, "PAGER": ""}
-        server = ["--host", url.host, "--port", str(url.port), "--username", url.username, url.database]
-        run([self.server.bin / "psql", "--no-psqlrc", *server, "--command", command], env=environment)
+        server = ["--host", str(url.host), "--port", str(url.port), "--username", str(url.username), str(url.database)]
+        arguments = ["--no-psqlrc", *server, "--command", command]
+        self.stream([self.server.bin / "psql", *arguments], PGPASSWORD=self.server.password, PAGER="")
 
-
-def run(command: list[str | Path], **options: Any) -> None:
-    """Run a command to its end; when the demo is stopped, it and all that it started end first."""
-    with subprocess.Popen(command, start_new_session=True, **options) as process:
-        while process.poll() is None:
-            if stopped.wait(0.02):
-                os.killpg(process.pid, signal.SIGTERM)
-                process.wait()
-    if stopped.is_set() or process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command)
+    def stream(self, command: Sequence[str | Path], cwd: Path | None = None, **variables: str) -> None:
+        run(command, cwd=cwd or self.folder, env=self.environment | variables, stream=True, stop=interrupted)
 
 
 def bold(text: str) -> str:
     return f"\033[1m{text}\033[0m" if sys.stdout.isatty() else text
 
 
-def say(text: str) -> None:
+def heading(text: str) -> None:
     print(f"\n{bold('▶ ' + text)}", flush=True)
 
 
@@ -138,18 +128,18 @@ def show(text: str) -> None:
     print(f"  {text}", flush=True)
 
 
-def show_command(*words: str) -> None:
-    print(bold(f"  $ {' '.join(words)}"), flush=True)
+def show_command(*arguments: str) -> None:
+    print(bold(f"  $ {' '.join(arguments)}"), flush=True)
 
 
 if __name__ == "__main__":
-    # No exception in the midst of starting a process, which would go on unseen.
-    signal.signal(signal.SIGINT, lambda *_: stopped.set())
+    # An exception while a process is being started would leave it running.
+    signal.signal(signal.SIGINT, lambda *_: interrupted.set())
     try:
         main()
-    except Exception as error:
-        if stopped.is_set():
-            sys.exit("\nstopped; what was started is stopped, too")
-        if isinstance(error, subprocess.CalledProcessError):
-            sys.exit(f"\nthe demo failed at: {' '.join(map(str, error.cmd))}")
+    except (Exception, KeyboardInterrupt) as error:
+        if interrupted.is_set():
+            sys.exit("\ninterrupted; everything that was started is stopped")
+        if isinstance(error, RuntimeError):
+            sys.exit(f"\nthe demo failed: {error}")
         raise

@@ -1,10 +1,10 @@
-"""Writes what is generated, `make docs` runs this; a test fails when the result differs from what is committed.
+"""Write the generated files. `make docs` runs this; a test fails if the result differs from the committed files.
 
 From the chart's values.yaml: the table in its README.md, and files/defaults.json, because a template cannot read
 values.yaml. From the tests marked `fault`: docs/failures.md.
 
-    python -m tools.docs              writes
-    python -m tools.docs --check      only names the files that differ
+    python -m tools.docs              write them
+    python -m tools.docs --check      only name the files that differ
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -23,7 +24,7 @@ import yaml
 from tools.paths import CHART, ROOT
 
 FAILURES = ROOT / "docs" / "failures.md"
-# The groups of faults, in the order of the document.
+# The groups of faults, in the order of docs/failures.md.
 GROUPS = [
     "Database",
     "Network",
@@ -42,11 +43,12 @@ TABLE = re.compile(
 def documented(values: Path = CHART / "values.yaml") -> list[tuple[str, object, str]]:
     """Return (dotted key, default, prose) of every value with a `# --` comment, in the order of the file.
 
-    Raises ValueError for a value that neither has such a comment nor stands below one that has.
+    Raises ValueError for a value that has no such comment, and whose parents have none.
     """
-    lines = values.read_text().splitlines()
+    text = values.read_text()
+    lines = text.splitlines()
 
-    def walk(node: yaml.MappingNode, default: dict, path: str) -> Iterator[tuple[str, object, str]]:
+    def walk(node: yaml.MappingNode, default: dict[str, Any], path: str) -> Iterator[tuple[str, object, str]]:
         for key, value in node.value:
             name = f"{path}{key.value}"
             if prose := _comment_above(lines, key.start_mark.line):
@@ -56,12 +58,14 @@ def documented(values: Path = CHART / "values.yaml") -> list[tuple[str, object, 
             else:
                 raise ValueError(f'"{name}" in {values.name} has no comment: put "# -- <what it is for>" above it')
 
-    text = values.read_text()
-    return list(walk(yaml.compose(text), yaml.safe_load(text), ""))
+    root = yaml.compose(text)
+    if not isinstance(root, yaml.MappingNode):
+        raise ValueError(f"{values.name} has no values")
+    return list(walk(root, yaml.safe_load(text), ""))
 
 
 def _comment_above(lines: list[str], line: int) -> str:
-    """The `# --` comment that ends right above `line`, as one line of prose; "" if there is none."""
+    """The `# --` comment that ends directly above `line`, as one line of prose; "" if there is none."""
     prose: list[str] = []
     for text in reversed(lines[:line]):
         if not (comment := re.fullmatch(r"\s*# (-- )?(.*)", text)):
@@ -73,7 +77,7 @@ def _comment_above(lines: list[str], line: int) -> str:
 
 
 def generated() -> dict[Path, str]:
-    """Return the text that each generated file should have: {path: text}."""
+    """Return what each generated file should contain: {path: text}."""
     rows = ["| Value | Default | What it is |", "|---|---|---|"]
     rows += [f"| `{name}` | `{json.dumps(default)}` | {prose} |" for name, default, prose in documented()]
     readme, table = CHART / "README.md", "\n".join(rows) + "\n"
@@ -85,7 +89,7 @@ def generated() -> dict[Path, str]:
 
 
 class _Collected:
-    """A pytest plugin that keeps what was collected."""
+    """A pytest plugin that keeps the collected tests."""
 
     items: list[pytest.Item]
 
@@ -94,9 +98,9 @@ class _Collected:
 
 
 def failures() -> str:
-    """Return docs/failures.md: a table a group, a row for each mark `fault` of a test.
+    """Return docs/failures.md: a table for each group, a row for each mark `fault` of a test.
 
-    It collects the tests in this process, so a test calls it in another one. Raises RuntimeError where that fails.
+    It collects the tests in this process, so a test calls it in another one. Raises RuntimeError if that fails.
     """
     collected, output = _Collected(), io.StringIO()
     with contextlib.redirect_stdout(output):
@@ -104,7 +108,7 @@ def failures() -> str:
         code = pytest.main(arguments, plugins=[collected])
     if code != pytest.ExitCode.OK:
         raise RuntimeError(output.getvalue())
-    tables: dict[str, dict[str, None]] = {group: {} for group in GROUPS}  # a row once, however many parameters
+    tables: dict[str, dict[str, None]] = {group: {} for group in GROUPS}  # one row, however many parameters
     for item in collected.items:
         path, name = item.path.relative_to(ROOT), item.name.split("[")[0]
         for mark in reversed(list(item.iter_markers("fault"))):
@@ -112,14 +116,14 @@ def failures() -> str:
             row = " | ".join([*cells, f"[{path.stem}::{name}](../{path})"])
             tables[mark.args[0]][f"| {row} |"] = None
     lines = [
-        "# What can fail, and what then happens",
+        "# Failure modes",
         "",
-        "Written by `make docs` from the tests: each row stands on the test that injects the fault for real and proves",
-        "the rest of the row.",
+        "Written by `make docs` from the tests: the test of each row injects the fault for real and proves the rest of",
+        "the row.",
     ]
     for group, rows in tables.items():
         if rows:
-            head = "| Fault | What you see | What is left | What to do | Test |"
+            head = "| Fault | Symptom | Resulting state | Action | Test |"
             lines += ["", f"## {group}", "", head, "|---|---|---|---|---|", *rows]
     return "\n".join(lines) + "\n"
 
@@ -129,7 +133,7 @@ def main(arguments: list[str]) -> str | None:
     differing = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
     if arguments == ["--check"]:
         names = ", ".join(str(path.relative_to(ROOT)) for path in differing)
-        return f"{names}: differs from what is generated; run `make docs` and commit" if differing else None
+        return f"{names}: differ from the generated text; run `make docs` and commit" if differing else None
     for path in differing:
         path.parent.mkdir(exist_ok=True)
         path.write_text(texts[path])

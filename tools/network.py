@@ -1,10 +1,10 @@
-"""Loopback ports for servers of one's own."""
+"""Loopback ports for temporary servers."""
 
 import socket
 
 
 def free_port() -> int:
-    """Return a TCP port of 127.0.0.1 on which nothing listens now."""
+    """Return a TCP port of 127.0.0.1 on which nothing is listening."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

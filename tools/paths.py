@@ -1,4 +1,4 @@
-"""Where things are: the checkout, the chart, the virtual environment's programs, the cache."""
+"""The folders of the checkout, the chart, the virtual environment's programs, and the cache."""
 
 import os
 import sys

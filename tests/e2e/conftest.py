@@ -1,11 +1,12 @@
 """The cluster is there before the first test, and its PostgreSQL is the server of these tests."""
 
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 from sqlalchemy import URL, make_url
 
-from tests.support.cluster import SHARED, describe_cluster, start_cluster
+from tests.support.cluster import SHARED, Shared, describe_cluster, start_cluster
 from tools.cluster import Cluster
 
 
@@ -17,7 +18,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
     """pytest-xdist: hand the cluster to a worker."""
-    node.workerinput["shared"] = node.config.stash.get(SHARED, None)
+    node.workerinput["shared"] = asdict(node.config.stash.get(SHARED, Shared()))
 
 
 def pytest_report_header(config: pytest.Config) -> str:

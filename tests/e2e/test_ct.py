@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.cluster import OWN_IMAGE
+from tests.support.cluster import OWN_IMAGE, Shared
 from tests.support.database import Database
 from tests.support.git import git
 from tests.support.kubernetes import TABLE, Api
@@ -79,13 +79,13 @@ def test_ct_lint_passes_and_wants_a_new_version_for_every_change(ct: Ct, folder:
 
 
 def test_ct_install_installs_and_tests_every_file_in_ci(
-    ct: Ct, api: Api, cluster: Cluster, database: Database, folder: Path, shared: dict
+    ct: Ct, api: Api, cluster: Cluster, database: Database, folder: Path, shared: Shared
 ) -> None:
     values = {"namespace": api.namespace}
     images = cluster.image_values()
     for name, image in {"git.image": images.get("git", {}).get("image", {}), "image": images.get("image", {})}.items():
         values |= {f"{name}.{key}": value for key, value in image.items()}
-    if shared["own image"]:
+    if shared.baked_image:
         values |= {f"image.{key}": value for key, value in OWN_IMAGE.items()} | {"requirements": ""}
     sets = " ".join(f"--set={key}={value}" for key, value in values.items())
     chart = "charts/hcm-db-migrations"

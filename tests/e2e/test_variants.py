@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tests.support.canary import PASSWORD
+from tests.support.cluster import Shared
 from tests.support.database import Database
 from tests.support.kubernetes import NOTHING_TO_DO, TABLE, Api, Release, Repository
 from tests.support.programs import run
@@ -18,10 +19,10 @@ from tools.paths import BIN, CHART
 
 
 def test_an_image_with_its_own_dependencies_needs_no_pip_and_nothing_but_git_and_the_database(
-    release: Release, api: Api, repository: Repository, database: Database, shared: dict
+    release: Release, api: Api, repository: Repository, database: Database, shared: Shared
 ) -> None:
     """Any pip would fail: there is no requirements.txt, and no index. A network plugin that enforces policies helps."""
-    if not shared["own image"]:
+    if not shared.baked_image:
         pytest.skip("an image cannot be loaded into a cluster that you named: leave out --kubeconfig")
     peers = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "hcm-fixtures"}}}
     names = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}}}

@@ -22,7 +22,7 @@ def run_on_small_disk(container: dict[str, Any], laid: Path, room: Path, **refer
     room.mkdir(exist_ok=True)
     script = f"mount -t tmpfs -o size=1m,mode=777 tmpfs {room}; cp -a {laid}/. {room}"
     text = json.dumps(container).replace("/workspace", str(room)).replace("/etc/git-sync/", f"{room}/")
-    container = json.loads(text.replace('"/git-sync"', f'"{ROOT}/tools/images/git-sync"'))
+    container = json.loads(text.replace('"/git-sync"', f'"{ROOT}/tools/offline_cluster/images/git-sync"'))
     values = {name: value for name, value in environment(container).items() if isinstance(value, str)}
     path = f"{laid}/bin:/usr/bin:/bin"
     with namespace("mount", script) as enter:

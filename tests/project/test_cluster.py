@@ -1,4 +1,4 @@
-"""Which cluster the tests get, told in one line with the reason, and who deletes it. None is made for that."""
+"""Which cluster the tests get, logged in one line with the reason, and who deletes it. None is created for that."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from tools import cluster, engine
+from tools import cluster
+from tools.cluster import Cluster, ClusterKind
+from tools.offline_cluster import engine
 from tools.paths import ROOT
 from tools.steps import UnavailableError
 
-MADE_HERE = "cluster: kind with an engine and a node image made here, because {}\n"
+BUILT_LOCALLY = "cluster: kind with a container engine and a node image built locally, because {}\n"
 CANNOT_PULL = "the container engine cannot pull kindest/node:v1.37.0"
 
 
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A PATH of the test's own; an engine of our own is neither started nor refused."""
+    """A dedicated PATH; the private container engine is neither started nor refused."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
@@ -37,13 +39,13 @@ def docker(folder: Path, script: str) -> None:
     (folder / "docker").chmod(0o755)
 
 
-def test_a_users_docker_is_taken_where_it_can_pull(path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_users_docker_is_used_if_it_can_pull(path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     docker(path, "exit 0")
-    environment, how, images = cluster._choose()
-    assert (how, images) == ("docker", cluster.PUBLIC_IMAGES)
-    assert "KUBECONFIG" not in environment
+    provider = cluster._select_provider()
+    assert (provider.kind, provider.images) == (ClusterKind.DOCKER, cluster.PUBLIC_IMAGES)
+    assert "KUBECONFIG" not in provider.environment
     assert capfd.readouterr().err == (
-        "cluster: kind with its official node image, because a container engine runs here that can pull it\n"
+        "cluster: kind with its official node image, because the container engine on this machine can pull it\n"
     )
 
 
@@ -51,37 +53,37 @@ def test_a_users_docker_is_taken_where_it_can_pull(path: Path, capfd: pytest.Cap
     ("script", "reason"),
     [
         (None, "docker is not on PATH"),
-        ("exit 1", "no container engine runs"),
+        ("exit 1", "no container engine is running"),
         ('[ "$1" = version ]', CANNOT_PULL),
     ],
     ids=["no docker", "no daemon", "no registry"],
 )
-def test_else_the_cluster_is_made_here(
+def test_falls_back_to_a_local_build(
     path: Path, capfd: pytest.CaptureFixture[str], script: str | None, reason: str
 ) -> None:
     if script:
         docker(path, script)
-    _, how, images = cluster._choose()
-    assert (how, images) == ("made here", cluster.LOCAL_IMAGES)
-    assert capfd.readouterr().err == MADE_HERE.format(reason)
+    provider = cluster._select_provider()
+    assert (provider.kind, provider.images) == (ClusterKind.LOCAL_BUILD, cluster.LOCAL_IMAGES)
+    assert capfd.readouterr().err == BUILT_LOCALLY.format(reason)
 
 
-def test_where_none_is_possible_the_message_has_the_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_if_none_is_possible_the_message_has_the_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(UnavailableError) as caught:
-        cluster._choose()
+        cluster._select_provider()
     assert re.fullmatch(
-        "no cluster can be made here: docker is not on PATH, and an engine of our own needs root, .*apt-get with"
-        " Debian's keyring. Start Docker with access to its registry, or name a cluster of your own: pytest"
-        " --cluster-type existing --kubeconfig FILE",
+        "cannot create a cluster: docker is not on PATH, and a private container engine requires root, .*apt-get with "
+        "Debian's keyring. Start Docker with access to its registry, or use an existing cluster: pytest "
+        "--cluster-type existing --kubeconfig FILE",
         str(caught.value),
     )
 
 
 @pytest.fixture
 def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A cluster that answers; what is done to it."""
+    """A cluster that answers; the deletions."""
     done: list[str] = []
     monkeypatch.setattr(cluster, "STATE", tmp_path)
     monkeypatch.setattr(cluster.Cluster, "kubectl", lambda *_, **__: "ok")
@@ -89,37 +91,50 @@ def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return done
 
 
-def remember(owner: int) -> None:
-    cluster._remember(cluster.Cluster("docker", "", "", {}, {}, {}, owner))
+PORTS = cluster.Ports(postgres=1, http=2)
+PASSWORDS = cluster.Passwords(ADMIN_PASSWORD="", USER_PASSWORD="", TOKEN="")
+
+
+def save_state(owner: int) -> None:
+    cluster._save_state(Cluster(ClusterKind.DOCKER, "", "", PORTS, cluster.PUBLIC_IMAGES, PASSWORDS, owner))
+
+
+def test_a_cluster_is_restored_from_plain_data() -> None:
+    before = Cluster(ClusterKind.LOCAL_BUILD, "/a/file", "10.0.0.1", PORTS, cluster.LOCAL_IMAGES, PASSWORDS, 1)
+    data = json.loads(json.dumps(before.to_dict()))
+    assert (type(before.to_dict()["kind"]), str(before.kind)) == (str, "built locally")
+    assert Cluster.from_dict(data) == before
 
 
 DEAD = 2**22 + 1  # above the kernel's largest pid
 
 
 @pytest.mark.parametrize(
-    ("before", "asked", "after"),
+    ("before", "requested", "after"),
     [(0, 0, 0), (0, os.getpid(), 0), (1, 0, 0), (DEAD, os.getpid(), os.getpid()), (DEAD, 0, 0)],
-    ids=["kept", "kept, tests", "tested on, make cluster", "left by a killed run, tests", "left, make cluster"],
+    ids=["kept", "kept, tests", "in use, make cluster", "left by a killed run, tests", "left, make cluster"],
 )
-def test_a_cluster_that_runs_is_taken_and_only_its_owner_deletes_it(
-    running: list[str], before: int, asked: int, after: int
+def test_a_running_cluster_is_used_and_only_its_owner_deletes_it(
+    running: list[str], before: int, requested: int, after: int
 ) -> None:
-    remember(before)
-    found = cluster.ensure(owner=asked)
+    save_state(before)
+    found = cluster.get_or_create(owner=requested)
     assert (found.owner, json.loads((cluster.STATE / "cluster.json").read_text())["owner"]) == (after, after)
-    cluster.down(os.getpid())
+    cluster.delete(os.getpid())
     assert running == ["deleted"] * (after == os.getpid())
 
 
 def test_a_cluster_that_another_run_will_delete_is_not_shared(running: list[str]) -> None:
-    remember(1)
-    with pytest.raises(UnavailableError, match=r"process 1 tests on the cluster .* or keep it with make cluster"):
-        cluster.ensure(owner=os.getpid())
+    save_state(1)
+    with pytest.raises(
+        UnavailableError, match=r"process 1 is testing on the running cluster .* or keep the cluster with make cluster"
+    ):
+        cluster.get_or_create(owner=os.getpid())
     assert running == []
 
 
 @pytest.mark.parametrize("option", [["--kubeconfig", "/a/file"], ["--cluster-type", "existing"]], ids=lambda o: o[0])
-def test_a_cluster_of_the_users_takes_both_options(option: list[str]) -> None:
+def test_an_existing_cluster_takes_both_options(option: list[str]) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "tests/e2e", *option]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR

@@ -1,4 +1,4 @@
-"""`make demo` does what the README says, and leaves nothing behind, also when it is stopped in the middle."""
+"""`make demo` does what the README says, and leaves nothing behind, even if it is interrupted."""
 
 import os
 import re
@@ -16,13 +16,13 @@ from tools.paths import ROOT
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A short path, which a Unix socket's name allows, and open to PostgreSQL's user, as /tmp is."""
+    """A path that is short enough for a Unix socket, and readable for PostgreSQL's user, as /tmp is."""
     with tempfile.TemporaryDirectory(prefix="demo-") as name:
         Path(name).chmod(0o755)
         yield Path(name)
 
 
-def _demo(folder: Path) -> subprocess.Popen:
+def _demo(folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "tools.demo"],
         cwd=ROOT,
@@ -33,7 +33,7 @@ def _demo(folder: Path) -> subprocess.Popen:
     )
 
 
-def test_the_demo_migrates_and_goes_back(folder: Path) -> None:
+def test_the_demo_upgrades_and_downgrades(folder: Path) -> None:
     demo = _demo(folder)
     output, _ = demo.communicate(timeout=120)
     assert demo.returncode == 0, output
@@ -57,7 +57,7 @@ def test_the_demo_migrates_and_goes_back(folder: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
-def test_a_demo_that_is_stopped_leaves_nothing(folder: Path) -> None:
+def test_an_interrupted_demo_leaves_nothing_behind(folder: Path) -> None:
     demo = _demo(folder)
     assert demo.stdout is not None
     for line in demo.stdout:
@@ -66,5 +66,5 @@ def test_a_demo_that_is_stopped_leaves_nothing(folder: Path) -> None:
     assert list(folder.iterdir()) != []
     demo.send_signal(signal.SIGINT)
     rest, _ = demo.communicate(timeout=30)
-    assert rest.endswith("stopped; what was started is stopped, too\n")
+    assert rest.endswith("interrupted; everything that was started is stopped\n")
     assert list(folder.iterdir()) == []

@@ -1,4 +1,4 @@
-"""The linters, as tests: one way to run them, and continuous integration runs nothing that a developer does not."""
+"""The linters, as tests: there is one way to run them, and continuous integration runs what a developer runs."""
 
 import subprocess
 from pathlib import Path
@@ -9,9 +9,9 @@ from alembic.script import ScriptDirectory
 
 from tools.paths import BIN, ROOT
 
-# Rules of squawk that hold for no revision, and why.
+# Rules of squawk that apply to no revision, and why.
 NOT_OURS = {
-    "require-statement-timeout": "a migration's time limit is the Job's deadline; the run sets statement_timeout to 0",
+    "require-statement-timeout": "a migration's limit is the Job's deadline; the run sets statement_timeout to 0",
 }
 # Released revisions are never edited. 001 has the column types of the table that HCM Reports was built on.
 BEFORE_THE_RULES = {
@@ -39,7 +39,7 @@ def test_python_is_formatted() -> None:
     _passes("ruff", "format", "--check")
 
 
-def test_the_runner_passes_the_type_checker() -> None:
+def test_python_passes_the_type_checker() -> None:
     _passes("mypy")
 
 

@@ -1,4 +1,4 @@
-"""What a newcomer's machine may lack is named on one line, with the cure."""
+"""A missing prerequisite is reported in one line, with the fix."""
 
 import shutil
 import subprocess
@@ -32,7 +32,7 @@ def _make_venv(folder: Path, path: Path, python: str) -> str:
         (
             "exit 0",
             "exit 127",
-            "python3 is missing or older than 3.10: install Python 3.10 or newer, or name one: make PYTHON=python3.12",
+            "python3 is missing or older than 3.10: install Python 3.10 or newer, or set one: make PYTHON=python3.12",
         ),
         (
             "exit 0",
@@ -42,7 +42,7 @@ def _make_venv(folder: Path, path: Path, python: str) -> str:
     ],
     ids=["git", "python", "venv"],
 )
-def test_a_missing_prerequisite_is_named_with_its_cure(tmp_path: Path, git: str, python: str, line: str) -> None:
+def test_a_missing_prerequisite_is_reported_with_the_fix(tmp_path: Path, git: str, python: str, line: str) -> None:
     tools = tmp_path / "bin"
     tools.mkdir()
     (tools / "sh").symlink_to("/bin/sh")

@@ -1,4 +1,4 @@
-"""requirements.txt is what the Job installs: hash-locked, wheels only, the same for every Python from 3.10 to 3.13."""
+"""The Job installs requirements.txt: hash-locked, wheels only, the same for every Python from 3.10 to 3.13."""
 
 import re
 import shutil
@@ -15,12 +15,12 @@ def _names(file: str) -> set[str]:
     return set(re.findall(r"^([a-z0-9-]+)==", (ROOT / file).read_text(), re.MULTILINE))
 
 
-def test_the_locks_are_compiled_from_what_is_asked_for(tmp_path: Path) -> None:
+def test_the_locks_are_compiled_from_the_inputs(tmp_path: Path) -> None:
     locks = ("requirements", "requirements-dev", "tools/checkov/requirements")
     files = [f"{name}.{ending}" for name in locks for ending in ("in", "txt")]
     for file in (*files, "Makefile"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / file, tmp_path / file)  # with its time, or .venv would be out of date
+        shutil.copy2(ROOT / file, tmp_path / file)  # with its mtime, or .venv would be out of date
     (tmp_path / ".venv").symlink_to(BIN.parent)
     subprocess.run(["make", "lock"], cwd=tmp_path, check=True, capture_output=True)
     changed = [file for file in files if (tmp_path / file).read_text() != (ROOT / file).read_text()]
@@ -28,10 +28,10 @@ def test_the_locks_are_compiled_from_what_is_asked_for(tmp_path: Path) -> None:
 
 
 def test_the_job_installs_only_what_it_needs() -> None:
-    asked = re.findall(r"^([a-z0-9-]+)", (ROOT / "requirements.in").read_text(), re.MULTILINE)
-    assert asked == ["alembic", "psycopg2-binary", "python-dotenv", "sqlalchemy"]
-    brought_along = {"greenlet", "mako", "markupsafe", "tomli", "typing-extensions"}
-    assert _names("requirements.txt") == {*asked, *brought_along}
+    direct = re.findall(r"^([a-z0-9-]+)", (ROOT / "requirements.in").read_text(), re.MULTILINE)
+    assert direct == ["alembic", "psycopg2-binary", "python-dotenv", "sqlalchemy"]
+    transitive = {"greenlet", "mako", "markupsafe", "tomli", "typing-extensions"}
+    assert _names("requirements.txt") == {*direct, *transitive}
 
 
 def test_pip_installs_the_lock_from_wheels_with_every_hash_checked(tmp_path: Path) -> None:

@@ -7,12 +7,10 @@ deleted after the last.
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import os
 import secrets
-import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,69 +22,78 @@ from tests.support.database import Database
 from tests.support.kubernetes import Api, Release, Repository
 from tests.support.waiting import until
 from tools.binaries import find_or_build
-from tools.cluster import Cluster, down, ensure
-from tools.paths import ROOT
+from tools.cluster import Cluster, ClusterKind, ImageValue, delete, get_or_create
+from tools.paths import BIN, ROOT
 from tools.steps import UnavailableError
 
-SHARED = pytest.StashKey[dict[str, Any]]()
-OWN_IMAGE = {"repository": "hcm-local/hcm-db-migrations", "tag": "test"}
+OWN_IMAGE: ImageValue = {"repository": "hcm-local/hcm-db-migrations", "tag": "test"}
+
+
+@dataclass
+class Shared:
+    """What every worker needs to know, as pytest-xdist passes it: the cluster as plain data, and paths as text."""
+
+    cluster: dict[str, Any] | None = None
+    baked_image: bool = False  # OWN_IMAGE, which has the dependencies pre-installed, is in the cluster
+    helms: list[str] = field(default_factory=list)  # Helm 3 and Helm 4
+    unavailable: str = "not started"  # why there is no cluster
+
+
+SHARED = pytest.StashKey[Shared]()
 
 
 def start_cluster(session: pytest.Session) -> None:
     """Find or create the cluster, once, before the workers start; what takes minutes is shown."""
     config = session.config
     if hasattr(config, "workerinput"):
-        config.stash[SHARED] = config.workerinput["shared"]
+        config.stash[SHARED] = Shared(**config.workerinput["shared"])
     elif not config.option.collectonly:
         with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
             config.stash[SHARED] = _start(config)
 
 
-def _start(config: pytest.Config) -> dict[str, Any]:
-    """What every worker needs to know, as JSON."""
+def _start(config: pytest.Config) -> Shared:
     named = config.getoption("--kubeconfig")
     if bool(named) != (config.getoption("--cluster-type") == "existing"):
         raise pytest.UsageError("a cluster of your own takes both options: --cluster-type existing --kubeconfig FILE")
     try:
-        cluster = ensure(named, owner=os.getpid())
+        cluster = get_or_create(named, owner=os.getpid())
         if cluster.owner:
-            config.add_cleanup(lambda: down(cluster.owner))
-        python = f"--build-arg=PYTHON={cluster.images['python']}"
-        own_image = None
-        with contextlib.suppress(UnavailableError):  # in a cluster of the user's, pip runs
-            cluster.build_image(":".join(OWN_IMAGE.values()), ROOT, python)
-            own_image = OWN_IMAGE
+            config.add_cleanup(lambda: delete(cluster.owner))
+        baked_image = cluster.kind is not ClusterKind.EXISTING  # in a cluster of the user's, pip runs
+        if baked_image:
+            tag = f"{OWN_IMAGE['repository']}:{OWN_IMAGE['tag']}"
+            cluster.build_image(tag, ROOT, f"--build-arg=PYTHON={cluster.images['python']}")
     except UnavailableError as error:
-        return {"unavailable": str(error)}
-    helms = [Path(sys.executable).with_name("helm"), find_or_build("helm")]
-    return {"cluster": dataclasses.asdict(cluster), "own image": own_image, "helms": list(map(str, helms))}
+        return Shared(unavailable=str(error))
+    return Shared(cluster.to_dict(), baked_image, [str(BIN / "helm"), str(find_or_build("helm"))])
 
 
 def describe_cluster(config: pytest.Config) -> str:
     """The line of the report's header."""
-    shared = config.stash.get(SHARED, None) or {}
-    if "cluster" not in shared:
-        return f"cluster: none, {shared.get('unavailable', 'not started')}"
-    cluster = Cluster(**shared["cluster"])
+    shared = config.stash.get(SHARED, Shared())
+    if not shared.cluster:
+        return f"cluster: none, {shared.unavailable}"
+    cluster = Cluster.from_dict(shared.cluster)
     kubernetes = client.VersionApi(Api.of(cluster, "").core.api_client).get_code().git_version
     image = cluster.images["git_sync"]
     which = "a stand-in for git-sync" if "standin" in image else "the real git-sync"
-    return f"cluster: {cluster.how}, Kubernetes {kubernetes}, {which} ({image})"
+    return f"cluster: {cluster.kind}, Kubernetes {kubernetes}, {which} ({image})"
 
 
 @pytest.fixture(scope="session")
-def shared(request: pytest.FixtureRequest) -> dict[str, Any]:
+def shared(request: pytest.FixtureRequest) -> Shared:
     found = request.config.stash.get(SHARED, None)
     if found is None:
-        pytest.fail("the cluster is made before the first test: name this folder, pytest tests/e2e")
-    if "unavailable" in found:
-        pytest.skip(found["unavailable"])
+        pytest.fail("the cluster is created before the first test: name this folder, pytest tests/e2e")
+    if not found.cluster:
+        pytest.skip(found.unavailable)
     return found
 
 
 @pytest.fixture(scope="session")
-def cluster(shared: dict[str, Any]) -> Cluster:
-    found = Cluster(**shared["cluster"])
+def cluster(shared: Shared) -> Cluster:
+    found = Cluster.from_dict(shared.cluster or {})
     SECRETS.add(found.passwords["TOKEN"])
     return found
 
@@ -154,22 +161,21 @@ def with_pip(cluster: Cluster) -> dict[str, Any]:
 
 
 @pytest.fixture
-def baked_image_values(shared: dict[str, Any], with_pip: dict[str, Any]) -> dict[str, Any]:
+def baked_image_values(shared: Shared, with_pip: dict[str, Any]) -> dict[str, Any]:
     """Values for a run in an image that brings the requirements; with pip where no such image can be had."""
-    image = shared["own image"]
-    return {**with_pip, "image": image, "requirements": "", "extraEnv": []} if image else with_pip
+    return {**with_pip, "image": OWN_IMAGE, "requirements": "", "extraEnv": []} if shared.baked_image else with_pip
 
 
 @pytest.fixture
 def releases(
-    shared: dict[str, Any], cluster: Cluster, repository: Repository, baked_image_values: dict[str, Any], tmp_path: Path
+    shared: Shared, cluster: Cluster, repository: Repository, baked_image_values: dict[str, Any], tmp_path: Path
 ) -> Iterator[Callable[..., Release]]:
     """Makes releases of the chart, not installed yet, of the test's repository; by Helm 4, by default."""
     made: list[Release] = []
 
     def make(api: Api, version: int = 4, **options: Any) -> Release:
         git = {**baked_image_values.get("git", {}), "repo": repository.url, "branch": "main", "path": "."}
-        helm = Path(shared["helms"][version - 3])
+        helm = Path(shared.helms[version - 3])
         values = {**baked_image_values, "namespace": api.namespace, "git": git}
         made.append(Release(helm, cluster, api.namespace, tmp_path, values, **options))
         return made[-1]

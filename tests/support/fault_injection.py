@@ -24,7 +24,7 @@ from tools import binaries, debian
 from tools.network import free_port, is_listening
 from tools.paths import CACHE
 from tools.postgres import UNPRIVILEGED
-from tools.steps import UnavailableError, once
+from tools.steps import UnavailableError, cached
 
 root_only = pytest.mark.skipif(
     os.geteuid() != 0 or not shutil.which("ip"),
@@ -101,7 +101,7 @@ def _pgbouncer() -> tuple[Path, dict[str, str]]:
     release = Path("/etc/os-release").read_text()
     name = "-".join(re.findall(r'^(?:ID|VERSION_ID)="?([^"\n]*)', release, re.M))
     try:
-        folder = once(
+        folder = cached(
             CACHE / f"pgbouncer-{name}",
             lambda partial: debian.extract(partial, ["pgbouncer"], "downloading PgBouncer's package into the cache"),
         )

@@ -20,8 +20,8 @@ from tests.support.database import Database
 from tests.support.git import git
 from tests.support.programs import Program, Result, normalize, observed, run, start
 from tests.support.project import copy
-from tools import engine
-from tools.cluster import NAME, Cluster
+from tools.cluster import NAME, Cluster, ClusterKind
+from tools.offline_cluster import engine
 from tools.paths import CHART, ROOT
 from tools.postgres import execute
 
@@ -66,7 +66,7 @@ class Api:
         status = self.pods(job)[0].status
         states = [container.state for container in (*status.init_container_statuses, *status.container_statuses)]
         end = max(state.terminated.finished_at for state in states if state.terminated)
-        return (end - self.batch.read_namespaced_job(job, self.namespace).status.start_time).total_seconds()
+        return float((end - self.batch.read_namespaced_job(job, self.namespace).status.start_time).total_seconds())
 
     def pods(self, job: str = "") -> list[client.V1Pod]:
         """The pods, of one Job or of all, oldest first."""
@@ -219,7 +219,7 @@ class Repository:
 def sessions(cluster: Cluster, database: Database) -> int:
     """How many sessions the test's database ever had, the test's own among them."""
     query = "SELECT sessions FROM pg_stat_database WHERE datname = %s"
-    return execute(make_url(cluster.postgres_url()), query, database.name)[0][0]
+    return int(execute(make_url(cluster.postgres_url()), query, database.name)[0][0])
 
 
 def contacted(cluster: Cluster, database: Database) -> bool:
@@ -240,9 +240,9 @@ def release_gate(database: Database) -> None:
 
 def in_node(cluster: Cluster, *command: str) -> tuple[list[str], dict[str, str]]:
     """The command line, and the environment, that run a command on the machine that kind made."""
-    if cluster.how == "existing":
+    if cluster.kind is ClusterKind.EXISTING:
         pytest.skip("this reaches into the node: it needs a kind cluster of our own, so leave out --kubeconfig")
-    environment = engine.environment() if cluster.how == "made here" else dict(os.environ)
+    environment = engine.environment() if cluster.kind is ClusterKind.LOCAL_BUILD else dict(os.environ)
     return ["docker", "exec", f"{NAME}-control-plane", *command], environment
 
 

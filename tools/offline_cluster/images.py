@@ -1,0 +1,133 @@
+"""The images that cannot be pulled, built for the private engine under honest names (`hcm-local/...`).
+
+They are built from Debian packages, and the kind node also from the programs that `tools.binaries` builds. They stay in
+the engine's data folder in the cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from tools import binaries, debian
+from tools.offline_cluster.engine import FOLDER, docker, environment
+from tools.steps import log, remove, run
+
+HERE = Path(__file__).parent
+
+PYTHON = "hcm-local/python:3.11-debian12"
+GIT_SYNC = "hcm-local/git-sync-standin:v4.7.1"
+SERVER = "hcm-local/server:debian12"
+NODE_BASE = "hcm-local/node-base:debian12"
+# Each is one Debian 12 system without recommended packages.
+SYSTEMS = {
+    PYTHON: "python3,python3-pip,python3-venv,python-is-python3,ca-certificates",
+    SERVER: "python3,git,openssh-client,openssh-server,postgresql-15,ca-certificates",
+    NODE_BASE: "systemd,systemd-sysv,dbus,containerd,runc,iptables,conntrack,ethtool,socat,iproute2,mount,kmod,procps,"
+    "ca-certificates,libseccomp2,hostname",
+}
+# As in the official python image: pip installs into the system.
+CUSTOM = ['--customize-hook=rm -f "$1"/usr/lib/python3*/EXTERNALLY-MANAGED']
+NODE_PROGRAMS = ["kubeadm", "kubelet", "kubectl", "crictl", "host-local", "loopback", "ptp", "portmap"]
+CONTROL_PLANE = ["kube-apiserver", "kube-controller-manager", "kube-scheduler", "kube-proxy", "etcd", "coredns"]
+
+
+def build_images() -> str:
+    """Build every image that is missing or out of date. Return the name of the kind node's image."""
+    for tag, packages in SYSTEMS.items():
+        system = hashlib.sha256(f"{packages} {CUSTOM}".encode()).hexdigest()[:12]
+        if not _is_current(tag, system):
+            _build_system(tag, packages, system)
+    digest = hashlib.sha256(str(SYSTEMS).encode())
+    for file in sorted((HERE / "images").iterdir()):
+        digest.update(file.read_bytes())
+    if not _is_current(GIT_SYNC, digest.hexdigest()):
+        docker("tag", SERVER, "hcm-local/server")
+        _build(HERE / "images", GIT_SYNC, "", digest.hexdigest())
+    modules = [HERE / module / name for module in ("kubernetes", "etcd") for name in ("go.mod", "go.sum")]
+    for file in [*sorted((HERE / "node").iterdir()), *modules]:
+        digest.update(file.read_bytes())
+    version = binaries.pinned_version("kubelet")
+    node = f"hcm-local/node:{version}"
+    if not _is_current(node, digest.hexdigest()):
+        _build_node(node, version, digest.hexdigest())
+    return node
+
+
+def _is_current(tag: str, digest: str) -> bool:
+    """Whether the engine has the image, built from the files and packages with this digest."""
+    label = '{{index .Config.Labels "made-from"}}'
+    command = ["docker", "image", "inspect", "--format", label, tag]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True).stdout.strip() == digest
+
+
+def _build_system(tag: str, packages: str, digest: str) -> None:
+    with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
+        sources, archive = Path(folder) / "bookworm.list", Path(folder) / "system.tar"
+        sources.write_text(debian.sources_list("bookworm"))
+        options = ["--variant=minbase", f"--include={packages}", "--dpkgopt=path-exclude=/usr/share/doc/*", *CUSTOM]
+        what = f"building image {tag} from Debian 12's packages"
+        run(["mmdebstrap", *options, "bookworm", archive, sources], what, "45 s", env=environment())
+        changes = ["--change", f"LABEL made-from={digest}", "--change", 'CMD ["bash"]']
+        docker("import", *changes, archive, tag)
+
+
+def _build(context: Path, tag: str, target: str, digest: str, *arguments: str) -> None:
+    label = f"--label=made-from={digest}"
+    stage = [f"--target={target}"] if target else []
+    docker("build", "--quiet", "--network=none", label, *stage, *arguments, f"--tag={tag}", context)
+
+
+def _build_node(tag: str, version: str, digest: str) -> None:
+    """Build the kind node, with the images that a cluster starts with in its containerd: no registry is needed."""
+    programs = {name: binaries.find_or_build(name) for name in [*NODE_PROGRAMS, *CONTROL_PLANE]}
+    log("building the kind node's image (usually 30 s)")
+    docker("tag", NODE_BASE, "hcm-local/node-base")
+    with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
+        shutil.copytree(HERE / "node", folder, dirs_exist_ok=True)
+        for path in programs.values():
+            shutil.copy(path, folder)
+        for target in ("control-plane", "pause", "node"):
+            arguments = [f"--build-arg=KUBERNETES_VERSION={version}"] if target == "node" else []
+            _build(Path(folder), f"hcm-local/{target}:unbaked", target, digest, *arguments)
+    listed = run([programs["kubeadm"], "config", "images", "list", "--kubernetes-version", version]).split()
+    names = [name for name in listed if "/pause:" not in name]
+    for name in names:
+        docker("tag", "hcm-local/control-plane:unbaked", name)
+    pause = _sandbox_image()
+    docker("tag", "hcm-local/pause:unbaked", pause)
+    options = ["--privileged", "--security-opt=seccomp=unconfined", "--network=none", "--entrypoint=sleep"]
+    container = docker("run", "--detach", *options, "hcm-local/node:unbaked", "infinity").strip()
+    try:
+        docker("exec", "--detach", container, "containerd")
+        archive = FOLDER / "images.tar"
+        what = "saving the images of Kubernetes and of the tests"
+        docker("save", "--output", archive, *names, pause, PYTHON, GIT_SYNC, SERVER, what=what, expected="30 s")
+        load = (
+            "until ctr version >/dev/null 2>&1; do sleep 0.1; done; "
+            "ctr -n k8s.io images import --all-platforms --no-unpack --digests - >&2"
+        )
+        command = ["--interactive", container, "timeout", "300", "sh", "-c", load]
+        with archive.open("rb") as saved:
+            docker("exec", *command, what="  loading them into the node", expected="30 s", stdin=saved)
+        remove(archive)
+        docker("exec", container, "sh", "-c", "pkill -x containerd; sleep 1; rm -rf /run/containerd")
+        entry_point = ["--change", 'ENTRYPOINT ["/usr/local/bin/entrypoint", "/sbin/init"]']
+        docker("commit", *entry_point, container, tag, what="  committing the node's image", expected="20 s")
+    finally:
+        docker("rm", "--force", "--volumes", container)
+    docker("image", "prune", "--force")
+    remove(binaries.COMPILED)  # 4 GB; a newer Kubernetes would recompile nearly all of it
+
+
+def _sandbox_image() -> str:
+    """The image of every pod's pause container, as containerd is configured."""
+    file = HERE / "node/containerd.toml"
+    found = re.search(r'sandbox_image = "(.*)"', file.read_text())
+    if not found:
+        raise RuntimeError(f"{file} sets no sandbox_image")
+    return found[1]
