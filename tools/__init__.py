@@ -6,7 +6,8 @@
 - `tools.postgres`: a temporary PostgreSQL server on loopback.
 - `tools.binaries`: helm, ct, kubectl, kind ... from PATH, else built from the Go modules in this folder.
 - `tools.debian`: programs from Debian packages, extracted into the cache.
-- `tools.cluster`: the kind cluster with what the chart finds in a DIGIT cluster. `make cluster` starts here.
+- `tools.cluster`: the kind cluster. `make cluster` starts here.
+- `tools.fixtures`: what is in the cluster: PostgreSQL, a git and package server, ConfigMaps and Secrets.
 - `tools.offline_cluster`: a private container engine and local images, when no image can be pulled; see its README.md.
 - `tools.demo`: `make demo`.
 - `tools.docs`: `make docs`: the generated documents.

@@ -5,10 +5,7 @@
     python -m tools.cluster status    show what is running, and how to reach it
     python -m tools.cluster down      stop and delete it (make cluster-down)
 
-Tests call `get_or_create()`. The cluster holds a namespace `health` with ConfigMap egov-config and the Secrets db and
-git-creds, and a namespace `hcm-fixtures` with PostgreSQL 15 and a git and package server (tools/fixtures): this
-checkout's HEAD is its repository hcm-db-migrations.git, as branch main and, in the folder
-utilities/hcm-db-migrations, as branch airflow-analysis.
+Tests call `get_or_create()`. What is in the cluster: tools/fixtures.
 
 The kubeconfig, passwords and values are in STATE, a folder of the cache; ~/.kube/config is never read or written.
 """
@@ -16,38 +13,30 @@ The kubeconfig, passwords and values are in STATE, a folder of the cache; ~/.kub
 from __future__ import annotations
 
 import argparse
-import atexit
 import base64
 import contextlib
 import dataclasses
 import enum
 import json
 import os
-import platform
-import re
 import secrets
 import shutil
-import string
 import subprocess
 import sys
-import tempfile
 import time
-import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
-import psycopg2
-
+from tools import fixtures
 from tools.binaries import find_or_build
 from tools.network import free_port
 from tools.offline_cluster import engine, images
 from tools.paths import CACHE, ROOT
-from tools.steps import UnavailableError, cached, locked, log, remove, run, wait_until
+from tools.steps import UnavailableError, locked, log, remove, run
 
 NAME = "hcm-db-migrations"
 STATE = CACHE / "cluster"
-FIXTURES = ROOT / "tools/fixtures"
 # kind v0.33's default.
 KINDEST = "kindest/node:v1.37.0@sha256:a1ed56cfb0e7b93589bdf97c8cd566405a265939e3620fc4f5de89adff580ae5"
 
@@ -271,7 +260,7 @@ def delete(owner: int = 0) -> None:
 
 def install(cluster: Cluster) -> None:
     """Install or upgrade the chart as a user does. Print the Job's log and the table."""
-    push_checkout(cluster)
+    fixtures.push_checkout(cluster)
     code = ["migrations", "migration_runner", "alembic.ini", "requirements.txt"]
     if changed := run(["git", "-C", ROOT, "status", "--porcelain", "--", *code]):
         log(f"not committed, so not in the cluster:\n{changed.rstrip()}")
@@ -287,27 +276,6 @@ def install(cluster: Cluster) -> None:
     if done.returncode:
         raise RuntimeError(f"helm: exit code {done.returncode}")
     print(cluster.psql(r"\d hcm_report_metadata", "unifieddevdb"))
-
-
-def push_checkout(cluster: Cluster, name: str = "hcm-db-migrations.git", revision: str = "HEAD") -> None:
-    """Push a commit of this checkout: as main, and under utilities/hcm-db-migrations as airflow-analysis."""
-    with tempfile.TemporaryDirectory() as folder:
-
-        def git(*arguments: str, input: str | None = None, env: Mapping[str, str] | None = None) -> str:
-            return run(["git", "-C", folder, *arguments], input=input, env=env).strip()
-
-        run(["git", "clone", "--quiet", "--bare", "--shared", ROOT, folder])
-        commit = run(["git", "-C", ROOT, "rev-parse", f"{revision}^{{commit}}"]).strip()
-        tree = git("rev-parse", f"{commit}^{{tree}}")
-        for parent in ("hcm-db-migrations", "utilities"):
-            tree = git("mktree", input=f"040000 tree {tree}\t{parent}\n")
-        author = ["-c", "user.name=hcm-db-migrations", "-c", "user.email=hcm-db-migrations@localhost"]
-        message = f"hcm-db-migrations at {commit}"
-        date = git("show", "--no-patch", "--format=%cI", commit)
-        dates = {"GIT_AUTHOR_DATE": date, "GIT_COMMITTER_DATE": date}  # the same tree always gets the same commit
-        nested = git(*author, "commit-tree", tree, "-m", message, env=os.environ | dates)
-        refs = [f"+{commit}:refs/heads/main", f"+{nested}:refs/heads/airflow-analysis"]
-        git("push", "--quiet", f"{cluster.git_url}/{name}", *refs)
 
 
 def _create(owner: int) -> Cluster:
@@ -343,7 +311,7 @@ def _create(owner: int) -> Cluster:
     # If CoreDNS starts before kube-proxy, it waits 30 s for an answer that cannot arrive.
     cluster.kubectl("rollout", "status", "--namespace=kube-system", "daemonset/kube-proxy", "--timeout=180s")
     cluster.kubectl("rollout", "restart", *dns)
-    _install_fixtures(cluster)
+    fixtures.install(cluster, forward=False)
     cluster.kubectl("rollout", "status", *dns, "--timeout=180s")
     (STATE / "values.yaml").write_text(json.dumps({NAME: cluster.image_values()}, indent=2) + "\n")
     _save_state(cluster)
@@ -395,18 +363,18 @@ def _use_existing(kubeconfig: str) -> Cluster:
     cluster = Cluster(ClusterKind.EXISTING, path, "127.0.0.1", _free_ports(), PUBLIC_IMAGES, _new_passwords())
     namespaces = cluster.kubectl("get", "namespaces", "--output=name").split()
     if "namespace/hcm-fixtures" in namespaces:
-        fixtures, db = _secret(cluster, "hcm-fixtures", "fixtures"), _secret(cluster, "health", "db")
+        secret, db = _secret(cluster, "hcm-fixtures", "fixtures"), _secret(cluster, "health", "db")
         cluster.passwords = {
-            "ADMIN_PASSWORD": fixtures["admin"],
+            "ADMIN_PASSWORD": secret["admin"],
             "USER_PASSWORD": db["password"],
-            "TOKEN": fixtures["token"],
+            "TOKEN": secret["token"],
         }
     elif "namespace/health" in namespaces:
         raise UnavailableError(
             f"the cluster of {kubeconfig} has a namespace health that these tests did not create, and they would "
             "overwrite its ConfigMap egov-config and Secret db: use another cluster, or delete that namespace"
         )
-    _install_fixtures(cluster)
+    fixtures.install(cluster, forward=True)
     return cluster
 
 
@@ -418,87 +386,6 @@ def _secret(cluster: Cluster, namespace: str, name: str) -> dict[str, str]:
 def _new_passwords() -> Passwords:
     admin, user, token = (secrets.token_urlsafe(18) for _ in range(3))
     return {"ADMIN_PASSWORD": admin, "USER_PASSWORD": user, "TOKEN": token}
-
-
-def _forward(cluster: Cluster) -> None:
-    for service, port in (("postgres", f"{cluster.ports['postgres']}:5432"), ("server", f"{cluster.ports['http']}:80")):
-        arguments = ["-n", "hcm-fixtures", "port-forward", f"service/{service}", port]
-        command: list[str | Path] = [find_or_build("kubectl"), f"--kubeconfig={cluster.kubeconfig}", *arguments]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        atexit.register(process.terminate)
-
-
-def _wait_for_services(cluster: Cluster) -> None:
-    """A deployment is rolled out before the node's proxy, or a forwarded port, routes connections to it."""
-
-    def answer() -> bool:
-        urllib.request.urlopen(f"http://{cluster.address}:{cluster.ports['http']}/healthz", timeout=5).close()
-        psycopg2.connect(cluster.postgres_url(), connect_timeout=5).close()
-        return True
-
-    wait_until(answer, 60, "the services of hcm-fixtures", ignore=(OSError, psycopg2.OperationalError))
-
-
-def _install_fixtures(cluster: Cluster) -> None:
-    """Install PostgreSQL, the git and package server, and what the chart finds in the namespace health."""
-    log("installing PostgreSQL, the git server and the package index (usually 20 s)")
-    variables = {**cluster.passwords, **{f"{name.upper()}_IMAGE": image for name, image in cluster.images.items()}}
-    manifests = string.Template((FIXTURES / "manifests.yaml").read_text()).safe_substitute(variables)
-    script = {"server.py": (FIXTURES / "server.py").read_text()}
-    metadata = {"name": "server-script", "namespace": "hcm-fixtures"}
-    config_map = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": script}
-    cluster.kubectl("apply", "-f", "-", input=f"{manifests}\n---\n{json.dumps(config_map)}")
-    wheels = _wheels(_python_version(cluster.images["python"]))
-    for name in ("postgres", "server"):
-        cluster.kubectl("rollout", "status", "-n", "hcm-fixtures", f"deploy/{name}", "--timeout=300s")
-    if cluster.kind is ClusterKind.EXISTING:
-        _forward(cluster)
-    cluster.psql(  # no character of token_urlsafe needs quoting in SQL
-        f"""SELECT 'CREATE ROLE hcm LOGIN' WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'hcm') \\gexec
-        ALTER ROLE postgres PASSWORD '{cluster.passwords["ADMIN_PASSWORD"]}';
-        ALTER ROLE hcm PASSWORD '{cluster.passwords["USER_PASSWORD"]}';
-        SELECT 'CREATE DATABASE unifieddevdb OWNER hcm'
-        WHERE NOT EXISTS (SELECT FROM pg_database WHERE datname = 'unifieddevdb') \\gexec"""  # noqa: S608
-    )
-    _wait_for_services(cluster)
-    keys = {name: cluster.server_file(name) for name in ("ssh", "known_hosts")}
-    metadata = {"name": "git-creds", "namespace": "health"}
-    cluster.apply({"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": keys})
-    for wheel in wheels.iterdir():
-        request = urllib.request.Request(f"{cluster.wheels_url}/{wheel.name}", wheel.read_bytes(), method="PUT")  # noqa: S310
-        urllib.request.urlopen(request, timeout=30).close()  # noqa: S310
-    push_checkout(cluster)
-
-
-def _python_version(image: str) -> str:
-    found = re.search(r":(\d+\.\d+)", image)
-    if not found:
-        raise RuntimeError(f"the tag of the image {image} does not start with a version of Python, such as 3.11")
-    return found[1]
-
-
-def _wheels(version: str) -> Path:
-    """A folder with the wheels of requirements.txt for one version of Python, such as 3.11; hashes are checked."""
-    requirements = ROOT / "requirements.txt"
-    machine = platform.machine()
-    digest = run(["git", "hash-object", requirements]).strip()[:12]
-
-    def download(partial: Path) -> None:
-        partial.mkdir()
-        # pip evaluates markers for the Python that it runs on, uv for the requested one.
-        uv = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-deps", "--generate-hashes", "--no-header"]
-        uv += ["--no-annotate", "--no-emit-index-url", "--python-version", version]
-        flat = run([*uv, "--python-platform", f"{machine}-manylinux_2_28", requirements])
-        with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
-            file.write(flat)
-            file.flush()
-            platforms = [f"--platform=manylinux_2_{minor}_{machine}" for minor in (17, 24, 27, 28)]
-            platforms += [f"--platform=manylinux2014_{machine}", "--platform=any"]
-            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-            pip += ["--require-hashes", "--only-binary=:all:", "--python-version", version, *platforms]
-            run([*pip, "--dest", partial, "--requirement", file.name], "downloading the wheels", "5 s")
-
-    return cached(CACHE / f"wheels-{version}-{digest}", download)
 
 
 def _delete() -> None:

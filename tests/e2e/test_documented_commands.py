@@ -11,8 +11,9 @@ from sqlalchemy import make_url
 
 from tests.support.kubernetes import TABLE, Api, Release
 from tests.support.waiting import until
-from tools.cluster import NAME, Cluster, push_checkout
+from tools.cluster import NAME, Cluster
 from tools.cluster import install as make_install
+from tools.fixtures import push_checkout
 from tools.postgres import execute
 
 
