@@ -120,7 +120,7 @@ def test_a_failed_run_shows_its_reason_leaves_job_pod_and_log_and_the_next_upgra
     failed = release.upgrade()
     assert failed.returncode == 1
     reason = (
-        f'FAILED: revision 003 ({broken.name}) failed: relation "missing" does not exist, at {broken.name}, line 7;'
+        f'FAILED: revision 003 ({broken.name}) failed: relation "missing" does not exist, at {broken.name}, line 8;'
         " rolled back; the database is at revision 002; fix it, then retry"
     )
     failed.line(reason)

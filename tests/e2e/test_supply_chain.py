@@ -18,7 +18,7 @@ from tools.cluster import Cluster
 @pytest.mark.fault(
     "Supply chain",
     fault="The tag of an image is moved",
-    sees="Nothing, where the image is named by its digest (`image.digest`, `git.image.digest`)",
+    sees="Nothing, where the image is named by its digest ('image.digest', 'git.image.digest')",
     state="The image that was reviewed has run",
     do="Name images by their digests",
 )
