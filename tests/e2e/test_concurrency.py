@@ -202,8 +202,8 @@ def test_a_pod_that_is_killed_before_the_database_is_contacted_is_followed_by_on
 @pytest.mark.fault(
     "Process and pod",
     fault="A revision needs more memory than the limit",
-    sees="`OOMKilled` in the output of 'kubectl describe pod', exit 137; with cgroup v1 also 'FAILED: alembic was killed,"
-    ' most likely out of memory: raise "resources.limits.memory"\'',
+    sees="`OOMKilled` in the output of 'kubectl describe pod', exit 137; with cgroup v1 also 'FAILED: alembic was"
+    ' killed, most likely out of memory: raise "resources.limits.memory"\'',
     state="Finished revisions stay, this one is rolled back",
     do="Raise `resources.limits.memory`, deploy again",
 )

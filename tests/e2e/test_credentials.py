@@ -39,8 +39,8 @@ def _no_key_in_the_secret(api: Api) -> str:
 @pytest.mark.fault(
     "Code and settings",
     fault="A ConfigMap, Secret or key is missing",
-    sees='`FAILED: no value for <variable> (key "<key>" of ...): create it in namespace "...", or point "db" or "extraEnv"'
-    " to it ...`, within 30 s",
+    sees='`FAILED: no value for <variable> (key "<key>" of ...): create it in namespace "...", or point "db" or'
+    ' "extraEnv" to it ...`, within 30 s',
     state="The database is not contacted",
     do="Make it; the Job's next try takes it",
 )
