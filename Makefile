@@ -55,7 +55,7 @@ cluster-down: venv ## delete that cluster and everything that it started
 	@$(BIN)/python -m tools.cluster down
 
 lint: venv ## run only the linters (they are tests as well)
-	@$(BIN)/pytest tests/project -k lint
+	@$(BIN)/pytest tests/project/test_lint.py tests/project/test_architecture.py tests/project/test_words.py
 
 lock: venv ## compile every requirements*.in into its .txt (UPGRADE=--upgrade upgrades all pins)
 	@for name in requirements requirements-dev tools/checkov/requirements; do $(UV_COMPILE) $(UPGRADE) $$name.in -o $$name.txt || exit; done
