@@ -76,6 +76,7 @@ class Api:
             for status in (*(pod.status.init_container_statuses or ()), *(pod.status.container_statuses or ())):
                 if status.state.terminated:
                     observed.codes.add(status.state.terminated.exit_code)
+                    observed.add(status.state.terminated.reason or "")
         return sorted(found, key=lambda pod: pod.metadata.creation_timestamp)
 
     def log(self, pod: client.V1Pod, container: str = "migrate") -> str:
@@ -117,12 +118,13 @@ class HelmProgram:
 
     @property
     def output(self) -> str:
-        """Readable, and otherwise unchanged."""
-        return readable(self.program.output)
+        """Unchanged."""
+        return self.program.output
 
     def wait(self) -> Result:
+        """Wait for the program to exit; the result has the readable output."""
         result = self.program.wait(240)
-        return Result(result.returncode, normalize(observed.add(self.output)))
+        return Result(result.returncode, normalize(observed.add(readable(self.output))))
 
     def kill(self) -> None:
         self.program.kill()
@@ -161,7 +163,9 @@ class Release:
 
     def status(self) -> str:
         """Such as `deployed`."""
-        return str(json.loads(self.run("status", self.name, "--output", "json").stdout)["info"]["status"])
+        command = self.start("status", self.name, "--output", "json")
+        command.wait()
+        return str(json.loads(command.output)["info"]["status"])
 
 
 def merged(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:

@@ -11,16 +11,16 @@ from tests.support.waiting import until
 AUDIT = 'op.execute("CREATE TABLE audit (revision text)")'
 FILE = "20251202_143000_{}_add.py"
 AGAIN = (
-    "run again to resume; if the Job's deadline was exceeded, "
-    "raise 'job.activeDeadlineSeconds' and Helm's --timeout together"
+    "run again to resume; if the Job's deadline was exceeded,"
+    " raise 'job.activeDeadlineSeconds' and Helm's --timeout together"
 )
 SLEEP = 'op.execute("SELECT pg_sleep(60)")'
 BUILD = 'op.execute("CREATE INDEX CONCURRENTLY slow ON audit (revision)")'
 TABLE = 'op.execute("CREATE TABLE a (x int)")\n'
 BLOCK = "with op.get_context().autocommit_block():\n    "
 KILLED = (
-    "interrupted by SIGTERM; did not stop in time and was killed; "
-    "the database was at revision 002 before: check with 'alembic current'; run again to resume"
+    "interrupted by SIGTERM; did not stop in time and was killed;"
+    " the database was at revision 002 before: check with 'alembic current'; run again to resume"
 )
 FIX = "fix it, then retry"
 FIRST = "20251201_120000_001_create_hcm_report_metadata.py"
