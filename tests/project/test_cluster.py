@@ -74,9 +74,9 @@ def test_if_no_cluster_is_possible_the_message_has_the_fix(tmp_path: Path, monke
     with pytest.raises(UnavailableError) as caught:
         cluster._select_provider()
     assert re.fullmatch(
-        "cannot create a cluster: docker is not on PATH, and a private container engine requires root, .*apt-get with "
-        "Debian's keyring. Start Docker with access to its registry, or use an existing cluster: pytest "
-        "--cluster-type existing --kubeconfig FILE",
+        "cannot create a cluster: docker is not on PATH, and a private container engine requires root, .*apt-get with"
+        " Debian's keyring. Start Docker with access to its registry, or use an existing cluster: pytest"
+        " --cluster-type existing --kubeconfig FILE",
         str(caught.value),
     )
 
