@@ -64,7 +64,7 @@ def test_of_two_concurrent_releases_one_migrates_and_the_other_waits_for_it(
 
 @pytest.mark.fault(
     "Concurrency",
-    fault="A release is upgraded while its Job still runs",
+    fault="A release is upgraded while its Job is still running",
     sees="The second upgrade: `another operation (install/upgrade/rollback) is in progress`, exit 1",
     state="The first continues",
     do="Wait for the first",
@@ -131,7 +131,7 @@ def test_a_pod_that_is_killed_or_drained_during_a_revision_is_followed_by_one_th
 
 @pytest.mark.fault(
     "Concurrency",
-    fault="The same pod runs twice concurrently, as Kubernetes does not exclude",
+    fault="The same pod runs twice concurrently, which Kubernetes does not rule out",
     sees="One migrates, the other logs `waiting, ...: another migration is running (pid ...)`, then `nothing to do`;"
     " exit 0",
     state="Each revision applied once",
@@ -158,7 +158,7 @@ def test_of_the_same_pod_twice_one_migrates_and_the_other_waits_for_it(
     "Process and pod",
     fault="SIGKILL (out of memory, a lost node) during the clone or while pip installs",
     sees="No message from that pod, exit 137; the next one starts over and completes",
-    state="All done, each revision once; the killed pod did not contact the database",
+    state="Complete, each revision applied once; the killed pod did not contact the database",
     do="Nothing",
 )
 @pytest.mark.parametrize("stage", ["clone", "pip"])

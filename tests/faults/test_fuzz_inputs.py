@@ -71,7 +71,7 @@ def test_any_password_opens_the_database(load: Callable, database: Database) -> 
 
 @pytest.mark.fault(
     "Code and settings",
-    fault="DB_HOST, DB_PORT, DB_NAME or DB_USER is anything",
+    fault="Arbitrary values of DB_HOST, DB_PORT, DB_NAME and DB_USER",
     sees="It is used unchanged, or one line names the variable and what to set",
     state="The database is not contacted",
     do="Follow the message",
@@ -95,7 +95,7 @@ def test_any_part_is_used_unchanged_or_rejected_by_name(load: Callable) -> None:
 
 @pytest.mark.fault(
     "Code and settings",
-    fault="DATABASE_URL is anything",
+    fault="Arbitrary values of DATABASE_URL",
     sees="It is parsed as SQLAlchemy documents it, or one line shows the format and quotes none of it",
     state="The database is not contacted",
     do="Follow the message",
@@ -123,7 +123,7 @@ def test_any_database_url_is_parsed_or_rejected_without_being_shown(load: Callab
 
 @pytest.mark.fault(
     "Code and settings",
-    fault="The message of `alembic revision -m` is anything",
+    fault="Arbitrary messages of `alembic revision -m`",
     sees="A file that can be loaded, in its folder, with the message in its docstring",
     state="One new file",
     do="Nothing",

@@ -39,7 +39,7 @@ logging.getLogger("migration_runner").addFilter(filter)
     "Process and pod",
     fault="SIGTERM, SIGINT or SIGKILL between two revisions, or after the last one before the exit",
     sees="`FAILED: interrupted by SIGTERM; the database is at revision 003; run again to resume; ...`, exit 143 (130);"
-    " SIGKILL: nothing, exit 137",
+    " SIGKILL: no message, exit 137",
     state="Finished revisions are kept, each applied once; no lock",
     do="Deploy again",
 )
