@@ -173,8 +173,8 @@ def test_a_connection_without_a_response_is_an_error(proxied: Project, database:
 @pytest.mark.fault(
     "Network",
     fault="A load balancer keeps the connection open during a revision, and stops forwarding",
-    sees="No message until the Job's deadline ('job.activeDeadlineSeconds'): it looks like a long statement. Then, within"
-    " 2 s: `interrupted by SIGTERM; did not stop in time and was killed; ...`, exit 143",
+    sees="No message until the Job's deadline ('job.activeDeadlineSeconds'): it looks like a long statement. Then,"
+    " within 2 s: `interrupted by SIGTERM; did not stop in time and was killed; ...`, exit 143",
     state="Finished revisions are kept; the orphaned session ends when the load balancer closes the connection",
     do="Fix the load balancer, deploy again",
 )
