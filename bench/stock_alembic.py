@@ -41,8 +41,8 @@ def downgrade() -> None:
 '''
 
 
-def make_projects(folder: Path, revisions: int) -> dict[str, Path]:
-    """`runner` and `stock`, with as many revisions that create a table each."""
+def create_projects(folder: Path, revisions: int) -> dict[str, Path]:
+    """Create the projects `runner` and `stock`, with the same revisions, each of which creates a table."""
     runner, stock = folder / "runner", folder / "stock"
     (runner / "migrations/versions").mkdir(parents=True)
     copytree(ROOT / "migration_runner", runner / "migration_runner", ignore=ignore_patterns("__pycache__"))
@@ -68,17 +68,17 @@ def make_projects(folder: Path, revisions: int) -> dict[str, Path]:
 
 
 def measure(revisions: int, rounds: int) -> dict[tuple[str, str], float]:
-    """Median seconds by project and command: from empty, no-op, current."""
+    """Median seconds by project and case: from empty, no-op, current."""
     seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder, Postgres() as server:
-        projects = make_projects(Path(folder), revisions)
-        for turn in range(rounds):
-            for name in sorted(projects, reverse=turn % 2 == 1):
-                database = f"{name}{turn}"
+        projects = create_projects(Path(folder), revisions)
+        for number in range(rounds):
+            for name in sorted(projects, reverse=number % 2 == 1):
+                database = f"{name}{number}"
                 server.execute(f"CREATE DATABASE {database}")
                 url = server.url.set(database=database, drivername="postgresql")
                 environment = os.environ | {"DATABASE_URL": dsn(url), "PYTHONDONTWRITEBYTECODE": "1"}
-                for what, command in (
+                for case, command in (
                     ("from empty", ("upgrade", "head")),
                     ("no-op", ("upgrade", "head")),
                     ("current", ("current",)),
@@ -87,9 +87,9 @@ def measure(revisions: int, rounds: int) -> dict[tuple[str, str], float]:
                     subprocess.run(
                         [ALEMBIC, *command], cwd=projects[name], env=environment, check=True, capture_output=True
                     )
-                    seconds[name, what].append(time.monotonic() - start)
+                    seconds[name, case].append(time.monotonic() - start)
                 server.execute(f"DROP DATABASE {database}")
-            print(f"round {turn + 1} of {rounds}", file=sys.stderr)
+            print(f"round {number + 1} of {rounds}", file=sys.stderr)
     return {key: statistics.median(values) for key, values in seconds.items()}
 
 
@@ -99,9 +99,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     median = measure(arguments.revisions, arguments.rounds)
-    for what in ("from empty", "no-op", "current"):
-        runner, stock = median["runner", what], median["stock", what]
-        print(f"{what:10}  runner {runner:6.2f} s  stock {stock:6.2f} s  ratio {runner / stock:.3f}")
+    for case in ("from empty", "no-op", "current"):
+        runner, stock = median["runner", case], median["stock", case]
+        print(f"{case:10}  runner {runner:6.2f} s  stock {stock:6.2f} s  ratio {runner / stock:.3f}")
     print(f"current against no-op, runner: {median['runner', 'current'] / median['runner', 'no-op']:.3f}")
 
 

@@ -1,1 +1,1 @@
-"""One folder for each door: the chart, the migrations, the project itself, an installation on a cluster."""
+"""One folder for each subject; tests/support has what they share."""

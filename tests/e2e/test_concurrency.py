@@ -1,4 +1,4 @@
-"""More than one run at once, and runs that are cut off: each revision is applied once, and the work gets done."""
+"""Concurrent and interrupted runs: each revision is applied once, and the migration completes."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ def assert_applied_once(database: Database) -> None:
 
 @pytest.mark.fault(
     "Concurrency",
-    fault="Two releases on one database are upgraded at once, in one namespace or in two",
-    sees="One works, the other says `waiting, ...: another migration is running (pid ...)`, then `nothing to do`;"
+    fault="Two releases on one database are upgraded concurrently, in one namespace or in two",
+    sees="One migrates, the other logs `waiting, ...: another migration is running (pid ...)`, then `nothing to do`;"
     " exit 0",
     state="Each revision applied once",
     do="Nothing",
 )
-@pytest.mark.parametrize("where", ["one namespace", "two namespaces"])
-def test_of_two_releases_at_once_one_works_and_the_other_waits_for_it(
+@pytest.mark.parametrize("location", ["one namespace", "two namespaces"])
+def test_of_two_concurrent_releases_one_migrates_and_the_other_waits_for_it(
     releases: Callable[..., Release],
     namespaces: Callable[[], Api],
     api: Api,
     audited: Repository,
     database: Database,
-    where: str,
+    location: str,
 ) -> None:
-    other = api if where == "one namespace" else namespaces()
+    other = api if location == "one namespace" else namespaces()
     both = [releases(api).upgrading(), releases(other, name="second").upgrading()]
     waiting = f"more: another migration is running (pid N, hcm-db-migrations as {database.role} from "
     jobs = [(api, FIRST_JOB), (other, "second-hcm-db-migration-1")]
@@ -64,12 +64,12 @@ def test_of_two_releases_at_once_one_works_and_the_other_waits_for_it(
 
 @pytest.mark.fault(
     "Concurrency",
-    fault="A release is upgraded while its Job still runs",
-    sees="The second `helm upgrade`: `another operation (install/upgrade/rollback) is in progress`, exit 1",
-    state="The first goes on",
+    fault="A release is upgraded while its Job is still running",
+    sees="The second upgrade: `another operation (install/upgrade/rollback) is in progress`, exit 1",
+    state="The first continues",
     do="Wait for the first",
 )
-def test_a_second_upgrade_of_a_release_is_refused_while_the_first_one_runs(
+def test_a_second_upgrade_of_a_release_is_rejected_while_the_first_one_runs(
     release: Release, audited: Repository, database: Database
 ) -> None:
     first = release.upgrading()
@@ -88,40 +88,40 @@ def _kill(api: Api, pod: client.V1Pod) -> None:
 
 
 def _drain(api: Api, pod: client.V1Pod) -> None:
-    """As `kubectl drain` does."""
+    """Like `kubectl drain`."""
     name = pod.metadata.name
     api.core.create_namespaced_pod_eviction(name, api.namespace, {"metadata": {"name": name}})
 
 
 @pytest.mark.fault(
     "Process and pod",
-    fault="The pod is killed in a revision, or its node is drained",
-    sees="The next pod: `at 001 (the head is 002); to do: 1 (...)`, and it goes on by itself; a drained pod says"
+    fault="The pod is killed during a revision, or its node is drained",
+    sees="The next pod: `at 001 (the head is 002); to do: 1 (...)`, then recovers automatically; a drained pod logs"
     " `interrupted by SIGTERM in revision 002 (...)`",
-    state="All done, each revision once",
+    state="Complete, each revision applied once",
     do="Nothing",
 )
-@pytest.mark.parametrize("cut_off", [_kill, _drain])
-def test_a_pod_that_is_cut_off_in_a_revision_is_followed_by_one_that_finishes_it(
+@pytest.mark.parametrize("interrupt", [_kill, _drain])
+def test_a_pod_that_is_killed_or_drained_during_a_revision_is_followed_by_one_that_completes_it(
     release: Release,
     api: Api,
     cluster: Cluster,
     audited: Repository,
     database: Database,
-    cut_off: Callable[[Api, client.V1Pod], None],
+    interrupt: Callable[[Api, client.V1Pod], None],
 ) -> None:
     upgrade = release.upgrading()
     first = until(lambda: in_002(database))
     (pod,) = api.pods(FIRST_JOB)
-    words = ["logs", "--follow", pod.metadata.name, "-n", api.namespace, "--container=migrate"]
-    with ThreadPoolExecutor() as aside:
-        log = aside.submit(cluster.kubectl, *words)
+    arguments = ["logs", "--follow", pod.metadata.name, "-n", api.namespace, "--container=migrate"]
+    with ThreadPoolExecutor() as pool:
+        log = pool.submit(cluster.kubectl, *arguments)
         until(lambda: "running upgrade 001 -> 002" in api.log(pod))
-        cut_off(api, pod)
-        said = observed.add(log.result(60))
-    if cut_off is _drain:  # else it is killed before or after it has said it
-        assert "FAILED: interrupted by SIGTERM in revision 002 " in said
-    until(lambda: in_002(database) != first)  # no orphan of the first pod goes on
+        interrupt(api, pod)
+        text = observed.add(log.result(60))
+    if interrupt is _drain:  # a killed pod may or may not have logged it
+        assert "FAILED: interrupted by SIGTERM in revision 002 " in text
+    until(lambda: in_002(database) != first)  # no orphaned session of the first pod continues
     release_gate(database)
     result = upgrade.wait()
     assert result.returncode == 0, result.text
@@ -131,13 +131,13 @@ def test_a_pod_that_is_cut_off_in_a_revision_is_followed_by_one_that_finishes_it
 
 @pytest.mark.fault(
     "Concurrency",
-    fault="The same pod runs twice at once, as Kubernetes may do it",
-    sees="One works, the other says `waiting, ...: another migration is running (pid ...)`, then `nothing to do`;"
+    fault="The same pod runs twice concurrently, which Kubernetes does not rule out",
+    sees="One migrates, the other logs `waiting, ...: another migration is running (pid ...)`, then `nothing to do`;"
     " exit 0",
     state="Each revision applied once",
     do="Nothing",
 )
-def test_of_the_same_pod_twice_at_once_one_works_and_the_other_waits_for_it(
+def test_of_the_same_pod_twice_one_migrates_and_the_other_waits_for_it(
     release: Release, api: Api, audited: Repository, database: Database
 ) -> None:
     upgrade = release.upgrading()
@@ -156,13 +156,13 @@ def test_of_the_same_pod_twice_at_once_one_works_and_the_other_waits_for_it(
 
 @pytest.mark.fault(
     "Process and pod",
-    fault="SIGKILL (out of memory, a lost node) in the clone or while pip installs",
-    sees="Nothing of that pod, exit 137; the next one begins anew and goes on by itself",
-    state="All done, each revision once; the killed pod did not contact the database",
+    fault="SIGKILL (out of memory, a lost node) during the clone or while pip installs",
+    sees="No message from that pod, exit 137; the next one starts over and completes",
+    state="Complete, each revision applied once; the killed pod did not contact the database",
     do="Nothing",
 )
 @pytest.mark.parametrize("stage", ["clone", "pip"])
-def test_a_pod_that_is_killed_before_the_database_is_contacted_is_followed_by_one_that_does_it_all(
+def test_a_pod_that_is_killed_before_it_contacts_the_database_is_followed_by_one_that_completes(
     releases: Callable[..., Release],
     api: Api,
     cluster: Cluster,
@@ -172,22 +172,22 @@ def test_a_pod_that_is_killed_before_the_database_is_contacted_is_followed_by_on
     with_pip: dict,
     stage: str,
 ) -> None:
-    """The server that this stage asks takes connections and does not answer, until the first pod is killed."""
+    """The server for this stage accepts connections and does not respond, until the first pod is killed."""
     release = releases(api)
     gate = SwitchedService(api)
     gate.route_to(unresponsive_pod, 8080)
     repository.revision("002", "CREATE TABLE once AS SELECT 1")
     repository.push()
     if stage == "clone":
-        values, container, words = {"git": {"repo": f"http://{gate.host}/git/{repository.name}.git"}}, "git-sync", "{"
+        values, container, text = {"git": {"repo": f"http://{gate.host}/git/{repository.name}.git"}}, "git-sync", "{"
     else:
         index = [
             {"name": "PIP_INDEX_URL", "value": f"http://{gate.host}/simple/"},
             {"name": "PIP_TRUSTED_HOST", "value": gate.host},
         ]
-        values, container, words = {**with_pip, "extraEnv": index}, "migrate", "code: repository"
+        values, container, text = {**with_pip, "extraEnv": index}, "migrate", "code: repository"
     upgrade = release.upgrading(values)
-    until(lambda: any(words in api.log(pod, container) for pod in api.pods(FIRST_JOB)))
+    until(lambda: any(text in api.log(pod, container) for pod in api.pods(FIRST_JOB)))
     (pod,) = api.pods(FIRST_JOB)
     (server,) = api.core.list_namespaced_pod("hcm-fixtures", label_selector="app=server").items
     gate.route_to(server, 80)
@@ -204,7 +204,7 @@ def test_a_pod_that_is_killed_before_the_database_is_contacted_is_followed_by_on
     fault="A revision needs more memory than the limit",
     sees="`OOMKilled` in the output of 'kubectl describe pod', exit 137; with cgroup v1 also 'FAILED: alembic was"
     ' killed, most likely out of memory: raise "resources.limits.memory"\'',
-    state="Finished revisions stay, this one is rolled back",
+    state="Finished revisions are kept, this one is rolled back",
     do="Raise `resources.limits.memory`, deploy again",
 )
 def test_a_revision_that_needs_more_memory_than_the_limit_is_rolled_back_and_passes_with_more(
@@ -217,20 +217,20 @@ def test_a_revision_that_needs_more_memory_than_the_limit_is_rolled_back_and_pas
     failed = release.upgrade(values)
     assert (failed.returncode, database.at, database.relations) == (1, ["001"], TABLE)
     (pod,) = api.pods(FIRST_JOB)
-    ended = pod.status.container_statuses[0].state.terminated
-    assert (ended.exit_code, ended.reason) == (137, "OOMKilled")
+    terminated = pod.status.container_statuses[0].state.terminated
+    assert (terminated.exit_code, terminated.reason) == (137, "OOMKilled")
     if "cgroup2fs" not in node(cluster, "stat", "-fc", "%T", "/sys/fs/cgroup"):
         failed.line('FAILED: alembic was killed, most likely out of memory: raise "resources.limits.memory"')
     values["resources"]["limits"]["memory"] = "512Mi"
-    mended = release.upgrade(values)
-    assert (mended.returncode, database.at) == (0, ["002"]), mended.text
+    result = release.upgrade(values)
+    assert (result.returncode, database.at) == (0, ["002"]), result.text
 
 
 @pytest.mark.fault(
     "Process and pod",
-    fault="kubelet is restarted in a run",
-    sees="Nothing of it",
-    state="All done, each revision once",
+    fault="kubelet is restarted during a run",
+    sees="No visible effect",
+    state="Complete, each revision applied once",
     do="Nothing",
 )
 @pytest.mark.disruptive
@@ -243,17 +243,17 @@ def test_a_run_survives_a_restart_of_kubelet(
     node(cluster, "systemctl", "restart", "kubelet")
     until(lambda: node(cluster, "systemctl", "is-active", "kubelet") == "active\n")
     assert node(cluster, "systemctl", "show", "--property=MainPID", "kubelet") != before
-    # The new one has looked at its pods when it serves their logs.
+    # The new kubelet has synced its pods once it serves their logs.
     until(lambda: "running upgrade 001 -> 002" in api.logs(FIRST_JOB)[0])
 
-    def freed() -> bool:
+    def released() -> bool:
         try:
             release_gate(database)
-        except psycopg2.OperationalError:  # the new one has not yet found the database's pod ready
+        except psycopg2.OperationalError:  # the new kubelet has not yet marked the database's pod as ready
             return False
         return True
 
-    until(freed)
+    until(released)
     result = upgrade.wait()
     assert result.returncode == 0, result.text
     assert_applied_once(database)

@@ -1,4 +1,4 @@
-"""Where the database is and who may enter: what is missing, wrong, late, or wants TLS."""
+"""Database address and credentials: missing, wrong, late, and with TLS."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ def _no_key_in_the_secret(api: Api) -> str:
     sees='`FAILED: no value for <variable> (key "<key>" of ...): create it in namespace "...", or point "db" or'
     ' "extraEnv" to it ...`, within 30 s',
     state="The database is not contacted",
-    do="Make it; the Job's next try takes it",
+    do="Create it; the Job's next attempt uses it",
 )
 @pytest.mark.parametrize(
     "remove", [_no_config_map, _no_secret, _no_key_in_the_config_map, _no_key_in_the_secret], ids=lambda f: f.__name__
 )
-def test_what_is_missing_is_named_within_30_seconds(
+def test_a_missing_object_or_key_is_named_within_30_seconds(
     release: Release, api: Api, cluster: Cluster, database: Database, remove: Callable[[Api], str]
 ) -> None:
     missing = remove(api)
     result = release.upgrade()
     assert result.returncode == 1
-    cure = f'create it in namespace "{api.namespace}", or point "db" or "extraEnv" to it'
-    result.line(f"FAILED: no value for {missing}: {cure} {DATABASE}", times=2)  # a second try follows
+    fix = f'create it in namespace "{api.namespace}", or point "db" or "extraEnv" to it'
+    result.line(f"FAILED: no value for {missing}: {fix} {DATABASE}", times=2)  # of both attempts
     assert api.seconds_to_failure(FIRST_JOB) < 30
     assert api.conditions(FIRST_JOB)["Failed"] == "BackoffLimitExceeded"
     assert not contacted(cluster, database)
@@ -62,18 +62,20 @@ def test_what_is_missing_is_named_within_30_seconds(
 
 @pytest.mark.fault(
     "Code and settings",
-    fault="The Secret comes later than the Job",
-    sees='`FAILED: no value for DB_USER (key "username" of Secret "db"), ...`, then the next pod goes on by itself',
-    state="All done",
+    fault="The Secret is created after the Job",
+    sees='`FAILED: no value for DB_USER (key "username" of Secret "db"), ...`, then recovers automatically',
+    state="Complete",
     do="Nothing",
 )
-def test_a_secret_that_comes_late_is_found_by_the_second_try(release: Release, api: Api, database: Database) -> None:
-    login = api.core.read_namespaced_secret("db", api.namespace)
+def test_a_secret_that_is_created_late_is_used_by_the_second_attempt(
+    release: Release, api: Api, database: Database
+) -> None:
+    secret = api.core.read_namespaced_secret("db", api.namespace)
     api.core.delete_namespaced_secret("db", api.namespace)
     upgrade = release.upgrading()
     until(lambda: any("FAILED: no value for DB_USER" in log for log in api.logs(FIRST_JOB)))
-    login.metadata = {"name": "db"}
-    api.core.create_namespaced_secret(api.namespace, login)
+    secret.metadata = {"name": "db"}
+    api.core.create_namespaced_secret(api.namespace, secret)
     result = upgrade.wait()
     assert (result.returncode, database.at) == (0, ["001"]), result.text
 
@@ -92,13 +94,13 @@ def test_a_wrong_password_ends_the_job_at_once_and_is_not_shown(release: Release
 
 @pytest.fixture
 def gate(api: Api) -> SwitchedService:
-    """Where the ConfigMap says that the database is; nothing is behind it yet."""
+    """The database's host in the ConfigMap: a Service without an endpoint yet."""
     gate = SwitchedService(api, 5432)
     api.core.patch_namespaced_config_map("egov-config", api.namespace, {"data": {"db-host": gate.host}})
     return gate
 
 
-def test_a_database_that_is_not_there_yet_is_waited_for(
+def test_a_database_that_is_not_up_yet_is_waited_for(
     release: Release, api: Api, database: Database, gate: SwitchedService
 ) -> None:
     upgrade = release.upgrading()
@@ -111,9 +113,7 @@ def test_a_database_that_is_not_there_yet_is_waited_for(
     result.line(waiting, "Connection refused")
 
 
-def test_a_database_that_never_comes_is_given_up_in_bounded_time(
-    release: Release, api: Api, gate: SwitchedService
-) -> None:
+def test_waiting_for_a_database_that_stays_down_times_out(release: Release, api: Api, gate: SwitchedService) -> None:
     wait = {"name": "MIGRATION_WAIT_SECONDS", "value": "2"}
     values = {"extraEnv": [*release.values["extraEnv"], wait], "job": {"backoffLimit": 0}}
     result = release.upgrade(values)
@@ -130,21 +130,21 @@ def test_a_database_that_never_comes_is_given_up_in_bounded_time(
 
 @pytest.fixture
 def tls_only(cluster: Cluster, database: Database) -> Iterator[None]:
-    """The server lets the test's role in by TLS only; its certificate is signed by the git server's CA."""
-    make = """set -e; cd $(mktemp -d); k=/srv/keys; openssl req -x509 -newkey rsa:2048 -nodes -days 30 \
+    """The server requires TLS for the test's role; its certificate is signed by the git server's CA."""
+    script = """set -e; cd $(mktemp -d); k=/srv/keys; openssl req -x509 -newkey rsa:2048 -nodes -days 30 \
         -subj /CN=postgres -addext subjectAltName=DNS:postgres.hcm-fixtures -addext basicConstraints=critical,CA:FALSE \
         -CA $k/ca.crt -CAkey $k/ca.key -keyout key -out crt 2>/dev/null; cat key crt"""
-    pem = cluster.kubectl("exec", "-n", "hcm-fixtures", "deploy/server", "--", "sh", "-c", make)
+    pem = cluster.kubectl("exec", "-n", "hcm-fixtures", "deploy/server", "--", "sh", "-c", script)
     server = make_url(cluster.postgres_url())
-    place = execute(server, "SHOW data_directory")[0][0]
+    data = execute(server, "SHOW data_directory")[0][0]
 
     def in_pod(script: str, stdin: str = "") -> None:
-        words = ["exec", "-i", "-n", "hcm-fixtures", "deploy/postgres", "--", "sh", "-c", f"cd {place} && {script}"]
-        cluster.kubectl(*words, input=stdin)
+        command = f"cd {data} && {script}"
+        cluster.kubectl("exec", "-i", "-n", "hcm-fixtures", "deploy/postgres", "--", "sh", "-c", command, input=stdin)
         execute(server, "SELECT pg_reload_conf()")
 
     owned = "chown postgres server.key && chmod 600 server.key"
-    in_pod(f"cat > server.crt && cp server.crt server.key && {owned}", pem)  # each reads its own part of the file
+    in_pod(f"cat > server.crt && cp server.crt server.key && {owned}", pem)  # each is read from the same file
     execute(server, "ALTER SYSTEM SET ssl = on")
     in_pod(f"sed -i '1i hostnossl all {database.role} all reject' pg_hba.conf")
     until(lambda: execute(server, "SHOW ssl")[0][0] == "on")
@@ -154,16 +154,16 @@ def tls_only(cluster: Cluster, database: Database) -> Iterator[None]:
 
 @pytest.mark.fault(
     "Code and settings",
-    fault="The server wants TLS, or its certificate is not from the CA that was named",
+    fault="The server requires TLS, or its certificate is not from the configured CA",
     sees="`cannot connect to database ...: ... no encryption; set PGSSLMODE=require ...` or `... certificate verify"
     " failed; set PGSSLROOTCERT to the CA's file ...`, at once, exit 255",
     state="Nothing was changed",
-    do="'TLS to a managed database' in README.md",
+    do="Follow the message; 'TLS to a managed database' in README.md",
 )
-def test_tls_is_used_where_the_server_wants_it_and_checked_against_the_ca(
+def test_tls_is_used_if_the_server_requires_it_and_verified_against_the_ca(
     release: Release, api: Api, cluster: Cluster, database: Database, tls_only: None
 ) -> None:
-    def checked(ca: str) -> dict:
+    def verified(ca: str) -> dict:
         variables = [
             {"name": "PGSSLMODE", "value": "verify-full"},
             {"name": "PGSSLROOTCERT", "value": "/etc/ca/ca.crt"},
@@ -174,16 +174,16 @@ def test_tls_is_used_where_the_server_wants_it_and_checked_against_the_ca(
             "extraVolumeMounts": [{"name": "ca", "mountPath": "/etc/ca", "readOnly": True}],
         }
 
-    never = {"extraEnv": [*release.values["extraEnv"], {"name": "PGSSLMODE", "value": "disable"}]}
-    refused = release.upgrade(never)
+    without_tls = {"extraEnv": [*release.values["extraEnv"], {"name": "PGSSLMODE", "value": "disable"}]}
+    refused = release.upgrade(without_tls)
     assert refused.returncode == 1
     refused.line("FAILED: cannot connect to database", "no encryption", "; set PGSSLMODE=require")
-    other = release.upgrade(checked("kube-root-ca.crt"))
-    assert other.returncode == 1
-    other.line(
+    wrong_ca = release.upgrade(verified("kube-root-ca.crt"))
+    assert wrong_ca.returncode == 1
+    wrong_ca.line(
         "FAILED: cannot connect to database", "certificate verify failed", "; set PGSSLROOTCERT to the CA's file"
     )
     assert not contacted(cluster, database)
     api.config_map("database-ca", **{"ca.crt": cluster.server_file("ca.crt")})
-    result = release.upgrade(checked("database-ca"))
+    result = release.upgrade(verified("database-ca"))
     assert (result.returncode, database.at) == (0, ["001"]), result.text

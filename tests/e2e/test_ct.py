@@ -1,4 +1,4 @@
-"""chart-testing, as the chart's repository would run it: `ct lint` and `ct install` with ct.yaml."""
+"""chart-testing, as in a chart repository's CI: `ct lint` and `ct install` with ct.yaml."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Ct = Callable[..., Result]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A clone of a repository that has this checkout's charts on main."""
+    """A clone of a repository with this checkout's charts on main."""
     origin, clone = tmp_path / "origin", tmp_path / "clone"
     shutil.copytree(ROOT / "charts", origin / "charts")
     shutil.copy(ROOT / "ct.yaml", origin)
@@ -57,7 +57,7 @@ def ct(folder: Path, tmp_path: Path, cluster: Cluster) -> Ct:
     return ct
 
 
-def test_ct_lint_passes_and_wants_a_new_version_for_every_change(ct: Ct, folder: Path) -> None:
+def test_ct_lint_passes_and_requires_a_new_version_for_every_change(ct: Ct, folder: Path) -> None:
     settings = source_folder("ct") / "etc"
     lint = ["lint", "--chart-yaml-schema", settings / "chart_schema.yaml", "--lint-conf", settings / "lintconf.yaml"]
     chart = folder / "charts" / "hcm-db-migrations"

@@ -1,4 +1,4 @@
-"""Runs that take too long: they end in time, and Helm's output says why."""
+"""Runs that take too long: they end before the deadline, and Helm's output shows why."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tools.cluster import Cluster
 
 @pytest.mark.fault(
     "Process and pod",
-    fault="The time is up (`job.activeDeadlineSeconds`) in a revision",
+    fault="Deadline exceeded (`job.activeDeadlineSeconds`) during a revision",
     sees="`FAILED: interrupted by SIGTERM in revision 002 (...) after N s; rolled back; the database is at"
     " revision 001; run again to resume; if the Job's deadline was exceeded, raise 'job.activeDeadlineSeconds'"
     " and Helm's --timeout together`, exit 143",
-    state="Finished revisions stay, this one is rolled back",
+    state="Finished revisions are kept, this one is rolled back",
     do="Raise both, deploy again",
 )
-def test_a_revision_that_meets_the_deadline_is_rolled_back_and_helm_says_which_value_to_raise(
+def test_a_revision_that_exceeds_the_deadline_is_rolled_back_and_helm_shows_which_value_to_raise(
     release: Release,
     api: Api,
     database: Database,
@@ -31,8 +31,7 @@ def test_a_revision_that_meets_the_deadline_is_rolled_back_and_helm_says_which_v
     result.line(
         "FAILED: interrupted by SIGTERM in revision 002 (20251202_143000_002_add.py) after ",
         "; rolled back; the database is at revision 001; run again to resume; if the Job's deadline was exceeded,"
-        " raise 'job.activeDeadlineSeconds'"
-        " and Helm's --timeout together",
+        " raise 'job.activeDeadlineSeconds' and Helm's --timeout together",
     )
     assert api.conditions(FIRST_JOB)["Failed"] == "BackoffLimitExceeded"
     (log,) = api.logs(FIRST_JOB)
@@ -43,12 +42,12 @@ def test_a_revision_that_meets_the_deadline_is_rolled_back_and_helm_says_which_v
 
 @pytest.mark.fault(
     "Process and pod",
-    fault="Helm's `--timeout` runs out before the Job is done",
+    fault="Helm's `--timeout` is exceeded before the Job has finished",
     sees="The Job's log so far, and `... Job/.../hcm-db-migration-1 not ready. status: InProgress ...`, exit 1",
-    state="The Job goes on; all done; the release is `failed`",
+    state="The Job continues and completes; the release is `failed`",
     do="Deploy again, with a `--timeout` above `job.activeDeadlineSeconds`",
 )
-def test_a_helm_that_does_not_wait_for_long_enough_leaves_the_job_to_finish(
+def test_a_helm_timeout_does_not_stop_the_job(
     release: Release, api: Api, database: Database, audited: Repository
 ) -> None:
     result = release.upgrade({}, "--timeout", "15s")
@@ -64,12 +63,12 @@ def test_a_helm_that_does_not_wait_for_long_enough_leaves_the_job_to_finish(
 
 @pytest.mark.fault(
     "Network",
-    fault="The git server takes the connection and does not answer",
+    fault="The git server accepts the connection and does not respond",
     sees="`FAILED: no checkout of ... from ...: ... context deadline exceeded ...`, before the Job's deadline, exit 1",
     state="The database is not contacted",
-    do="Mend the git server, deploy again",
+    do="Fix the git server, deploy again",
 )
-def test_a_git_server_that_hangs_is_named_before_the_deadline(
+def test_a_git_server_that_hangs_is_reported_before_the_deadline(
     release: Release, api: Api, cluster: Cluster, database: Database, unresponsive_pod: client.V1Pod
 ) -> None:
     gate = SwitchedService(api)

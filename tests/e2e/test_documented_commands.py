@@ -1,4 +1,4 @@
-"""The commands of the project's first README, as they are written there."""
+"""The commands of the project's first README, verbatim."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tools.fixtures import push_checkout
 from tools.postgres import execute
 
 
-def test_the_seeds_commands_work_as_written(
+def test_the_commands_of_the_first_readme_work(
     releases: Callable[..., Release],
     cluster: Cluster,
     with_pip: dict,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Only the repository's address, the images and the package index are those of this cluster."""
+    """Only the repository's address, the images and the package index are replaced by this cluster's."""
     health = Api.of(cluster, "health")
     release = releases(health)
     if release.run("status", NAME).returncode == 0:
@@ -52,9 +52,9 @@ def test_the_seeds_commands_work_as_written(
         assert "hcm-db-migration-1" not in health.jobs()
         capfd.readouterr()
         make_install(cluster)
-        shown = capfd.readouterr().out
-        assert "INFO at 001 (head): nothing to do" in shown
-        assert 'Table "public.hcm_report_metadata"' in shown
+        output = capfd.readouterr().out
+        assert "INFO at 001 (head): nothing to do" in output
+        assert 'Table "public.hcm_report_metadata"' in output
     finally:
         release.run("uninstall", NAME)
         if was_empty:

@@ -1,4 +1,4 @@
-"""Where the code comes from: every way to name and to reach a repository, and what a person reads when that fails."""
+"""The checkout: refs, folders, SSH and HTTPS access, and the messages when the clone fails."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tests.support.kubernetes import FIRST_JOB, Api, Release, Repository, contac
 from tools.cluster import Cluster
 
 GIT = '(README.md of the chart, "Git access")'
-# A failed run is tried again after 10 s, with the same end.
-ONE_TRY = {"job": {"backoffLimit": 0}}
+# A failed run would be retried after 10 s, with the same result.
+ONE_ATTEMPT = {"job": {"backoffLimit": 0}}
 
 
 @pytest.mark.parametrize("kind", ["branch", "tag", "commit", "folder"])
-def test_a_run_takes_exactly_the_ref_and_the_folder_that_are_named(
+def test_a_run_uses_exactly_the_given_ref_and_folder(
     release: Release, repository: Repository, database: Database, kind: str
 ) -> None:
     repository.revision("002", "CREATE TABLE chosen ()")
@@ -51,12 +51,10 @@ def test_a_run_takes_exactly_the_ref_and_the_folder_that_are_named(
     "Supply chain",
     fault="A git tag is moved",
     sees="`code: repository ..., ref v1.0, commit <the new one>, ...` in the first line",
-    state="What the tag's new commit says",
-    do="Set `git.branch` to a full commit where nothing may move",
+    state="The revisions of the tag's new commit are applied",
+    do="To pin the code, set `git.branch` to a full commit SHA",
 )
-def test_a_moved_tag_is_told_by_the_commit_that_ran(
-    release: Release, repository: Repository, database: Database
-) -> None:
+def test_a_moved_tag_shows_in_the_logged_commit(release: Release, repository: Repository, database: Database) -> None:
     values = {"git": {"branch": "v1.0"}}
     runs = []
     for number in ("001", "002"):
@@ -68,9 +66,9 @@ def test_a_moved_tag_is_told_by_the_commit_that_ran(
         assert f"ref v1.0, commit {commit}, path ." in command.output
         assert database.at == [number]
         runs.append(commit)
-    # The first commit is still had by its name.
-    back = release.upgrade({"git": {"branch": runs[0]}, "args": ["upgrade", "head", "--sql"]})
-    assert (back.returncode, "CREATE TABLE moved" in back.text) == (0, False)
+    # The first commit is still available by its SHA.
+    plan = release.upgrade({"git": {"branch": runs[0]}, "args": ["upgrade", "head", "--sql"]})
+    assert (plan.returncode, "CREATE TABLE moved" in plan.text) == (0, False)
 
 
 def _other_host_key() -> str:
@@ -80,10 +78,10 @@ def _other_host_key() -> str:
 
 @pytest.fixture
 def over_ssh(api: Api, repository: Repository) -> dict[str, Any]:
-    return {"git": {"repo": f"git@server.hcm-fixtures:{repository.name}"}, **ONE_TRY}
+    return {"git": {"repo": f"git@server.hcm-fixtures:{repository.name}"}, **ONE_ATTEMPT}
 
 
-def test_an_ssh_key_and_the_servers_known_key_let_a_run_in(
+def test_an_ssh_key_and_the_servers_host_key_give_access(
     release: Release, api: Api, cluster: Cluster, database: Database, over_ssh: dict
 ) -> None:
     api.secret("git-creds", ssh=cluster.server_file("ssh"), known_hosts=cluster.server_file("known_hosts"))
@@ -94,24 +92,24 @@ def test_an_ssh_key_and_the_servers_known_key_let_a_run_in(
 
 @pytest.mark.fault(
     "Code and settings",
-    fault="A wrong SSH key, or a server that is not the known one",
+    fault="A wrong SSH key, or a server with another host key",
     sees="`FAILED: no checkout of ... from ...: Permission denied (publickey). ...` or `Host key verification failed.`",
     state="The database is not contacted",
-    do="Mend the Secret `git-creds`, deploy again",
+    do="Fix the Secret `git-creds`, deploy again",
 )
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [("host key", "Host key verification failed."), ("user's key", "Permission denied (publickey).")],
 )
-def test_over_ssh_a_wrong_key_ends_the_run_before_the_database_is_contacted(
+def test_a_wrong_ssh_key_ends_the_run_before_the_database_is_contacted(
     release: Release, api: Api, cluster: Cluster, database: Database, over_ssh: dict, wrong: str, reason: str
 ) -> None:
     key, known_hosts = cluster.server_file("ssh"), cluster.server_file("known_hosts")
     if wrong == "host key":
         known_hosts = f"server.hcm-fixtures ssh-ed25519 {_other_host_key()}\n"
     else:
-        make = "cd $(mktemp -d) && ssh-keygen -q -t ed25519 -N '' -f key && cat key"
-        key = cluster.kubectl("exec", "-n", "hcm-fixtures", "deploy/server", "--", "sh", "-c", make)
+        script = "cd $(mktemp -d) && ssh-keygen -q -t ed25519 -N '' -f key && cat key"
+        key = cluster.kubectl("exec", "-n", "hcm-fixtures", "deploy/server", "--", "sh", "-c", script)
     api.secret("git-creds", ssh=key, known_hosts=known_hosts)
     result = release.upgrade(over_ssh)
     assert (result.returncode, api.conditions(FIRST_JOB)["Failed"]) == (1, "BackoffLimitExceeded")
@@ -135,12 +133,10 @@ def over_https(api: Api, cluster: Cluster, repository: Repository) -> dict[str, 
     api.secret("git-https", username="git", password=cluster.passwords["TOKEN"])
     api.config_map("git-ca", **{"ca.crt": cluster.server_file("ca.crt")})
     address = f"https://server.hcm-fixtures/git/{repository.name}.git"
-    return {"git": {"repo": address, "httpsSecretName": "git-https", "ca": {"configMapName": "git-ca"}}, **ONE_TRY}
+    return {"git": {"repo": address, "httpsSecretName": "git-https", "ca": {"configMapName": "git-ca"}}, **ONE_ATTEMPT}
 
 
-def test_a_token_and_a_private_ca_let_a_run_in(
-    release: Release, api: Api, database: Database, over_https: dict
-) -> None:
+def test_a_token_and_a_private_ca_give_access(release: Release, api: Api, database: Database, over_https: dict) -> None:
     result = release.upgrade(over_https)
     assert (result.returncode, database.at, api.jobs()) == (0, ["001"], []), result.text
     result.line("INFO now at 001 (head)")
@@ -148,10 +144,10 @@ def test_a_token_and_a_private_ca_let_a_run_in(
 
 @pytest.mark.fault(
     "Code and settings",
-    fault="A wrong token for the repository, or another CA than its server's",
-    sees="`FAILED: no checkout of ... from ...: <git's words>`",
+    fault="A wrong token for the repository, or a CA that did not sign its server's certificate",
+    sees="`FAILED: no checkout of ... from ...: <git's message>`",
     state="The database is not contacted",
-    do="Mend the Secret or `git.ca`, deploy again",
+    do="Fix the Secret or `git.ca`, deploy again",
 )
 @pytest.mark.parametrize(
     ("wrong", "reason"),
@@ -160,7 +156,7 @@ def test_a_token_and_a_private_ca_let_a_run_in(
         ("CA", "server certificate verification failed"),
     ],
 )
-def test_over_https_a_wrong_token_or_ca_ends_the_run_before_the_database_is_contacted(
+def test_a_wrong_token_or_ca_ends_the_run_before_the_database_is_contacted(
     release: Release, api: Api, cluster: Cluster, database: Database, over_https: dict, wrong: str, reason: str
 ) -> None:
     if wrong == "token":
@@ -175,10 +171,8 @@ def test_over_https_a_wrong_token_or_ca_ends_the_run_before_the_database_is_cont
 
 
 def _unknown_ref(repository: Repository, api: Api) -> tuple[dict, list[str]]:
-    words = [
-        f'FAILED: no checkout of "missing" from "{repository.url}": fatal: couldn\'t find remote ref missing {GIT}',
-    ]
-    return {"git": {"branch": "missing"}}, words
+    reason = "fatal: couldn't find remote ref missing"
+    return {"git": {"branch": "missing"}}, [f'FAILED: no checkout of "missing" from "{repository.url}": {reason} {GIT}']
 
 
 def _unknown_commit(repository: Repository, api: Api) -> tuple[dict, list[str]]:
@@ -199,8 +193,8 @@ def _no_such_folder(repository: Repository, api: Api) -> tuple[dict, list[str]]:
 
 
 def _no_alembic_ini(repository: Repository, api: Api) -> tuple[dict, list[str]]:
-    cure = 'set "git.path" to the folder that contains it'
-    return {"git": {"path": "migrations"}}, [f'FAILED: no alembic.ini in "migrations" of commit <commit>: {cure} {GIT}']
+    fix = 'set "git.path" to the folder that contains it'
+    return {"git": {"path": "migrations"}}, [f'FAILED: no alembic.ini in "migrations" of commit <commit>: {fix} {GIT}']
 
 
 def _no_revisions(repository: Repository, api: Api) -> tuple[dict, list[str]]:
@@ -209,23 +203,23 @@ def _no_revisions(repository: Repository, api: Api) -> tuple[dict, list[str]]:
         file.unlink()
     (versions / ".gitkeep").touch()
     repository.push()
-    place = "/workspace/git/.worktrees/<commit>/migrations/versions"
-    cure = "check the branch and the path of the checkout (in the chart: 'git.branch' and 'git.path')"
-    return {}, [f"FAILED: no revisions found in {place}; nothing to do, treated as an error: {cure}"]
+    folder = "/workspace/git/.worktrees/<commit>/migrations/versions"
+    fix = "check the branch and the path of the checkout (in the chart: 'git.branch' and 'git.path')"
+    return {}, [f"FAILED: no revisions found in {folder}; nothing to do, treated as an error: {fix}"]
 
 
 @pytest.mark.fault(
     "Code and settings",
-    fault="The clone fails (unknown ref, server down), or its folder is not the one with the revisions",
-    sees="`FAILED: no checkout of ... from ...: <git's words>`, `no folder ...`, `no alembic.ini ...` or `no revisions"
-    " found ...`, with the value to set",
+    fault="The clone fails (unknown ref, server down), or its folder does not contain the revisions",
+    sees="`FAILED: no checkout of ... from ...: <git's message>`, `no folder ...`, `no alembic.ini ...` or"
+    " `no revisions found ...`, with the value to set",
     state="The database is not contacted",
-    do="What the line says, deploy again",
+    do="Follow the message, deploy again",
 )
 @pytest.mark.parametrize(
     "prepare", [_unknown_ref, _unknown_commit, _server_down, _no_such_folder, _no_alembic_ini, _no_revisions]
 )
-def test_what_is_wrong_with_the_code_stands_in_helms_output_and_the_database_is_not_contacted(
+def test_an_unusable_checkout_is_reported_in_helms_output_and_the_database_is_not_contacted(
     release: Release,
     api: Api,
     cluster: Cluster,
@@ -233,8 +227,8 @@ def test_what_is_wrong_with_the_code_stands_in_helms_output_and_the_database_is_
     database: Database,
     prepare: Callable[[Repository, Api], tuple[dict, list[str]]],
 ) -> None:
-    values, words = prepare(repository, api)
-    result = release.upgrade({**values, **ONE_TRY})
+    values, message = prepare(repository, api)
+    result = release.upgrade({**values, **ONE_ATTEMPT})
     assert result.returncode == 1
-    result.line(*words)
+    result.line(*message)
     assert (set(api.conditions(FIRST_JOB)), contacted(cluster, database)) == ({"FailureTarget", "Failed"}, False)

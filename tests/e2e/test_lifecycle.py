@@ -1,4 +1,4 @@
-"""What happens to the schema over a release's life: install, upgrade, failure, helm test, rollback, uninstall."""
+"""The schema over a release's lifecycle: install, upgrade, failure, helm test, rollback, uninstall."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.waiting import until
 from tools.cluster import Cluster
 
 
-def test_install_migrates_an_empty_database_says_how_and_leaves_no_job(
+def test_install_migrates_an_empty_database_shows_the_log_and_leaves_no_job(
     release: Release, api: Api, cluster: Cluster, repository: Repository, database: Database, with_pip: dict
 ) -> None:
     commit = repository.git("rev-parse", "HEAD")
@@ -30,7 +30,7 @@ def test_install_migrates_an_empty_database_says_how_and_leaves_no_job(
     result = command.wait()
     assert result.returncode == 0, result.text
     assert f"commit {commit}" in command.output
-    assert contacted(cluster, database)  # other tests rely on that this can be seen
+    assert contacted(cluster, database)  # other tests rely on this function
     server = database.scalar("SHOW server_version")
     log = [
         f"code: repository {repository.url}, ref main, commit <commit>, path .",
@@ -68,7 +68,7 @@ def test_an_upgrade_does_nothing_until_a_revision_is_pushed(
         upgrade.line("HH:MM:SS INFO running upgrade 001 -> 002, add")
 
 
-def test_uninstall_leaves_the_schema_and_nothing_else_and_a_reinstall_finds_it(
+def test_uninstall_leaves_only_the_schema_and_a_reinstall_finds_it(
     release: Release, api: Api, database: Database
 ) -> None:
     assert release.upgrade().returncode == 0
@@ -83,14 +83,14 @@ def test_uninstall_leaves_the_schema_and_nothing_else_and_a_reinstall_finds_it(
 
 
 @pytest.mark.fault(
-    "Going back",
+    "Rolling back",
     fault="`helm rollback` to older code",
-    sees="Nothing; the next upgrade with that code: `the database is at 002, which this code (head 001) does not know;"
-    " deploy the code that knows it ...`, exit 255",
-    state="The schema stays as it is",
+    sees="No message; the next upgrade with that code: `the database is at 002, which this code (head 001) does not"
+    " know; deploy the code that knows it ...`, exit 255",
+    state="The schema is unchanged",
     do="Deploy the newer code, or downgrade with it by `args`",
 )
-def test_a_rollback_leaves_the_schema_and_the_next_upgrade_to_that_code_says_so(
+def test_a_rollback_leaves_the_schema_and_the_next_upgrade_to_that_code_reports_it(
     release: Release, api: Api, repository: Repository, database: Database
 ) -> None:
     old = {"git": {"branch": repository.push("refs/heads/v1")}}
@@ -105,13 +105,13 @@ def test_a_rollback_leaves_the_schema_and_the_next_upgrade_to_that_code_says_so(
     assert upgrade.returncode == 1
     upgrade.line(
         "FAILED: the database is at 002, which this code (head 001) does not know; deploy the code that knows it or, if"
-        " the version table is another project's, set ALEMBIC_VERSION_TABLE or DB_SCHEMA; see 'Troubleshooting'"
-        " in README.md"
+        " the version table is another project's, set ALEMBIC_VERSION_TABLE or DB_SCHEMA; see 'Troubleshooting' in"
+        " README.md"
     )
     assert (database.at, api.conditions(f"{JOB}-4")["Failed"]) == (["002"], "PodFailurePolicy")
 
 
-def test_a_failed_run_shows_its_reason_leaves_job_pod_and_log_and_the_next_upgrade_just_works(
+def test_a_failed_run_shows_its_reason_keeps_job_pod_and_log_and_the_next_upgrade_completes(
     release: Release, api: Api, repository: Repository, database: Database
 ) -> None:
     repository.revision("002", "CREATE TABLE kept ()")
@@ -128,30 +128,30 @@ def test_a_failed_run_shows_its_reason_leaves_job_pod_and_log_and_the_next_upgra
     assert api.jobs() == [f"{JOB}-1"]
     assert api.conditions(f"{JOB}-1")["Failed"] == "PodFailurePolicy"
     (log,) = api.logs(f"{JOB}-1")
-    assert reason in log.splitlines()[-2:]  # Alembic logs it, too
+    assert reason in log.splitlines()[-2:]  # Alembic logs it as well
     assert (database.at, [*TABLE, "kept"]) == (["002"], database.relations)
     assert release.status() == "failed"
 
     repository.revision("003", "CREATE TABLE third ()")
     repository.push()
-    mended = release.upgrade()
-    assert (mended.returncode, database.at, release.status()) == (0, ["003"], "deployed")
-    mended.line("HH:MM:SS INFO at 002 (the head is 003); to do: 1 (003 add)")
-    assert api.jobs() == [f"{JOB}-1"]  # until its time to live ends
+    fixed = release.upgrade()
+    assert (fixed.returncode, database.at, release.status()) == (0, ["003"], "deployed")
+    fixed.line("HH:MM:SS INFO at 002 (the head is 003); to do: 1 (003 add)")
+    assert api.jobs() == [f"{JOB}-1"]  # until its ttlSecondsAfterFinished
 
 
-def test_helm_test_is_green_after_an_install_and_red_when_the_schema_is_behind(
+def test_helm_test_passes_after_an_install_and_fails_if_the_schema_is_behind(
     release: Release, api: Api, repository: Repository, database: Database
 ) -> None:
     assert release.upgrade().returncode == 0
-    green = release.run("test", release.name)
-    assert green.returncode == 0, green.text
-    green.line("Phase:", "Succeeded")
+    passed = release.run("test", release.name)
+    assert passed.returncode == 0, passed.text
+    passed.line("Phase:", "Succeeded")
     repository.revision("002", "CREATE TABLE added ()")
     repository.push()
-    red = release.run("test", release.name)
-    assert red.returncode == 1
-    red.line(
+    failed = release.run("test", release.name)
+    assert failed.returncode == 1
+    failed.line(
         'FAILED: alembic current did not report "(head)": the database is not at the current head of "main"; run helm'
         ' upgrade (README.md of the chart, "helm test")'
     )
@@ -159,7 +159,7 @@ def test_helm_test_is_green_after_an_install_and_red_when_the_schema_is_behind(
 
 
 @pytest.mark.parametrize(("version", "rollback"), [(3, "--atomic"), (4, "--rollback-on-failure")])
-def test_wait_succeeds_and_a_failed_upgrade_is_rolled_back_to_the_release_before(
+def test_wait_succeeds_and_a_failed_upgrade_is_rolled_back_to_the_previous_release(
     releases: Callable[..., Release],
     api: Api,
     repository: Repository,
@@ -181,8 +181,8 @@ def test_wait_succeeds_and_a_failed_upgrade_is_rolled_back_to_the_release_before
         failed.line("FAILED: revision 002", "division by zero")
 
 
-def _killed(release: Release, database: Database) -> None:
-    """Kill Helm while the Job runs revision 002, then wait for the Job's end, as the README says."""
+def _kill_helm(release: Release, database: Database) -> None:
+    """Kill Helm while the Job runs revision 002, then wait until the Job has applied it, as in the README."""
     upgrade = release.upgrading()
     until(lambda: in_002(database))
     upgrade.kill()
@@ -191,19 +191,19 @@ def _killed(release: Release, database: Database) -> None:
 
 
 @pytest.mark.fault(
-    "Going back",
-    fault="Helm is killed in an upgrade: the release is stuck in pending-upgrade",
+    "Rolling back",
+    fault="Helm is killed during an upgrade: the release is stuck in pending-upgrade",
     sees="The next upgrade: `another operation (install/upgrade/rollback) is in progress`",
-    state="The Job finishes by itself and stays with its log",
+    state="The Job completes; Job and log are kept",
     do="Wait for the Job, then `helm rollback` to the last deployed revision, and deploy again",
 )
-def test_a_release_stuck_in_pending_upgrade_is_freed_by_a_rollback(
+def test_a_release_stuck_in_pending_upgrade_is_recovered_by_a_rollback(
     release: Release, api: Api, audited: Repository, database: Database
 ) -> None:
     first = audited.git("rev-parse", "HEAD~1")
     assert release.upgrade({"git": {"branch": first}}).returncode == 0
     assert database.at == ["001"]
-    _killed(release, database)
+    _kill_helm(release, database)
     assert release.status() == "pending-upgrade"
     refused = release.upgrade()
     assert refused.returncode == 1
@@ -211,27 +211,27 @@ def test_a_release_stuck_in_pending_upgrade_is_freed_by_a_rollback(
     until(lambda: "Complete" in api.conditions(f"{JOB}-2"))
     assert release.run("rollback", release.name, "1").returncode == 0
     assert (release.status(), database.at) == ("deployed", ["002"])
-    mended = release.upgrade()
-    assert (mended.returncode, release.status()) == (0, "deployed"), mended.text
-    mended.line("INFO at 002 (head): nothing to do")
+    result = release.upgrade()
+    assert (result.returncode, release.status()) == (0, "deployed"), result.text
+    result.line("INFO at 002 (head): nothing to do")
 
 
 @pytest.mark.fault(
-    "Going back",
-    fault="Helm is killed in the first install: the release is stuck in pending-install",
+    "Rolling back",
+    fault="Helm is killed during the first install: the release is stuck in pending-install",
     sees="The next upgrade: `another operation (install/upgrade/rollback) is in progress`",
-    state="The Job finishes by itself and stays with its log",
+    state="The Job completes; Job and log are kept",
     do="Wait for the Job, then `helm uninstall`, which leaves the schema, and deploy again",
 )
-def test_a_release_stuck_in_pending_install_is_freed_by_an_uninstall(
+def test_a_release_stuck_in_pending_install_is_recovered_by_an_uninstall(
     release: Release, api: Api, audited: Repository, database: Database
 ) -> None:
-    _killed(release, database)
+    _kill_helm(release, database)
     assert release.status() == "pending-install"
     refused = release.upgrade()
     assert refused.returncode == 1
     refused.line("another operation (install/upgrade/rollback) is in progress")
     assert release.run("uninstall", release.name).returncode == 0
-    mended = release.upgrade()
-    assert (mended.returncode, release.status()) == (0, "deployed"), mended.text
-    mended.line("INFO at 002 (head): nothing to do")
+    result = release.upgrade()
+    assert (result.returncode, release.status()) == (0, "deployed"), result.text
+    result.line("INFO at 002 (head): nothing to do")

@@ -1,4 +1,4 @@
-"""The pod is admitted under the restricted Pod Security Standard, and no secret can be read anywhere."""
+"""The pod is admitted under the restricted Pod Security Standard, and no secret is exposed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_the_restricted_pod_security_standard_admits_the_pods_without_a_warning(
     release: Release, api: Api, database: Database
 ) -> None:
     pod = {"metadata": {"name": "lax"}, "spec": {"containers": [{"name": "lax", "image": "none"}]}}
-    with pytest.raises(client.ApiException, match="violates PodSecurity"):  # the namespace does enforce it
+    with pytest.raises(client.ApiException, match="violates PodSecurity"):  # the namespace enforces it
         api.core.create_namespaced_pod(api.namespace, pod)
     results = [release.upgrade(), release.run("test", release.name)]
     assert [result.returncode for result in results] == [0, 0]
@@ -33,8 +33,8 @@ def test_the_restricted_pod_security_standard_admits_the_pods_without_a_warning(
 
 @contextmanager
 def watched(cluster: Cluster) -> Iterator[set[str]]:
-    """Collect the command lines of all processes of the node, about 20 times a second."""
-    stop = f"/tmp/{secrets.token_hex(8)}"  # noqa: S108, of the node
+    """Collect the command lines of all processes on the node, about 20 times a second."""
+    stop = f"/tmp/{secrets.token_hex(8)}"  # noqa: S108, on the node
     collect = "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' '; echo"
     script = f"until [ -e {stop} ]; do sleep 0.05; {collect}; done; rm {stop}"
     arguments, environment = in_node(cluster, "sh", "-c", script)
@@ -71,9 +71,9 @@ def test_password_and_token_are_in_no_log_event_description_manifest_or_process_
         result = upgrade.wait()
     assert result.returncode == 0, result.text
     stored = [release.run("get", what, release.name).text for what in ("manifest", "hooks", "values", "notes")]
-    # Each was found, and is about this run.
+    # Each text is not empty, and is about this run.
     lines = "\n".join(processes)
-    for text, word in [
+    for text, part in [
         (described[0], "git-https"),
         (described[1], FIRST_JOB),
         (logs[0], audited.name),
@@ -84,7 +84,7 @@ def test_password_and_token_are_in_no_log_event_description_manifest_or_process_
         (lines, "alembic upgrade head"),
         (lines, "--password-file=/etc/git-sync/password"),
     ]:
-        assert word in text
+        assert part in text
     for text in [*described, *logs, events, pods, *stored, lines, upgrade.output]:
         assert_no_secret(text)
     assert CANARY in PASSWORD

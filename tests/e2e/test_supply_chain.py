@@ -1,4 +1,4 @@
-"""What a run is made of is what was reviewed: images by digest, packages by hash. (A moved git tag: test_git.py.)"""
+"""A run uses only what was reviewed: images pinned by digest, packages by hash. (A moved git tag: test_git.py.)"""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from tools.cluster import Cluster
 @pytest.mark.fault(
     "Supply chain",
     fault="The tag of an image is moved",
-    sees="Nothing, where the image is named by its digest ('image.digest', 'git.image.digest')",
-    state="The image that was reviewed has run",
-    do="Name images by their digests",
+    sees="No visible effect if the image is pinned by its digest",
+    state="The reviewed image has run",
+    do="Pin images by digest (`image.digest`, `git.image.digest`)",
 )
-def test_an_image_that_is_named_by_its_digest_is_the_one_that_runs(
+def test_an_image_that_is_pinned_by_digest_is_the_one_that_runs(
     release: Release, api: Api, cluster: Cluster, audited: Repository, database: Database
 ) -> None:
-    """The tag is another image's by now. A node that pulls an image knows it by its digest; ours were loaded."""
+    """The tag points to another image. A node knows the digest of a pulled image, not of a loaded one."""
     ctr = ("ctr", "--namespace=k8s.io", "images")
     listed = node(cluster, *ctr, "list")
     name = f"docker.io/{':'.join(release.values['image'].values())}"
@@ -35,7 +35,7 @@ def test_an_image_that_is_named_by_its_digest_is_the_one_that_runs(
     node(cluster, *ctr, "tag", "--force", other, f"{name.rpartition(':')[0]}:moved")
     upgrade = release.upgrading({"image": {"tag": "moved", "digest": digest}})
     until(lambda: in_002(database))
-    # The pod's own status comes late.
+    # The pod's status is updated late.
     pod = until(lambda: next((pod for pod in api.pods(FIRST_JOB) if pod.status.container_statuses[0].image_id), None))
     release_gate(database)
     assert upgrade.wait().returncode == 0
@@ -46,17 +46,18 @@ def test_an_image_that_is_named_by_its_digest_is_the_one_that_runs(
 @pytest.mark.fault(
     "Supply chain",
     fault="A package is replaced in the index",
-    sees="`THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE`, and our own line, exit 1",
+    sees="`THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE`, then `FAILED: pip could not install"
+    " requirements.txt ...`, exit 1",
     state="Nothing installed; the database is not contacted",
     do="Find out who changed the package",
 )
-def test_a_package_that_is_replaced_in_the_index_is_refused(
+def test_a_package_that_is_replaced_in_the_index_is_rejected(
     release: Release, api: Api, cluster: Cluster, repository: Repository, database: Database, with_pip: dict
 ) -> None:
     name = f"probe_{api.namespace.replace('-', '_')}"
 
     def publish(text: str) -> str:
-        """Put the one wheel of the package into the index, over the one that is there; return its hash."""
+        """Upload the package's only wheel to the index, replacing an earlier one; return its hash."""
         wheel = make_wheel(repository.folder.parent, name, {f"{name}.py": text})
         request = urllib.request.Request(f"{cluster.wheels_url}/{wheel.name}", wheel.read_bytes(), method="PUT")  # noqa: S310
         urllib.request.urlopen(request, timeout=30).close()  # noqa: S310

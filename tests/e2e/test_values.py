@@ -1,4 +1,4 @@
-"""What values.schema.json accepts, an API server accepts: hypothesis makes the values, a server-side dry run judges."""
+"""Values that values.schema.json accepts render objects that an API server accepts, in a server-side dry run."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ DEFINITIONS = SCHEMA["definitions"]
 TOP = DEFINITIONS["values"]["properties"]
 ASCII = st.characters(codec="ascii", exclude_categories=("Cc",))
 
-# What the schema leaves to others: the templates' own checks, and parts of a pod that are handed through as they are.
-OTHERS: dict[str, st.SearchStrategy[Any]] = {
+# Values that the schema does not fully check: the templates do, or they are passed to the pod unchanged.
+SUBSTITUTES: dict[str, st.SearchStrategy[Any]] = {
     "enabled": st.just(True),
     "git.repo": st.sampled_from(["https://git.example.org/a", "git@git.example.org:a", "ssh://git@[::1]:22/a/b.git"]),
     "git.path": st.sampled_from([".", "a", "a/b", "größe/表"]),
@@ -51,14 +51,14 @@ OTHERS: dict[str, st.SearchStrategy[Any]] = {
     ),
     "extraVolumes": st.sampled_from([[], [{"name": "a", "configMap": {"name": "b"}}, {"name": "c", "emptyDir": {}}]]),
     "extraVolumeMounts": st.just([]),
-    "serviceAccountName": st.sampled_from(["", "default"]),  # a pod is refused where it is missing
+    "serviceAccountName": st.sampled_from(["", "default"]),  # a pod is rejected if it is missing
 }
 
 
 def drawn(schema: dict[str, Any], path: str) -> st.SearchStrategy[Any]:
-    """Values that `schema` accepts: of JSON Schema, the words that ours uses."""
-    if path in OTHERS:
-        return OTHERS[path]
+    """Values that `schema` accepts, for the JSON Schema keywords that the chart's schema uses."""
+    if path in SUBSTITUTES:
+        return SUBSTITUTES[path]
     if "$ref" in schema:
         return drawn(DEFINITIONS[schema["$ref"].rpartition("/")[2]], path)
     if "anyOf" in schema:
@@ -93,28 +93,28 @@ def _of_type(kind: str, schema: dict[str, Any], path: str) -> st.SearchStrategy[
     return TEXT
 
 
-def test_the_words_of_the_schema_are_those_that_are_drawn() -> None:
-    """Else a new one would be passed over, above."""
-    words = {
+def test_the_schema_uses_only_keywords_that_drawn_handles() -> None:
+    """Otherwise a new one would be ignored."""
+    keywords = {
         *("$ref", "additionalProperties", "allOf", "anyOf", "const", "else", "enum", "if", "items", "maxLength"),
         *("maxProperties", "maximum", "minItems", "minProperties", "minimum", "not", "pattern", "properties"),
         *("propertyNames", "required", "then", "type"),
     }
 
-    def of(schema: Any) -> set[str]:
+    def used_by(schema: Any) -> set[str]:
         if not isinstance(schema, dict):
             return set()
         found = set(schema)
-        for word, part in schema.items():
-            if word in ("properties", "definitions"):
-                found |= {inner for child in part.values() for inner in of(child)}
-            elif word in ("allOf", "anyOf"):
-                found |= {inner for child in part for inner in of(child)}
+        for keyword, part in schema.items():
+            if keyword in ("properties", "definitions"):
+                found |= {inner for child in part.values() for inner in used_by(child)}
+            elif keyword in ("allOf", "anyOf"):
+                found |= {inner for child in part for inner in used_by(child)}
             else:
-                found |= of(part)
+                found |= used_by(part)
         return found
 
-    assert {word for definition in DEFINITIONS.values() for word in of(definition)} <= words
+    assert {keyword for definition in DEFINITIONS.values() for keyword in used_by(definition)} <= keywords
 
 
 @pytest.mark.fault(
@@ -122,10 +122,10 @@ def test_the_words_of_the_schema_are_those_that_are_drawn() -> None:
     fault="Any values that the chart's schema accepts",
     sees="The chart renders, or prints `Invalid values for hcm-db-migrations:`; the API server accepts the result",
     state="Nothing was changed",
-    do="What the words say",
+    do="Follow the message",
 )
 @pytest.mark.timeout(600)
-def test_what_the_schema_accepts_the_api_server_accepts(release: Release, cluster: Cluster) -> None:
+def test_the_api_server_accepts_what_the_schema_accepts(release: Release, cluster: Cluster) -> None:
     outcomes: Counter[str] = Counter()
 
     @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -134,16 +134,16 @@ def test_what_the_schema_accepts_the_api_server_accepts(release: Release, cluste
         values = merged({"git": {"repo": "https://git.example.org/a", "branch": "main"}}, values)
         for part in (values, values["git"]):
             if part.get("resources"):
-                part["resources"]["requests"] = None  # they may not be above the limits, which no schema can say
+                part["resources"]["requests"] = None  # may not exceed the limits, which a schema cannot express
         file = release.home / "values.yaml"
-        file.write_text(json.dumps(values | {"namespace": "default"}, ensure_ascii=False))  # YAML, too
+        file.write_text(json.dumps(values | {"namespace": "default"}, ensure_ascii=False))  # JSON is valid YAML
         rendered = release.start("template", release.name, CHART, "-f", file)
-        outcome = "rendered" if rendered.wait().returncode == 0 else "refused"
+        outcome = "rendered" if rendered.wait().returncode == 0 else "rejected"
         outcomes[outcome] += 1
-        if outcome == "refused":
+        if outcome == "rejected":
             assert 'Invalid values for hcm-db-migrations:\n\n- "' in rendered.output, rendered.output
         else:
             cluster.kubectl("create", "--dry-run=server", "--validate=strict", "-f", "-", input=rendered.output)
 
     check()
-    assert outcomes["rendered"] > outcomes["refused"]
+    assert outcomes["rendered"] > outcomes["rejected"]

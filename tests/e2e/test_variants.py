@@ -1,4 +1,4 @@
-"""Other ways to run the chart: an image of one's own, no hook, other commands, an umbrella, a foreign folder."""
+"""Other ways to run the chart: a custom image, no hook, other commands, an umbrella chart, a plain Alembic project."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.support.waiting import until
 from tools.paths import BIN, CHART
 
 
-def test_an_image_with_its_own_dependencies_needs_no_pip_and_nothing_but_git_and_the_database(
+def test_an_image_with_pre_installed_dependencies_needs_only_git_and_the_database(
     release: Release, api: Api, repository: Repository, database: Database, shared: Shared
 ) -> None:
-    """Any pip would fail: there is no requirements.txt, and no index. A network plugin that enforces policies helps."""
+    """pip would fail: there is no requirements.txt and no index. Not every network plugin enforces policies."""
     if not shared.baked_image:
-        pytest.skip("an image cannot be loaded into a cluster that you named: leave out --kubeconfig")
+        pytest.skip("loads an image into the node, which requires a kind cluster of the tests: omit --kubeconfig")
     peers = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "hcm-fixtures"}}}
     names = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}}}
     policy = {
@@ -45,7 +45,7 @@ def test_an_image_with_its_own_dependencies_needs_no_pip_and_nothing_but_git_and
     assert "pip" not in result.text
 
 
-def test_without_a_hook_it_is_an_ordinary_job_that_runs_again_when_a_value_changes(
+def test_without_a_hook_it_is_an_ordinary_job_that_is_recreated_when_a_value_changes(
     release: Release, api: Api, database: Database
 ) -> None:
     options = ("--wait", "--wait-for-jobs", "--timeout", "120s")
@@ -63,13 +63,13 @@ def test_without_a_hook_it_is_an_ordinary_job_that_runs_again_when_a_value_chang
 
 
 @pytest.mark.fault(
-    "Going back",
+    "Rolling back",
     fault='A revision has to be undone: `args: [downgrade, "001"]`',
-    sees="`running downgrade 002 -> 001, ...`; without `args`, the next upgrade applies it again",
-    state="The schema of 001; what the revision's columns held is gone",
-    do="Mend the revision, push, deploy again",
+    sees="`running downgrade 002 -> 001, ...`; without 'args', the next upgrade applies it again",
+    state="The schema of 001; the data in the revision's columns is lost",
+    do="Fix the revision, push, deploy again",
 )
-def test_a_plan_is_printed_and_changes_nothing_and_a_downgrade_goes_back_and_forth_again(
+def test_a_plan_changes_nothing_and_a_downgrade_can_be_upgraded_again(
     release: Release, repository: Repository, database: Database
 ) -> None:
     repository.revision("002", "CREATE TABLE added ()", downgrade="DROP TABLE added")
@@ -80,14 +80,14 @@ def test_a_plan_is_printed_and_changes_nothing_and_a_downgrade_goes_back_and_for
         assert line in plan.lines
     assert release.upgrade().returncode == 0
     assert database.relations == ["added", *TABLE]
-    back = release.upgrade({"args": ["downgrade", "001"]})
-    assert (back.returncode, database.at, database.relations) == (0, ["001"], TABLE), back.text
-    back.line("HH:MM:SS INFO running downgrade 002 -> 001, add")
+    downgrade = release.upgrade({"args": ["downgrade", "001"]})
+    assert (downgrade.returncode, database.at, database.relations) == (0, ["001"], TABLE), downgrade.text
+    downgrade.line("HH:MM:SS INFO running downgrade 002 -> 001, add")
     assert (release.upgrade().returncode, database.at) == (0, ["002"])
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_an_umbrella_chart_runs_it_from_its_package(
+def test_an_umbrella_chart_runs_the_packaged_chart(
     releases: Callable[..., Release], api: Api, database: Database, tmp_path: Path, enabled: bool
 ) -> None:
     chart = tmp_path / "umbrella"
@@ -111,13 +111,13 @@ def test_an_umbrella_chart_runs_it_from_its_package(
     result.line("INFO now at 001 (head)", times=enabled)
 
 
-FOREIGN = """
+READS_DATABASE_URL = """
 import os
 config.set_main_option("sqlalchemy.url", os.environ["DATABASE_URL"].replace("%", "%%"))
 """
 
 
-def test_a_folder_made_by_alembic_init_runs_with_its_own_env_py(
+def test_a_folder_created_by_alembic_init_runs_with_its_own_env_py(
     release: Release, api: Api, repository: Repository, database: Database
 ) -> None:
     for path in ("alembic.ini", "migrations"):
@@ -127,7 +127,7 @@ def test_a_folder_made_by_alembic_init_runs_with_its_own_env_py(
     env = repository.folder / "migrations" / "env.py"
     anchor = "config = context.config\n"
     assert anchor in env.read_text()
-    env.write_text(env.read_text().replace(anchor, anchor + FOREIGN))
+    env.write_text(env.read_text().replace(anchor, anchor + READS_DATABASE_URL))
     repository.revision("001", "CREATE TABLE theirs ()")
     first = repository.folder / "migrations/versions/20251202_143000_001_add.py"
     first.write_text(first.read_text().replace("down_revision = '000'", "down_revision = None"))

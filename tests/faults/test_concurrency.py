@@ -1,7 +1,7 @@
-"""Ten runs at once with random kills, many times over: each revision is applied once, and nothing is left behind.
+"""Ten concurrent runs with random kills, in many rounds: each revision is applied once, and nothing is left behind.
 
 make soak                                                          1,000 rounds instead of 20
-pytest tests/faults/test_concurrency.py --rounds 5 --seed 42       the faults of a round again
+pytest tests/faults/test_concurrency.py --rounds 5 --seed 42       repeat the faults of an earlier run
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from tests.support.waiting import until
 from tools.postgres import dsn, execute
 
 RUNNERS = 10
-AT_ONCE = 3  # rounds; most of a round is waiting
-WAIT = 60  # each run's MIGRATION_WAIT_SECONDS: none may give up
+CONCURRENT_ROUNDS = 3  # most of a round is waiting
+WAIT = 60  # each run's MIGRATION_WAIT_SECONDS: none may time out
 
-# From 002 on every stamp leaves a row, in the transaction of the revision that it belongs to.
+# From 002 on, every stamp inserts a row, in the transaction of its revision.
 AUDIT = '''
 op.execute("""
     CREATE TABLE audit (id serial, revision text);
@@ -47,14 +47,14 @@ BODIES = {
     "009": 'op.execute("LOCK TABLE hcm_report_metadata")\nop.execute("SELECT pg_sleep(0.05)")',
     "010": 'op.execute("ALTER TABLE hcm_report_metadata ADD COLUMN status text")',
 }
-# These stand alone in their revisions, as the rules of a safe revision say.
+# Each is alone in its revision, as the checklist for safe migrations requires.
 INDEXES = {
     "005": 'op.execute("CREATE INDEX CONCURRENTLY a_x ON a (x)")',
     "008": 'op.execute("CREATE UNIQUE INDEX CONCURRENTLY a_y ON a (y)")',
 }
 HEAD = 12
 NUMBERS = [f"{number:03}" for number in range(1, HEAD + 1)]
-# What the audit table has when each revision was applied once, in order.
+# The rows of the audit table if each revision was applied once, in order.
 ONCE = [
     row
     for before, number in pairwise(NUMBERS[1:])
@@ -63,18 +63,18 @@ ONCE = [
 
 KILLS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 FAULTS = [*(number.name for number in KILLS), "pg_terminate_backend", "pg_cancel_backend"]
-# How a run may end that was struck; the signal's own number where it came before our handler was set.
-ENDS = {"SIGKILL": {-9}, "SIGTERM": {143, -15}, "SIGINT": {130, -2, 1}}
+# Exit codes of a run with that fault; minus the signal's number if it came before the runner set its handler.
+EXIT_CODES = {"SIGKILL": {-9}, "SIGTERM": {143, -15}, "SIGINT": {130, -2, 1}}
 
 
 class Round:
-    """One database, ten runs at once, faults from a plan that the seed decides."""
+    """One database, ten concurrent runs, faults that the seed determines."""
 
     def __init__(self, database: Database, project: Project, seed: str) -> None:
         self.database, self.project = database, project
         self.random = random.Random(seed)  # noqa: S311
         self.runs: dict[str, Program] = {}
-        self.struck: dict[str, list[str]] = {}  # what struck each run
+        self.injected: dict[str, list[str]] = {}  # the faults of each run
         self.admin = psycopg2.connect(dsn(database.admin))
         self.admin.autocommit = True
 
@@ -87,70 +87,72 @@ class Round:
         name = f"runner-{len(self.runs)}"
         environment = {"DATABASE_URL": dsn(self.database.url), "MIGRATION_WAIT_SECONDS": str(WAIT), "PGAPPNAME": name}
         self.runs[name] = self.project.fork("upgrade", "head", **environment)
-        self.struck[name] = []
+        self.injected[name] = []
         return self.runs[name]
 
     def alive(self) -> list[str]:
         return [name for name, run in self.runs.items() if run.running]
 
     def migrating(self) -> list[str]:
-        """The run that holds the lock, if it lives: faults strike there more often than among those who wait."""
+        """The run that holds the lock, if it is alive: faults hit it more often than the waiting runs."""
         held = "SELECT application_name FROM pg_locks JOIN pg_stat_activity USING (pid) WHERE locktype = 'advisory'"
         names = {name for (name,) in self.query(f"{held} AND datname = current_database()")}
         return [name for name in self.alive() if name in names]
 
-    def strike(self) -> str | None:
+    def inject(self) -> str | None:
         victims = (self.random.random() < 0.7 and self.migrating()) or self.alive()
         if not victims:
             return None
         victim, fault = self.random.choice(victims), self.random.choice(FAULTS)
-        self.struck[victim].append(fault)
+        self.injected[victim].append(fault)
         if fault.startswith("SIG"):
             self.runs[victim].process.send_signal(signal.Signals[fault])
         else:
-            ended = "FROM pg_stat_activity WHERE application_name = %s AND datname = current_database()"
-            self.query(f"SELECT {fault}(pid) {ended}", victim)
+            sessions = "FROM pg_stat_activity WHERE application_name = %s AND datname = current_database()"
+            self.query(f"SELECT {fault}(pid) {sessions}", victim)
         return fault
 
     def run(self) -> Counter[str]:
-        """Run the round and return how many faults of each kind struck."""
+        """Run the round and return the number of injected faults of each kind."""
         faults: Counter[str] = Counter()
         for _ in range(RUNNERS):
             self.start()
         for _ in range(self.random.randint(2, 12)):
             time.sleep(self.random.uniform(0, 0.15))
-            if fault := self.strike():
+            if fault := self.inject():
                 faults[fault] += 1
-                if fault in ENDS and self.random.random() < 0.5:  # as a Job starts another pod
+                if fault in EXIT_CODES and self.random.random() < 0.5:  # like a Job that starts another pod
                     self.start()
         for name, run in self.runs.items():
-            self.check_end(run.wait(WAIT + 30), self.struck[name])
+            self.check_result(run.wait(WAIT + 30), self.injected[name])
         self.finish(faults)
         self.check_state()
         return faults
 
-    def check_end(self, result: Result, struck: list[str]) -> None:
+    def check_result(self, result: Result, injected: list[str]) -> None:
         text, code = result.text, result.returncode
-        allowed = {0}.union(*(ENDS.get(fault, set()) for fault in struck))
+        allowed = {0}.union(*(EXIT_CODES.get(fault, set()) for fault in injected))
         if code in allowed and code not in (143, 130):
             return
         failures = [line for line in result.lines if line.startswith("FAILED: ")]
-        assert len(failures) == 1, (code, struck, text)
-        # psycopg2 prints, and swallows, what is raised while it decodes the server's words; the run ends all the same.
+        assert len(failures) == 1, (code, injected, text)
+        # psycopg2 prints and swallows an exception raised while it decodes a server message; the run ends anyway.
         assert text.count("Traceback") == text.count("\nmigration_runner.errors.Interrupted\nFAILED: "), text
-        # A run that was not struck may meet an index that one that was struck has left.
-        left = re.search(r"revision 00[58] .*(already exists|INVALID|outside its|cancel|closed|terminat)", failures[0])
-        cancelled = "pg_cancel_backend" in struck and "cancel" in failures[0]
-        assert code in allowed or (code == 255 and (left or cancelled)), (code, struck, text)
+        # A run without a fault may find an index that a killed run left behind.
+        left = re.search(
+            r"revision 00[58] .*(already exists|INVALID|outside the transaction|cancel|closed|terminat)", failures[0]
+        )
+        cancelled = "pg_cancel_backend" in injected and "cancel" in failures[0]
+        assert code in allowed or (code == 255 and (left or cancelled)), (code, injected, text)
 
     def finish(self, faults: Counter[str]) -> None:
-        """The next run reaches the head, after what its message asks for, as a person would do it."""
+        """The next run reaches the head, after the operator has followed its message."""
         for _ in range(4):
             result = self.start().wait(WAIT)
             if result.returncode == 0:
                 return
             faults["an index had to be dropped"] += 1
-            # INVALID: the message has the statement. Valid, but not recorded before the run was killed: README.md.
+            # INVALID: the message has the statement. Valid, but not stamped before the run was killed: README.md.
             index = re.search(r"DROP INDEX CONCURRENTLY (\S+?);", result.failure)
             index = index or re.search('relation "(.*?)" already', result.failure)
             assert index, result
@@ -173,14 +175,14 @@ class Round:
         assert facts == {"audit": audit, "alembic_version": [(NUMBERS[-1],)], "indexes": [], "locks": []}
 
 
-def play(server: URL, project: Project, seed: str) -> Counter[str]:
+def run_round(server: URL, project: Project, seed: str) -> Counter[str]:
     with fresh_database(server) as database:
         this = Round(database, project, seed)
         try:
             return this.run()
         except BaseException as error:
             outputs = "".join(
-                f"\n--- {name} {this.struck[name]} ended {run.process.poll()}\n{run.output}"
+                f"\n--- {name} {this.injected[name]} ended {run.process.poll()}\n{run.output}"
                 for name, run in this.runs.items()
             )
             raise AssertionError(f"round {seed}: {error!r}{outputs}") from error
@@ -192,16 +194,16 @@ def play(server: URL, project: Project, seed: str) -> Counter[str]:
 
 @pytest.mark.fault(
     "Concurrency",
-    fault="Ten runs at once, killed at random (SIGKILL, SIGTERM, SIGINT, `pg_terminate_backend`, "
-    "`pg_cancel_backend`), many times over",
-    sees="Each run: one line, or nothing after SIGKILL",
-    state="Each revision applied once, one row in the version table; no lock, no session, no INVALID index after "
-    "the next run",
-    do="Deploy again; an index that a killed run left is named with its cure",
+    fault="Ten concurrent runs, killed at random (SIGKILL, SIGTERM, SIGINT, `pg_terminate_backend`,"
+    " `pg_cancel_backend`), in many rounds",
+    sees="Each run: one line, or no message after SIGKILL",
+    state="Each revision applied once, one row in the version table; no lock, no session, no INVALID index after the"
+    " next run",
+    do="Deploy again; an index that a killed run left behind is reported with the fix",
 )
-@pytest.mark.timeout(0)  # it has its own bounds
-@pytest.mark.disruptive  # ten processes at once would make others' limits in time too short
-def test_ten_runs_at_once_with_random_kills_apply_each_revision_once(
+@pytest.mark.timeout(0)  # the test has its own timeouts
+@pytest.mark.disruptive  # ten concurrent processes would make the other tests time out
+def test_ten_concurrent_runs_with_random_kills_apply_each_revision_once(
     server: URL, offline_project: Project, pytestconfig: pytest.Config
 ) -> None:
     offline_project.add("002", AUDIT)
@@ -215,10 +217,10 @@ def test_ten_runs_at_once_with_random_kills_apply_each_revision_once(
     print(f"{rounds} rounds of {RUNNERS} runs, --seed {seed}", file=sys.stderr, flush=True)
     faults: Counter[str] = Counter()
     start = time.monotonic()
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        played = [pool.submit(play, server, offline_project, f"{seed}/{n}") for n in range(rounds)]
+    with ThreadPoolExecutor(CONCURRENT_ROUNDS) as pool:
+        futures = [pool.submit(run_round, server, offline_project, f"{seed}/{n}") for n in range(rounds)]
         try:
-            for done, future in enumerate(as_completed(played, timeout=120 + 30 * rounds), 1):
+            for done, future in enumerate(as_completed(futures, timeout=120 + 30 * rounds), 1):
                 faults += future.result()
                 if done % 10 == 0 or done == rounds:
                     kinds = ", ".join(f"{count} {fault}" for fault, count in sorted(faults.items()))

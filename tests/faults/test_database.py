@@ -1,4 +1,4 @@
-"""A server that is full, busy, a standby, or behind a pooler: the run says so, and the next one finishes the work."""
+"""A server that is full, busy, a standby, or behind a pooler: the run reports it, and the next one completes."""
 
 import tempfile
 import time
@@ -22,7 +22,7 @@ FILL = "op.execute(\"CREATE TABLE filled AS SELECT repeat('x', 1000) FROM genera
 
 @pytest.fixture
 def small_disk() -> Iterator[tuple[Path, list[str]]]:
-    """A folder with 16 MB of room, in a mount namespace, and the command that enters that."""
+    """A folder with 16 MB of disk space, in a mount namespace, and the command that enters the namespace."""
     folder = Path(tempfile.mkdtemp(prefix="hcm-disk-"))
     with namespace("mount", f"mount -t tmpfs -o size=16m,mode=700,uid=nobody tmpfs {folder}") as enter:
         try:
@@ -40,12 +40,12 @@ def enlarge(disk: tuple[Path, list[str]]) -> None:
     "Database",
     fault="The server's disk is full",
     sees="`revision 002 (...) failed: could not extend file ...: No space left on device ... (the server's disk is"
-    " full: free disk space); rolled back; the database is at revision 001; timed out after N s`, exit 1",
-    state="Finished revisions stay, this one is rolled back",
-    do="Make room, deploy again",
+    " full: free disk space), at ...; rolled back; the database is at revision 001; timed out after N s`, exit 1",
+    state="Finished revisions are kept, this one is rolled back",
+    do="Free disk space, deploy again",
 )
 @root_only
-def test_a_full_disk_is_named_and_with_more_room_the_next_run_finishes(
+def test_a_full_disk_is_reported_and_with_more_space_the_next_run_completes(
     offline_project: Project, own_server: Postgres, small_disk: tuple[Path, list[str]]
 ) -> None:
     own_server.kill()
@@ -73,11 +73,11 @@ def test_a_full_disk_is_named_and_with_more_room_the_next_run_finishes(
     fault="The disk of the server's write-ahead log is full, so the server crashes",
     sees="`waiting, ...: revision 002 (...) failed: server closed the connection unexpectedly`, then `FAILED` with that"
     " reason or `could not connect to database ...`, exit 1",
-    state="Finished revisions stay, this one is rolled back by the server's recovery",
-    do="Make room, start the server, deploy again",
+    state="Finished revisions are kept, this one is rolled back by the server's recovery",
+    do="Free disk space, start the server, deploy again",
 )
 @root_only
-def test_a_server_that_crashes_for_lack_of_room_is_waited_for_and_the_next_run_finishes(
+def test_a_server_that_crashes_on_a_full_disk_is_waited_for_and_the_next_run_completes(
     offline_project: Project, own_server: Postgres
 ) -> None:
     own_server.kill()
@@ -108,10 +108,10 @@ def test_a_server_that_crashes_for_lack_of_room_is_waited_for_and_the_next_run_f
     "Database",
     fault="`max_connections` is reached",
     sees="`waiting, up to N s more: ... remaining connection slots are reserved ...`, or 'too many clients already'",
-    state="Nothing was begun",
-    do="Nothing: it goes on by itself, and one free slot is enough; else find who holds the connections",
+    state="Nothing was changed",
+    do="Nothing: recovers as soon as one slot is free; if none becomes free, find out who holds the connections",
 )
-def test_a_server_without_a_free_connection_is_waited_for_and_one_is_enough(offline_project: Project) -> None:
+def test_a_server_without_a_free_connection_is_waited_for_until_one_is_free(offline_project: Project) -> None:
     with Postgres(max_connections="6", superuser_reserved_connections="2") as server:
         server.execute("CREATE ROLE migrations LOGIN PASSWORD 'x'")
         server.execute("CREATE DATABASE reports OWNER migrations")
@@ -137,7 +137,7 @@ def test_a_server_without_a_free_connection_is_waited_for_and_one_is_enough(offl
     state="Nothing was changed",
     do="Set the host to the primary's address",
 )
-def test_a_standby_is_named_and_a_run_with_nothing_to_do_passes_there(
+def test_a_standby_is_reported_and_a_run_with_nothing_to_do_passes_there(
     offline_project: Project, own_server: Postgres
 ) -> None:
     offline_project.environment["DATABASE_URL"] = dsn(own_server.url)
@@ -153,9 +153,9 @@ def test_a_standby_is_named_and_a_run_with_nothing_to_do_passes_there(
     result = offline_project.alembic("upgrade", "head")
     assert (result.returncode, result.failure) == (
         255,
-        f"revision 002 ({path.name}) failed: cannot execute CREATE TABLE in a read-only transaction (the server is"
-        " read-only (a standby, or default_transaction_read_only): set DB_HOST to the primary), at"
-        f" {path.name}, line 7; rolled back; the database is at revision 001; fix it, then retry",
+        f"revision 002 ({path.name}) failed: cannot execute CREATE TABLE in a read-only transaction"
+        " (the server is read-only (a standby, or default_transaction_read_only): set DB_HOST to the primary),"
+        f" at {path.name}, line 7; rolled back; the database is at revision 001; fix it, then retry",
     )
 
 
@@ -163,19 +163,19 @@ def test_a_standby_is_named_and_a_run_with_nothing_to_do_passes_there(
     "Database",
     fault="PgBouncer in transaction mode between the run and the server",
     sees="`the connection goes through a pooler in transaction mode (PgBouncer's pool_mode=transaction), where"
-    " session-level locks do not work; set DB_HOST and DB_PORT to the server itself, or to a pool in session"
-    " mode`, exit 255",
-    state="Nothing was changed, and no setting of the run stays in the pool",
-    do="Set host and port to the server or to a pool in session mode",
+    " session-level locks do not work; set DB_HOST and DB_PORT to the server itself, or to a pool in session mode`,"
+    " exit 255",
+    state="Nothing was changed; no setting of the run remains in the pool",
+    do="Set host and port to the server, or to a pool in session mode",
 )
-def test_pgbouncer_in_transaction_mode_is_refused_and_keeps_no_setting(project: Project, database: Database) -> None:
+def test_pgbouncer_in_transaction_mode_is_rejected_and_keeps_no_setting(project: Project, database: Database) -> None:
     with pgbouncer(database, "transaction") as url:
         result = project.alembic("upgrade", "head", DATABASE_URL=dsn(url))
         assert (result.returncode, result.failure) == (
             255,
             "the connection goes through a pooler in transaction mode (PgBouncer's pool_mode=transaction), where"
-            " session-level locks do not work; set DB_HOST and DB_PORT to the server itself, or to a pool in"
-            " session mode",
+            " session-level locks do not work; set DB_HOST and DB_PORT to the server itself, or to a pool in session"
+            " mode",
         )
         assert database.relations == []
         settings = set()
@@ -190,25 +190,25 @@ def test_pgbouncer_in_transaction_mode_is_refused_and_keeps_no_setting(project: 
 @pytest.mark.fault(
     "Database",
     fault="PgBouncer in session mode between two runs and the server",
-    sees="The same as without it: one works, the other waits",
+    sees="As without it: one migrates, the other waits",
     state="Each revision applied once",
     do="Nothing",
 )
-def test_pgbouncer_in_session_mode_is_as_good_as_the_server(project: Project, database: Database) -> None:
+def test_pgbouncer_in_session_mode_works_like_the_server(project: Project, database: Database) -> None:
     project.add("002", AUDIT)
     project.add("003", audited("003", 'op.execute("SELECT pg_sleep(1)")'))
     with pgbouncer(database, "session") as url:
         runs = [project.start("upgrade", "head", DATABASE_URL=dsn(url)) for _ in range(2)]
         results = [running.wait() for running in runs]
         assert [result.returncode for result in results] == [0, 0], results
-        # PgBouncer keeps the server's session; its reset query (DISCARD ALL) lets go of the lock.
+        # PgBouncer keeps the server's session; its reset query (DISCARD ALL) releases the lock.
         held = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND database = (SELECT oid FROM pg_database"
         until(lambda: database.scalar(f"{held} WHERE datname = current_database())") == 0)
     assert (database.at, audit(database)) == (["003"], ["003"])
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"password": "wrong"}, "authentication failed; check DB_USER and DB_PASSWORD"),
         ({"username": "other"}, "authentication failed; check DB_USER and DB_PASSWORD"),
@@ -216,25 +216,25 @@ def test_pgbouncer_in_session_mode_is_as_good_as_the_server(project: Project, da
     ],
     ids=["wrong password", "unknown user", "unknown database"],
 )
-def test_what_pgbouncer_refuses_fails_at_once(
-    project: Project, database: Database, change: dict[str, str], said: str
+def test_a_connection_that_pgbouncer_rejects_fails_at_once(
+    project: Project, database: Database, change: dict[str, str], message: str
 ) -> None:
     with pgbouncer(database, "session") as url:
         result = project.alembic("upgrade", "head", DATABASE_URL=dsn(url.set(**change)))
     assert result.returncode == 255
-    assert result.failure.endswith(said)
+    assert result.failure.endswith(message)
     assert "waiting" not in result.stderr
 
 
 @pytest.mark.fault(
     "Database",
-    fault="The server ends the session of a revision that ran longer than `MIGRATION_WAIT_SECONDS`",
-    sees="`waiting, up to N s more: revision 003 (...) failed: server closed the connection unexpectedly ...`, then it"
-    " goes on by itself",
-    state="All done, each revision once",
+    fault="`pg_terminate_backend` during a revision that has run longer than `MIGRATION_WAIT_SECONDS`",
+    sees="`waiting, up to N s more: revision 003 (...) failed: server closed the connection"
+    " unexpectedly ...`, then recovers automatically",
+    state="Complete, each revision applied once",
     do="Nothing",
 )
-def test_a_revisions_own_time_is_no_waiting(project: Project, database: Database) -> None:
+def test_the_duration_of_a_revision_does_not_count_as_waiting(project: Project, database: Database) -> None:
     project.add("002", AUDIT)
     project.add("003", audited("003", 'op.execute("SELECT pg_sleep(8)")'))
     running = project.start("upgrade", "head", MIGRATION_WAIT_SECONDS="2")

@@ -1,4 +1,4 @@
-"""Packets are lost silently, as when a node dies."""
+"""Packets are dropped silently, as when a node dies."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from tests.support.waiting import until
 from tools.paths import BIN
 from tools.postgres import Postgres, dsn
 
-SENDS = 'open("begun", "w")\ntime.sleep(4)\nop.execute("SELECT 1")'
+SENDS = 'open("started", "w")\ntime.sleep(4)\nop.execute("SELECT 1")'
 
 
 @dataclass
 class Veth:
-    """A server and a client, each in a network of its own, and the pair of virtual interfaces between them."""
+    """A server and a client, each in a dedicated network namespace, and the veth pair between them."""
 
     server: Postgres
     project: Project
-    enter: list[str]  # the client's network
-    inside: list[str]  # the server's
+    enter: list[str]  # enters the client's namespace
+    inside: list[str]  # enters the server's
 
     def set_link(self, state: str) -> None:
         """`down` or `up`."""
@@ -40,7 +40,7 @@ class Veth:
         return self.project.start(*arguments, program=Path(f"/usr/bin/{program}"), **environment)
 
     def execute(self, statement: str) -> list[tuple]:
-        """As superuser by the server's socket, which needs no network."""
+        """Execute a statement as superuser, over the server's socket, which needs no network."""
         return self.server.execute(statement)
 
     def held(self) -> list[tuple]:
@@ -68,7 +68,7 @@ def veth(offline_project: Project, own_server: Postgres) -> Iterator[Veth]:
         own_server.settings["listen_addresses"] = "192.0.2.1"
         own_server.start()
         offline_project.environment["DATABASE_URL"] = dsn(own_server.url.set(host="192.0.2.1"))
-        # By the socket: the superuser's connections need no network.
+        # Over the socket: the superuser's connections need no network.
         own_server.url = own_server.url.set(host=None, query={"host": str(own_server.folder)})
         offline_project.add("002", AUDIT)
         yield Veth(own_server, offline_project, ends[1], ends[0])
@@ -77,19 +77,19 @@ def veth(offline_project: Project, own_server: Postgres) -> Iterator[Veth]:
 
 @pytest.mark.fault(
     "Network",
-    fault="The node or the network dies without a word (half-open connection) in a revision",
+    fault="The node or the network fails silently (half-open connection) during a revision",
     sees="Within 25 s `waiting, ...: revision 003 (...) failed: could not receive data from server: ...`, then"
     " `could not connect to database ... within N s`, exit 1",
-    state="Finished revisions stay; the server ends the orphaned session and its lock within 20 s",
-    do="Mend the network, deploy again",
+    state="Finished revisions are kept; the server ends the orphaned session and its lock within 20 s",
+    do="Fix the network, deploy again",
 )
 @root_only
 @pytest.mark.parametrize("body", [SLEEP, SENDS], ids=["receiving", "sending"])
-def test_a_half_open_connection_is_noticed_on_both_sides_and_the_next_run_finishes(veth: Veth, body: str) -> None:
+def test_a_half_open_connection_is_detected_on_both_sides_and_the_next_run_completes(veth: Veth, body: str) -> None:
     path = veth.project.add("003", audited("003", body))
     running = veth.start(MIGRATION_WAIT_SECONDS="3")
     busy = "SELECT 1 FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep%'"
-    until(lambda: veth.execute(busy) or (veth.project.folder / "begun").exists())
+    until(lambda: veth.execute(busy) or (veth.project.folder / "started").exists())
     start = time.monotonic()
     veth.set_link("down")
     running.prints(" waiting, ")
@@ -109,13 +109,13 @@ def test_a_half_open_connection_is_noticed_on_both_sides_and_the_next_run_finish
 
 @pytest.mark.fault(
     "Network",
-    fault="SIGTERM (drain, deadline) while the network is dead",
+    fault="SIGTERM (drain, deadline) while the network is down",
     sees="Within 2 s `interrupted by SIGTERM; did not stop in time and was killed; ...; run again to resume`, exit 143",
-    state="Finished revisions stay; the server ends the orphaned session and its lock within 20 s",
-    do="Mend the network, deploy again",
+    state="Finished revisions are kept; the server ends the orphaned session and its lock within 20 s",
+    do="Fix the network, deploy again",
 )
 @root_only
-def test_sigterm_on_a_dead_network_ends_the_run_at_once(veth: Veth) -> None:
+def test_sigterm_while_the_network_is_down_ends_the_run_at_once(veth: Veth) -> None:
     path = veth.project.add("003", audited("003", SLEEP))
     running = veth.start()
     until(lambda: veth.execute("SELECT 1 FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep%'"))

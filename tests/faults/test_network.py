@@ -1,4 +1,4 @@
-"""A network that is slow, cut, or swallows everything: each run ends within its bound, and the next one finishes."""
+"""A network that is slow, cut, or drops everything: each run ends within its time limit, and the next one completes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tests.support.revisions import AUDIT, FILE, KILLED, SLEEP, audit, audited, 
 from tests.support.waiting import until
 from tools.postgres import dsn
 
-UNDECIDED = "commit status unknown: check with 'alembic current'"
+UNKNOWN = "commit status unknown: check with 'alembic current'"
 
 
 @pytest.fixture
 def proxied(project: Project, database: Database, proxy: Proxy) -> Project:
-    """A project whose runs reach the database through the proxy, and that makes the audit table in 002."""
+    """A project whose runs connect through the proxy, and that creates the audit table in 002."""
     project.add("002", AUDIT)
     project.environment["DATABASE_URL"] = dsn(database.url.set(port=proxy.port))
     return project
@@ -30,11 +30,11 @@ def proxied(project: Project, database: Database, proxy: Proxy) -> Project:
 @pytest.mark.fault(
     "Network",
     fault="Each packet takes 200 ms",
-    sees="The same as always, within a minute",
-    state="All done",
+    sees="As usual, within a minute",
+    state="Complete",
     do="Nothing",
 )
-def test_a_slow_network_only_takes_longer(proxied: Project, database: Database, proxy: Proxy) -> None:
+def test_a_slow_network_only_slows_the_run_down(proxied: Project, database: Database, proxy: Proxy) -> None:
     proxied.add("003", audited("003"))
     proxy.toxic("latency", latency=200)
     start = time.monotonic()
@@ -45,13 +45,13 @@ def test_a_slow_network_only_takes_longer(proxied: Project, database: Database, 
 
 @pytest.mark.fault(
     "Network",
-    fault="The connection is cut in a revision, and the network comes back",
-    sees="`waiting, up to N s more: revision 003 (...) failed: server closed the connection unexpectedly ...`, then it"
-    " goes on by itself",
-    state="All done, each revision once",
+    fault="The connection is cut during a revision, and the network recovers",
+    sees="`waiting, up to N s more: revision 003 (...) failed: server closed the connection"
+    " unexpectedly ...`, then recovers automatically",
+    state="Complete, each revision applied once",
     do="Nothing",
 )
-def test_a_connection_that_is_cut_is_made_again(proxied: Project, database: Database, proxy: Proxy) -> None:
+def test_a_connection_that_is_cut_is_reestablished(proxied: Project, database: Database, proxy: Proxy) -> None:
     proxied.add("003", audited("003", 'op.execute("SELECT pg_sleep(2)")'))
     running = proxied.start("upgrade", "head")
     until(lambda: sleeping(database))
@@ -64,16 +64,16 @@ def test_a_connection_that_is_cut_is_made_again(proxied: Project, database: Data
 
 
 @pytest.fixture
-def brake(database: Database) -> Iterator[Callable[[], None]]:
-    """Holds up the commit of whoever writes to the audit table, until it is called."""
+def release_commit(database: Database) -> Iterator[Callable[[], None]]:
+    """Blocks the commit of every write to the audit table until it is called."""
     with database.session() as other:
         other.execute("SELECT pg_advisory_lock(1)")
         yield lambda: other.execute("SELECT pg_advisory_unlock(1)")
 
 
 @pytest.fixture
-def committing(proxied: Project, database: Database, brake: Callable[[], None]) -> Program:
-    """A run in whose revision 003 the server is about to commit."""
+def committing(proxied: Project, database: Database, release_commit: Callable[[], None]) -> Program:
+    """A run whose revision 003 the server is committing."""
     proxied.add("003", audited("003"))
     assert proxied.alembic("upgrade", "002").returncode == 0
     database.execute(
@@ -87,14 +87,14 @@ def committing(proxied: Project, database: Database, brake: Callable[[], None]) 
     return running
 
 
-def test_a_signal_while_the_server_commits_does_not_say_rolled_back_where_that_is_not_known(
+def test_a_signal_during_a_commit_reports_its_status_as_unknown_and_not_as_rolled_back(
     committing: Program, database: Database, proxy: Proxy
 ) -> None:
     proxy.toxic("timeout", timeout=0)
     result, seconds = committing.stop(signal.SIGTERM)
     assert (result.returncode, result.failure) == (
         143,
-        f"interrupted by SIGTERM; did not stop in time and was killed; {UNDECIDED}; run again to resume",
+        f"interrupted by SIGTERM; did not stop in time and was killed; {UNKNOWN}; run again to resume",
     )
     assert seconds < 3
     proxy.cut()
@@ -104,18 +104,18 @@ def test_a_signal_while_the_server_commits_does_not_say_rolled_back_where_that_i
 @pytest.mark.fault(
     "Network",
     fault="The connection is cut while the server commits a revision",
-    sees="`waiting, ...: revision 003 (...) failed: ...; commit status unknown: check with 'alembic"
-    " current'`, then `nothing to do`, or the revision again; after SIGTERM, the same words",
-    state="All done, each revision once",
+    sees="`waiting, ...: revision 003 (...) failed: ...; commit status unknown: check with 'alembic current'`, then"
+    " `nothing to do`, or the revision again; after SIGTERM, the same status",
+    state="Complete, each revision applied once",
     do="Nothing",
 )
-def test_a_commit_whose_answer_is_lost_is_not_done_again(
-    committing: Program, database: Database, proxy: Proxy, brake: Callable[[], None]
+def test_a_commit_whose_reply_is_lost_is_not_repeated(
+    committing: Program, database: Database, proxy: Proxy, release_commit: Callable[[], None]
 ) -> None:
     running = committing
     proxy.cut()
-    brake()
-    running.prints(f"; {UNDECIDED}")
+    release_commit()
+    running.prints(f"; {UNKNOWN}")
     until(lambda: database.at == ["003"])
     proxy.restore()
     result = running.wait()
@@ -125,12 +125,12 @@ def test_a_commit_whose_answer_is_lost_is_not_done_again(
 
 @pytest.mark.fault(
     "Network",
-    fault="The connection is cut in a revision, and the network stays away",
+    fault="The connection is cut during a revision, and the network stays down",
     sees="`could not connect to database ... within N s: ...`, exit 1, N s (`MIGRATION_WAIT_SECONDS`) after the cut",
-    state="Finished revisions stay; the orphaned session and its lock are gone within seconds",
-    do="Mend the network, deploy again",
+    state="Finished revisions are kept; the orphaned session and its lock are gone within seconds",
+    do="Fix the network, deploy again",
 )
-def test_a_network_that_stays_away_ends_the_run_and_the_next_one_finishes(
+def test_a_network_that_stays_down_ends_the_run_and_the_next_one_completes(
     proxied: Project, database: Database, proxy: Proxy
 ) -> None:
     path = proxied.add("003", audited("003", SLEEP))
@@ -152,12 +152,12 @@ def test_a_network_that_stays_away_ends_the_run_and_the_next_one_finishes(
 
 @pytest.mark.fault(
     "Network",
-    fault="A load balancer takes the connection and nothing comes back",
+    fault="A load balancer accepts the connection and does not respond",
     sees="`could not connect to database ... within N s: ... timeout expired`, exit 1",
-    state="Nothing was begun",
-    do="Mend what stands behind the load balancer, deploy again",
+    state="Nothing was changed",
+    do="Fix the server behind the load balancer, deploy again",
 )
-def test_a_connection_that_never_answers_is_an_error(proxied: Project, database: Database, proxy: Proxy) -> None:
+def test_a_connection_without_a_response_is_an_error(proxied: Project, database: Database, proxy: Proxy) -> None:
     proxy.toxic("timeout", timeout=0)
     start = time.monotonic()
     result = proxied.alembic("upgrade", "head", MIGRATION_WAIT_SECONDS="2")
@@ -172,13 +172,13 @@ def test_a_connection_that_never_answers_is_an_error(proxied: Project, database:
 
 @pytest.mark.fault(
     "Network",
-    fault="A load balancer keeps the connection up in a revision, and nothing comes back any more",
-    sees="Nothing until the Job's deadline ('job.activeDeadlineSeconds'): it looks like a long statement. Then, within"
-    " 2 s: `interrupted by SIGTERM; did not stop in time and was killed; ...`, exit 143",
-    state="Finished revisions stay; the orphaned session ends when the load balancer lets go",
-    do="Mend the load balancer, deploy again",
+    fault="A load balancer keeps the connection open during a revision, and stops forwarding",
+    sees="No message until the Job's deadline ('job.activeDeadlineSeconds'): it looks like a long statement. Then,"
+    " within 2 s: `interrupted by SIGTERM; did not stop in time and was killed; ...`, exit 143",
+    state="Finished revisions are kept; the orphaned session ends when the load balancer closes the connection",
+    do="Fix the load balancer, deploy again",
 )
-def test_a_connection_that_is_swallowed_ends_with_sigterm(proxied: Project, database: Database, proxy: Proxy) -> None:
+def test_a_run_whose_connection_is_stalled_ends_on_sigterm(proxied: Project, database: Database, proxy: Proxy) -> None:
     path = proxied.add("003", audited("003", SLEEP))
     running = proxied.start("upgrade", "head")
     until(lambda: sleeping(database))

@@ -1,4 +1,4 @@
-"""Runs that end at any moment: nothing is half done, and the next run finishes the work."""
+"""Runs that are stopped at any moment: no revision is applied partially, and the next run completes."""
 
 import signal
 
@@ -11,7 +11,6 @@ from tests.support.revisions import (
     AUDIT,
     BLOCK,
     BUILD,
-    FILE,
     SLEEP,
     audit,
     audited,
@@ -22,14 +21,14 @@ from tests.support.revisions import (
 )
 from tests.support.waiting import until
 
-ENDS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)]
-ends = pytest.mark.parametrize(("number", "code"), ENDS, ids=["SIGTERM", "SIGINT", "SIGKILL"])
+EXIT_CODES = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)]
+signals = pytest.mark.parametrize(("number", "code"), EXIT_CODES, ids=["SIGTERM", "SIGINT", "SIGKILL"])
 
-# A revision that sends its own process a signal when the run logs these words.
+# A revision that sends a signal to its process when the run logs this message.
 SIGNAL_AT = """
 import logging, os
 def filter(record):
-    if record.getMessage().startswith({words!r}):
+    if record.getMessage().startswith({message!r}):
         os.kill(os.getpid(), {number})
     return True
 logging.getLogger("migration_runner").addFilter(filter)
@@ -40,21 +39,21 @@ logging.getLogger("migration_runner").addFilter(filter)
     "Process and pod",
     fault="SIGTERM, SIGINT or SIGKILL between two revisions, or after the last one before the exit",
     sees="`FAILED: interrupted by SIGTERM; the database is at revision 003; run again to resume; ...`, exit 143 (130);"
-    " SIGKILL: nothing, exit 137",
-    state="Finished revisions stay, each applied once; no lock",
+    " SIGKILL: no message, exit 137",
+    state="Finished revisions are kept, each applied once; no lock",
     do="Deploy again",
 )
-@ends
+@signals
 @pytest.mark.parametrize(
-    ("words", "at"),
+    ("message", "at"),
     [("done in", "003"), ("running upgrade 003 -> 004", "003"), ("now at", "004")],
     ids=["after a revision", "before the next", "after the last"],
 )
-def test_a_run_that_ends_between_two_revisions_has_done_whole_ones(
-    project: Project, database: Database, number: signal.Signals, code: int, words: str, at: str
+def test_a_run_that_ends_between_two_revisions_has_applied_whole_ones(
+    project: Project, database: Database, number: signal.Signals, code: int, message: str, at: str
 ) -> None:
     project.add("002", AUDIT)
-    path = project.add("003", audited("003", SIGNAL_AT.format(words=words, number=int(number))))
+    path = project.add("003", audited("003", SIGNAL_AT.format(message=message, number=int(number))))
     project.add("004", audited("004"))
     result = project.alembic("upgrade", "head")
     assert result.returncode == code, result
@@ -70,11 +69,11 @@ def test_a_run_that_ends_between_two_revisions_has_done_whole_ones(
 @pytest.mark.fault(
     "Process and pod",
     fault="SIGKILL (out of memory, a lost node) while a run waits for another one",
-    sees="Nothing, exit 137; the other run does not notice",
-    state="The other run's work; no session and no lock of the killed one",
+    sees="No message from the run, exit 137; the other run is not affected",
+    state="Only the other run's changes; no session or lock of the killed one",
     do="Nothing",
 )
-def test_a_run_that_is_killed_while_it_waits_does_not_disturb_the_other(project: Project, database: Database) -> None:
+def test_a_run_that_is_killed_while_it_waits_does_not_affect_the_other(project: Project, database: Database) -> None:
     project.add("002", AUDIT)
     project.add("003", audited("003", 'op.execute("SELECT pg_sleep(4)")'))
     first = project.start("upgrade", "head")
@@ -93,10 +92,10 @@ def test_a_run_that_is_killed_while_it_waits_does_not_disturb_the_other(project:
     fault="SIGKILL while an index is built concurrently",
     sees="The next run: `... already exists ...; left INVALID: public.slow;"
     " drop with: DROP INDEX CONCURRENTLY public.slow; the database is at revision 002`, exit 255",
-    state="An INVALID index; finished revisions stay",
-    do="Run the statement that the line shows, deploy again",
+    state="An INVALID index; finished revisions are kept",
+    do="Run the statement in the message, deploy again",
 )
-def test_an_index_whose_building_was_killed_is_named_by_the_next_run(project: Project, database: Database) -> None:
+def test_an_index_whose_build_was_killed_is_reported_by_the_next_run(project: Project, database: Database) -> None:
     project.add("002", AUDIT)
     project.add("003", BLOCK + BUILD)
     assert project.alembic("upgrade", "002").returncode == 0
@@ -117,13 +116,13 @@ def test_an_index_whose_building_was_killed_is_named_by_the_next_run(project: Pr
 
 @pytest.mark.fault(
     "Partial work",
-    fault="SIGKILL after an index was built concurrently and before its revision was recorded",
+    fault="SIGKILL after an index was built concurrently and before its revision was stamped",
     sees="The next run: `revision 003 (...) failed: relation ... already exists (created manually, or by a run that"
     " was killed before the revision was stamped: see 'Troubleshooting' in README.md)`, exit 255",
-    state="A valid index; finished revisions stay",
+    state="A valid index; finished revisions are kept",
     do="`DROP INDEX CONCURRENTLY` it, deploy again",
 )
-def test_an_index_that_was_built_but_not_recorded_is_told_with_the_cure(project: Project, database: Database) -> None:
+def test_an_index_that_was_built_but_not_stamped_is_reported_with_the_fix(project: Project, database: Database) -> None:
     project.add("002", AUDIT)
     kill = "import os\nos.kill(os.getpid(), signal.SIGKILL)"
     path = project.add("003", f"{BLOCK}{BUILD}\n{kill}")
@@ -133,10 +132,8 @@ def test_an_index_that_was_built_but_not_recorded_is_told_with_the_cure(project:
     result = project.alembic("upgrade", "head")
     assert (result.returncode, database.at) == (255, ["002"])
     assert result.failure == (
-        f'revision 003 ({FILE.format("003")}) failed: relation "slow" already exists (created manually, or by a'
-        f" run that"
-        f" was killed before the revision was stamped: see 'Troubleshooting' in README.md), at"
-        f" {FILE.format('003')}, line 8;"
+        f'revision 003 ({path.name}) failed: relation "slow" already exists (created manually, or by a run that was'
+        f" killed before the revision was stamped: see 'Troubleshooting' in README.md), at {path.name}, line 8;"
         " rolled back; the database is at revision 002; fix it, then retry"
     )
     database.execute("DROP INDEX CONCURRENTLY slow")
@@ -147,15 +144,15 @@ def test_an_index_that_was_built_but_not_recorded_is_told_with_the_cure(project:
 @pytest.mark.fault(
     "Partial work",
     fault="The connection breaks in an `autocommit_block`",
-    sees="`... failed: server closed the connection unexpectedly ...; committed outside the"
-    " transaction and not rolled back: ...; check what was committed by: ...; drop with: DROP INDEX CONCURRENTLY"
-    " public.slow; the database is at"
-    " revision 002;"
-    " ...`, exit 255",
-    state="What the block had done, as listed; finished revisions stay",
-    do="Undo or finish what is listed, deploy again",
+    sees="`... failed: server closed the connection unexpectedly ...; committed outside the transaction and not rolled"
+    " back: ...; check what was committed by: ...; drop with: DROP INDEX CONCURRENTLY public.slow; the database is at"
+    " revision 002; ...`, exit 255",
+    state="What the message lists; finished revisions are kept",
+    do="Undo or complete what is listed, deploy again",
 )
-def test_a_connection_that_breaks_in_an_autocommit_block_lists_what_stays(project: Project, database: Database) -> None:
+def test_a_broken_connection_in_an_autocommit_block_lists_what_was_committed(
+    project: Project, database: Database
+) -> None:
     project.add("002", AUDIT)
     path = project.add("003", f"{BLOCK}{BUILD}\n    {SLEEP}")
     running = project.start("upgrade", "head")
@@ -165,11 +162,10 @@ def test_a_connection_that_breaks_in_an_autocommit_block_lists_what_stays(projec
     assert (result.returncode, database.at) == (255, ["002"])
     assert result.failure == (
         f"revision 003 ({path.name}) failed: server closed the connection unexpectedly This probably means the server"
-        f" terminated abnormally before or while processing the request, at {path.name}, line 9; committed"
-        " outside the transaction and not rolled back: CREATE INDEX CONCURRENTLY slow ON audit; check what was"
-        " committed by: SELECT pg_sleep; drop with: DROP INDEX CONCURRENTLY public.slow; the database is at"
-        " revision 002;"
-        " fix it, then retry"
+        f" terminated abnormally before or while processing the request, at {path.name}, line 9;"
+        " committed outside the transaction and not rolled back: CREATE INDEX CONCURRENTLY slow ON audit;"
+        " check what was committed by: SELECT pg_sleep; drop with: DROP INDEX CONCURRENTLY public.slow;"
+        " the database is at revision 002; fix it, then retry"
     )
     assert " waiting, " not in result.stderr
     path.write_text(path.read_text().replace("pg_sleep(60)", "1"))

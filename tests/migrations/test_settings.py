@@ -16,7 +16,7 @@ CLOSED = {"MIGRATION_WAIT_SECONDS": "0", "DATABASE_URL": None}
 
 def place(database: Database) -> str:
     """As the report names the test's database."""
-    return f"{revisions.place(database)}, schema public, PostgreSQL "
+    return f"{revisions.target_and_user(database)}, schema public, PostgreSQL "
 
 
 @pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg2"])

@@ -1,23 +1,23 @@
-"""docs/architecture.md names every folder and module, and the imports are those that it allows."""
+"""docs/architecture.md lists every folder and module, and only the imports that it allows exist."""
 
 import ast
 import re
-import subprocess
 from pathlib import Path
 
 import grimp
 import pytest
 
+from tests.support.programs import run
 from tools.paths import BIN, ROOT
 
 PAGE = (ROOT / "docs/architecture.md").read_text()
 NAMES = re.findall(r"`([^`\s]+)`", PAGE.split("```")[2])
 PATH = re.compile(r"\.?[\w-][\w./-]*(/|\.(py|md|yaml|json|toml|mod|mako|tpl|example))[\w.-]*")
-RULES = [line for line in PAGE.split("## Where to change what")[1].splitlines() if line.startswith("| ")][1:]
+ROWS = [line for line in PAGE.split("## Where to change what")[1].splitlines() if line.startswith("| ")][1:]
 
 
 def _tracked() -> list[Path]:
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = run(["git", "ls-files"], cwd=ROOT, verbatim=True, check=True).stdout
     return [Path(line) for line in listed.splitlines()]
 
 
@@ -28,9 +28,7 @@ def _imports(path: Path) -> set[str]:
 
 
 def test_the_runner_and_the_tools_import_only_what_they_may() -> None:
-    command = [BIN / "lint-imports", "--no-cache", "--no-logo"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run([BIN / "lint-imports", "--no-cache", "--no-logo"], cwd=ROOT, check=True)
 
 
 def test_tests_share_code_in_support_only() -> None:
@@ -47,10 +45,10 @@ def test_tests_share_code_in_support_only() -> None:
 @pytest.mark.parametrize(
     ("folder", "allowed"), [("migrations", {"migration_runner"}), ("bench", {"tools"})], ids=["migrations", "bench"]
 )
-def test_folders_that_are_no_packages_import_only_what_they_may(folder: str, allowed: set[str]) -> None:
-    ours = {path.parts[0] for path in _tracked() if len(path.parts) > 1}
+def test_folders_that_are_not_packages_import_only_what_they_may(folder: str, allowed: set[str]) -> None:
+    project = {path.parts[0] for path in _tracked() if len(path.parts) > 1}
     for path in (ROOT / folder).rglob("*.py"):
-        assert _imports(path) & ours <= (allowed if "versions" not in path.parts else set()), path
+        assert _imports(path) & project <= (allowed if "versions" not in path.parts else set()), path
 
 
 def test_every_path_on_the_page_exists() -> None:
@@ -58,9 +56,9 @@ def test_every_path_on_the_page_exists() -> None:
     assert missing == set()
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_every_name_on_the_page_is_in_a_file_beside_it(rule: str) -> None:
-    names = re.findall(r"`([^`\s]+)`", rule.split(" | ")[1])
+@pytest.mark.parametrize("row", ROWS)
+def test_every_name_on_the_page_occurs_in_a_file_of_its_row(row: str) -> None:
+    names = re.findall(r"`([^`\s]+)`", row.split(" | ")[1])
     paths = [name for name in names if PATH.fullmatch(name)]
     text = "".join((ROOT / path).read_text() for path in paths if (ROOT / path).is_file())
     identifiers = [name.rpartition(".")[2] for name in names if name not in paths and re.fullmatch(r"[\w.]+", name)]

@@ -1,16 +1,16 @@
-"""Which cluster the tests get, logged in one line with the reason, and who deletes it. None is created for that."""
+"""Which cluster the tests use, logged with the reason, and who deletes it. These tests create none."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support.programs import run
 from tools import cluster
 from tools.cluster import Cluster, ClusterKind
 from tools.offline_cluster import engine
@@ -23,7 +23,7 @@ CANNOT_PULL = "the container engine cannot pull kindest/node:v1.37.0"
 
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A dedicated PATH; the private container engine is neither started nor refused."""
+    """A dedicated PATH; the private container engine is neither started nor rejected."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
@@ -68,27 +68,27 @@ def test_falls_back_to_a_local_build(
     assert capfd.readouterr().err == BUILT_LOCALLY.format(reason)
 
 
-def test_if_none_is_possible_the_message_has_the_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_if_no_cluster_is_possible_the_message_has_the_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(UnavailableError) as caught:
         cluster._select_provider()
     assert re.fullmatch(
-        "cannot create a cluster: docker is not on PATH, and a private container engine requires root, .*apt-get with "
-        "Debian's keyring. Start Docker with access to its registry, or use an existing cluster: pytest "
-        "--cluster-type existing --kubeconfig FILE",
+        "cannot create a cluster: docker is not on PATH, and a private container engine requires root, .*apt-get with"
+        " Debian's keyring. Start Docker with access to its registry, or use an existing cluster: pytest"
+        " --cluster-type existing --kubeconfig FILE",
         str(caught.value),
     )
 
 
 @pytest.fixture
 def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A cluster that answers; the deletions."""
-    done: list[str] = []
+    """A running cluster; the recorded deletions."""
+    deletions: list[str] = []
     monkeypatch.setattr(cluster, "STATE", tmp_path)
     monkeypatch.setattr(cluster.Cluster, "kubectl", lambda *_, **__: "ok")
-    monkeypatch.setattr(cluster, "_delete", lambda: done.append("deleted"))
-    return done
+    monkeypatch.setattr(cluster, "_delete", lambda: deletions.append("deleted"))
+    return deletions
 
 
 PORTS = cluster.Ports(postgres=1, http=2)
@@ -134,8 +134,8 @@ def test_a_cluster_that_another_run_will_delete_is_not_shared(running: list[str]
 
 
 @pytest.mark.parametrize("option", [["--kubeconfig", "/a/file"], ["--cluster-type", "existing"]], ids=lambda o: o[0])
-def test_an_existing_cluster_takes_both_options(option: list[str]) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "tests/e2e", *option]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == pytest.ExitCode.USAGE_ERROR
-    assert "a cluster of your own takes both options: --cluster-type existing --kubeconfig FILE" in done.stderr
+def test_an_existing_cluster_requires_both_options(option: list[str]) -> None:
+    result = run([sys.executable, "-m", "pytest", "-q", "tests/e2e", *option], cwd=ROOT)
+    assert result.returncode == pytest.ExitCode.USAGE_ERROR
+    message = "to use your own cluster, set both options: --cluster-type existing --kubeconfig FILE"
+    assert message in result.stderr

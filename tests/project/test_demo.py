@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -11,34 +10,28 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.programs import Program, start
 from tools.paths import ROOT
 
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A path that is short enough for a Unix socket, and readable for PostgreSQL's user, as /tmp is."""
+    """A path that is short enough for a Unix socket and, like /tmp, readable for PostgreSQL's user."""
     with tempfile.TemporaryDirectory(prefix="demo-") as name:
         Path(name).chmod(0o755)
         yield Path(name)
 
 
-def _demo(folder: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "tools.demo"],
-        cwd=ROOT,
-        env=os.environ | {"TMPDIR": str(folder)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def _demo(folder: Path) -> Program:
+    environment = os.environ | {"TMPDIR": str(folder)}
+    return start([sys.executable, "-m", "tools.demo"], cwd=ROOT, env=environment, one_stream=True)
 
 
 def test_the_demo_upgrades_and_downgrades(folder: Path) -> None:
-    demo = _demo(folder)
-    output, _ = demo.communicate(timeout=120)
-    assert demo.returncode == 0, output
-    facts = re.findall(r"INFO (?:at|now at) (.*)", output)
-    assert facts == [
+    result = _demo(folder).wait()
+    assert result.returncode == 0, result.text
+    states = re.findall(r"INFO (?:at|now at) (.*)", result.text)
+    assert states == [
         "base (the head is 001); to do: 1 (001 create_hcm_report_metadata)",
         "001 (head)",
         "001 (head): nothing to do",
@@ -47,7 +40,7 @@ def test_the_demo_upgrades_and_downgrades(folder: Path) -> None:
         "002 (head); to do: 1 (002 add_status_column)",
         "001 (the head is 002)",
     ]
-    assert re.findall(r'"(idx_\w+)" btree', output) == [
+    assert re.findall(r'"(idx_\w+)" btree', result.text) == [
         "idx_hcm_report_campaign",
         "idx_hcm_report_campaign_report_freq",
         "idx_hcm_report_frequency",
@@ -59,12 +52,9 @@ def test_the_demo_upgrades_and_downgrades(folder: Path) -> None:
 
 def test_an_interrupted_demo_leaves_nothing_behind(folder: Path) -> None:
     demo = _demo(folder)
-    assert demo.stdout is not None
-    for line in demo.stdout:
-        if "$ migrate.sh" in line:
-            break
+    demo.prints("$ migrate.sh")
     assert list(folder.iterdir()) != []
-    demo.send_signal(signal.SIGINT)
-    rest, _ = demo.communicate(timeout=30)
-    assert rest.endswith("interrupted; everything that was started is stopped\n")
+    result, seconds = demo.stop(signal.SIGINT)
+    assert seconds < 30
+    assert result.text.endswith("interrupted; everything that was started is stopped\n")
     assert list(folder.iterdir()) == []

@@ -1,16 +1,14 @@
-"""The linters, as tests: there is one way to run them, and continuous integration runs what a developer runs."""
-
-import subprocess
-from pathlib import Path
+"""The linters, as tests: one way to run them, the same for continuous integration and developers."""
 
 import pytest
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 
+from tests.support.programs import run
 from tools.paths import BIN, ROOT
 
 # Rules of squawk that apply to no revision, and why.
-NOT_OURS = {
+EXCLUDED = {
     "require-statement-timeout": "a migration's limit is the Job's deadline; the run sets statement_timeout to 0",
 }
 # Released revisions are never edited. 001 has the column types of the table that HCM Reports was built on.
@@ -24,11 +22,8 @@ def _revisions() -> list[str]:
     return [revision.revision for revision in script.walk_revisions()]
 
 
-def _passes(*command: str | Path, stdin: str | None = None) -> None:
-    done = subprocess.run(
-        [BIN / command[0], *command[1:]], cwd=ROOT, input=stdin, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, f"{done.stdout}{done.stderr}"
+def _passes(program: str, *arguments: str, stdin: str = "") -> None:
+    run([BIN / program, *arguments], cwd=ROOT, stdin=stdin, check=True, seconds=500)
 
 
 def test_python_passes_the_linter() -> None:
@@ -52,10 +47,8 @@ def test_the_sql_of_a_revision_passes_the_linter(revision: str) -> None:
     script = ScriptDirectory.from_config(Config(ROOT / "alembic.ini"))
     before = script.get_revision(revision).down_revision
     step = f"{before}:{revision}" if before else revision
-    sql = subprocess.run(
-        [BIN / "alembic", "upgrade", step, "--sql"], cwd=ROOT, env={"DB_HOST": "localhost"},
-        capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
+    command = [BIN / "alembic", "upgrade", step, "--sql"]
+    sql = run(command, cwd=ROOT, env={"DB_HOST": "localhost"}, verbatim=True, check=True).stdout
     assert "CREATE TABLE IF NOT EXISTS alembic_version" in sql or before
-    excluded = ",".join([*NOT_OURS, *BEFORE_THE_RULES.get(revision, [])])
+    excluded = ",".join([*EXCLUDED, *BEFORE_THE_RULES.get(revision, [])])
     _passes("squawk", "--pg-version", "15", "--exclude", excluded, "--stdin-filepath", f"{revision}.sql", stdin=sql)

@@ -1,28 +1,22 @@
 """A missing prerequisite is reported in one line, with the fix."""
 
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests.support.programs import run
 from tools.paths import ROOT
 
 
 def _make_venv(folder: Path, path: Path, python: str) -> str:
     for name in ("Makefile", "requirements-dev.txt"):
         shutil.copy(ROOT / name, folder)
-    done = subprocess.run(
-        [shutil.which("make") or "make", "--silent", "venv", f"PYTHON={python}"],
-        cwd=folder,
-        env={"PATH": str(path), "HOME": str(folder)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode != 0
+    command = [shutil.which("make") or "make", "--silent", "venv", f"PYTHON={python}"]
+    result = run(command, cwd=folder, env={"PATH": str(path), "HOME": str(folder)})
+    assert result.returncode != 0
     assert not (folder / ".venv").exists()
-    return done.stderr.splitlines()[0]
+    return result.stderr.splitlines()[0]
 
 
 @pytest.mark.parametrize(

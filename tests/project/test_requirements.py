@@ -2,12 +2,12 @@
 
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support.programs import run
 from tools.paths import BIN, ROOT
 
 
@@ -22,7 +22,7 @@ def test_the_locks_are_compiled_from_the_inputs(tmp_path: Path) -> None:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / file, tmp_path / file)  # with its mtime, or .venv would be out of date
     (tmp_path / ".venv").symlink_to(BIN.parent)
-    subprocess.run(["make", "lock"], cwd=tmp_path, check=True, capture_output=True)
+    run(["make", "lock"], cwd=tmp_path, check=True, seconds=500)
     changed = [file for file in files if (tmp_path / file).read_text() != (ROOT / file).read_text()]
     assert not changed, "run `make lock` and commit"
 
@@ -35,12 +35,13 @@ def test_the_job_installs_only_what_it_needs() -> None:
 
 
 def test_pip_installs_the_lock_from_wheels_with_every_hash_checked(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
     pip = [BIN / "pip", "--python", python, "--disable-pip-version-check", "install", "--quiet", "--no-compile"]
-    subprocess.run([*pip, "--require-hashes", "--only-binary", ":all:", "-r", ROOT / "requirements.txt"], check=True)
+    wheels = ["--require-hashes", "--only-binary", ":all:", "-r", ROOT / "requirements.txt"]
+    run([*pip, *wheels], check=True, seconds=500)
     imports = "import alembic, dotenv, mako, psycopg2, sqlalchemy; print(sqlalchemy.__version__)"
-    version = subprocess.run([python, "-c", imports], check=True, capture_output=True, text=True).stdout.strip()
+    version = run([python, "-c", imports], check=True).stdout.strip()
     assert f"sqlalchemy=={version} " in (ROOT / "requirements.txt").read_text()
 
 
@@ -49,4 +50,4 @@ def test_pip_installs_the_lock_from_wheels_with_every_hash_checked(tmp_path: Pat
 def test_every_python_and_processor_has_wheels(python: str, platform: str, tmp_path: Path) -> None:
     target = ["--target", tmp_path, "--python-version", python, "--python-platform", platform]
     wheels = ["--require-hashes", "--only-binary", ":all:", "-r", ROOT / "requirements.txt"]
-    subprocess.run([BIN / "uv", "pip", "install", "--quiet", "--dry-run", *target, *wheels], check=True)
+    run([BIN / "uv", "pip", "install", "--quiet", "--dry-run", *target, *wheels], check=True, seconds=500)

@@ -1,4 +1,4 @@
-"""The waiting and running that the tools share."""
+"""The waiting and the running of programs that the tools share."""
 
 import sys
 import threading

@@ -1,13 +1,13 @@
-"""The repository uses the terms of CONTRIBUTING's table, and none that it replaces."""
+"""The repository uses the terms of the table in CONTRIBUTING.md, and none that the table replaces."""
 
 import re
-import subprocess
 from collections.abc import Iterator
 
+from tests.support.programs import run
 from tools.paths import ROOT
 
 CONTRIBUTING, TABLE = (ROOT / "CONTRIBUTING.md").read_text().split("| We write | not |\n")
-# Other people's text, and what is never edited after a release.
+# Third-party text, and files that are never edited after a release.
 EXEMPT = re.compile(r".*\.sum|.*requirements[\w-]*\.txt|LICENSE|migrations/versions/.*")
 
 
@@ -17,7 +17,7 @@ def _rules() -> dict[str, str]:
 
 
 def _texts() -> Iterator[tuple[str, str]]:
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = run(["git", "ls-files"], cwd=ROOT, verbatim=True, check=True).stdout
     for name in listed.splitlines():
         if name == "CONTRIBUTING.md":
             yield name, CONTRIBUTING
@@ -28,7 +28,7 @@ def _texts() -> Iterator[tuple[str, str]]:
 
 def test_every_file_uses_the_terms_of_the_glossary() -> None:
     rules = _rules()
-    # A phrase may be wrapped, also in a comment, or be a part of a test's name.
+    # A phrase may be wrapped, even in a comment, or be part of a test's name.
     phrases = "|".join(r"[\s#_]+".join(map(re.escape, old.split())) for old in rules)
     found = [
         f"{name}:{text.count(chr(10), 0, match.start()) + 1}: '{old}'; write: {rules[old.lower()]}"

@@ -1,1 +1,18 @@
-"""What the tests share."""
+"""The shared helpers and fixtures of the tests.
+
+alembic_process    `alembic` as a forked process
+canary             the secrets of the tests
+chart              plugin: the chart, rendered with Helm 3 and 4
+cluster            plugin: the Kubernetes cluster; a namespace, a git repository and releases for each test
+database           plugin: the PostgreSQL server; a database and a role for each test
+fault_injection    plugin: toxiproxy, PgBouncer, network namespaces, small disks
+fault_marks        plugin: the mark `fault`, compared with what its test prints
+git                git, isolated from the user's settings
+kubernetes         the API server, Helm releases, repositories and nodes of the cluster
+pod_scripts        plugin: the scripts of both containers, run without a cluster
+programs           running a program; everything that a test observed
+project            plugin: a copy of this project to add revisions to
+revisions          revision files, and queries about the runs
+suite              plugin: options, cleanup, serialization, no skips in CI
+waiting            waiting for a condition
+"""

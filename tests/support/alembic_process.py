@@ -1,4 +1,4 @@
-"""`alembic` as a process that costs a fork instead of a second of imports: the tests start thousands of them."""
+"""`alembic` as a forked process, without a second of imports: the tests start thousands of them."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from pathlib import Path
 import alembic.config
 
 _forks = multiprocessing.get_context("forkserver")
-# Only packages: each process imports the project's own modules from its own folder. pytest, as it is the main module.
+# Only packages: each process imports the project's own modules from its own folder. pytest, because it is the main
+# module.
 _forks.set_forkserver_preload(
     ["pytest", "alembic.command", "dotenv", "sqlalchemy.dialects.postgresql.psycopg2", __name__]
 )
 
 
-# Starting a process asks after all others, and of two threads that ask after one, only the first gets its answer.
-_asking = threading.Lock()
+# Starting a process polls all others, and of two threads that poll the same process only the first gets its exit code.
+_polling = threading.Lock()
 
 
 class AlembicProcess:
-    """`alembic` in `folder`: a real process with its own environment, output and signals. Used as subprocess.Popen is.
+    """`alembic` in `folder`: a real process with its own environment, output and signals. Used like subprocess.Popen.
 
     `streams` are the files of standard output and standard error.
     """
@@ -34,9 +35,9 @@ class AlembicProcess:
     def __init__(
         self, folder: Path, streams: tuple[Path, Path], environment: Mapping[str, str], arguments: Sequence[str]
     ) -> None:
-        options = (folder, streams, dict(environment), list(arguments))
-        self._process = _forks.Process(target=_main, args=options, daemon=True)
-        with _asking:
+        parameters = (folder, streams, dict(environment), list(arguments))
+        self._process = _forks.Process(target=_main, args=parameters, daemon=True)
+        with _polling:
             self._process.start()
 
     @property
@@ -47,11 +48,11 @@ class AlembicProcess:
 
     def poll(self) -> int | None:
         """None while it runs, minus the signal's number if a signal ended it."""
-        with _asking:
+        with _polling:
             return self._process.exitcode
 
     def send_signal(self, sig: int) -> None:
-        with _asking:
+        with _polling:
             if self._process.exitcode is None:
                 with suppress(ProcessLookupError):  # it has just ended
                     os.kill(self.pid, sig)

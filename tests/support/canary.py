@@ -1,4 +1,4 @@
-"""The secrets of the tests: none may be printed anywhere."""
+"""The secrets of the tests, none of which may be printed anywhere."""
 
 CANARY = "c4n4ry"
 # With every character that has to be escaped somewhere.

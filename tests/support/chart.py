@@ -1,4 +1,4 @@
-"""Renders the chart with Helm 3 and Helm 4. Every rendered object is validated against Kubernetes' schemas."""
+"""A plugin: the chart, rendered with Helm 3 and Helm 4; every object is validated against Kubernetes' schemas."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from tools.steps import UnavailableError
 
 SUPPORTED = [f"1.{minor}" for minor in range(28, 38)]
 
-# What every render needs, and nothing else.
+# The required values, and nothing else.
 MINIMAL: dict[str, Any] = {"git": {"repo": "https://git.example.org/schema", "branch": "main"}}
 
-# What YAML can hold, and a person might write.
+# Text that YAML can represent and that a person might write.
 TEXT = st.text(st.characters(codec="utf-8", max_codepoint=0xFFFD, exclude_categories=["Cc"]), max_size=40)
 
 Objects = list[dict[str, Any]]
 
 
-class Where(TypedDict, total=False):
-    """Which chart is rendered as what; by default this one as the release hcm-db-migrations in health."""
+class Target(TypedDict, total=False):
+    """The chart, release and namespace to render; by default this chart as hcm-db-migrations in health."""
 
     release: str
     namespace: str
@@ -53,25 +53,25 @@ class Helm:
         environment = {"PATH": os.environ["PATH"], "HOME": str(self.home), "KUBECONFIG": str(self.home / "no-cluster")}
         return run([self.path, *command], stdin=stdin, env=environment, verbatim=True)
 
-    def render(self, values: dict[str, Any] | None = None, *options: str | Path, **where: Unpack[Where]) -> Objects:
-        """Return the objects that `values` (over MINIMAL) give, each valid in every supported Kubernetes.
+    def render(self, values: dict[str, Any] | None = None, *options: str | Path, **target: Unpack[Target]) -> Objects:
+        """Return the objects rendered from `values` (merged over MINIMAL), each valid in every supported Kubernetes.
 
-        `options` are further ones of `helm template`.
+        `options` are additional options of `helm template`.
         """
-        return self.objects({**MINIMAL, **(values or {})}, *options, **where)
+        return self.objects({**MINIMAL, **(values or {})}, *options, **target)
 
-    def objects(self, values: dict[str, Any], *options: str | Path, **where: Unpack[Where]) -> Objects:
-        """As render, without MINIMAL."""
-        done = self.template(values, *options, **where)
-        assert done.returncode == 0, done.stderr
-        objects: Objects = json.loads(_valid(done.stdout))
+    def objects(self, values: dict[str, Any], *options: str | Path, **target: Unpack[Target]) -> Objects:
+        """Like render, without MINIMAL."""
+        result = self.template(values, *options, **target)
+        assert result.returncode == 0, result.stderr
+        objects: Objects = json.loads(_validated(result.stdout))
         return objects
 
     def refuse(self, values: dict[str, Any], *options: str | Path) -> str:
-        """Return the message with which `values` (not over MINIMAL) are refused."""
-        done = self.template(values, *options)
-        assert done.returncode != 0, done.stdout
-        return done.stderr
+        """Return the error message for invalid `values` (without MINIMAL)."""
+        result = self.template(values, *options)
+        assert result.returncode != 0, result.stdout
+        return result.stderr
 
     def template(
         self,
@@ -91,8 +91,8 @@ def _cached(helm: Helm, command: tuple[str | Path, ...], values: str) -> Result:
 
 
 @functools.cache
-def _valid(manifest: str) -> str:
-    """The objects of a manifest as JSON, after their validation."""
+def _validated(manifest: str) -> str:
+    """The objects of a manifest as JSON, validated."""
     found = [document for document in yaml.load_all(manifest, yaml.CSafeLoader) if document]
     for document in found:
         for version in SUPPORTED:
@@ -102,7 +102,7 @@ def _valid(manifest: str) -> str:
 
 @functools.cache
 def _validator(version: str, kind: str, api_version: str) -> Draft202012Validator:
-    """The strict schema of one kind of object: no field may be unknown."""
+    """The strict schema of one kind of object: unknown fields are errors."""
     folder = f"kubernetes-json-schema/v{version}.0-local-strict"
     schema = schema_contents(f"{folder}/{kind.lower()}-{api_version.replace('/', '-')}.json", version)
     return Draft202012Validator(schema, registry=Resource.from_contents(schema) @ _definitions(version))
@@ -148,7 +148,7 @@ def environment(container: dict[str, Any]) -> dict[str, Any]:
 
 
 def nested(path: str, value: Any) -> dict[str, Any]:
-    """{"a": {"b": value}} for "a.b", over MINIMAL."""
+    """{"a": {"b": value}} for "a.b", merged over MINIMAL."""
     values: dict[str, Any] = json.loads(json.dumps(MINIMAL))
     *parents, last = path.split(".")
     functools.reduce(lambda at, key: at.setdefault(key, {}), parents, values)[last] = value
@@ -162,17 +162,17 @@ def _helm4() -> Path:
 
 @pytest.fixture(scope="session", params=["Helm 3", "Helm 4"])
 def helm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Helm:
-    """Helm 3 from the development requirements, and Helm 4 from PATH or built."""
-    return _get(request.param, tmp_path_factory)
+    """Helm 3 from the development requirements, and Helm 4 from PATH or built from source."""
+    return _find_helm(request.param, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def helm4(tmp_path_factory: pytest.TempPathFactory) -> Helm:
-    """One Helm, if another test shows that both give the same."""
-    return _get("Helm 4", tmp_path_factory)
+    """One Helm, if another test shows that both render the same."""
+    return _find_helm("Helm 4", tmp_path_factory)
 
 
-def _get(name: str, tmp_path_factory: pytest.TempPathFactory) -> Helm:
+def _find_helm(name: str, tmp_path_factory: pytest.TempPathFactory) -> Helm:
     try:
         path = BIN / "helm" if name == "Helm 3" else _helm4()
     except UnavailableError as error:

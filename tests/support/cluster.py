@@ -1,7 +1,7 @@
 """A plugin: one Kubernetes cluster for the whole run; a namespace and a git repository for each test.
 
 The cluster is the one that `--cluster-type existing --kubeconfig FILE` names (pytest-helm-charts' options; the variable
-KUBECONFIG is not looked at), else the one that `make cluster` left, else one that is made before the first test and
+KUBECONFIG is ignored), else the running cluster of `make cluster`, else one that is created before the first test and
 deleted after the last.
 """
 
@@ -31,7 +31,7 @@ OWN_IMAGE: ImageValue = {"repository": "hcm-local/hcm-db-migrations", "tag": "te
 
 @dataclass
 class Shared:
-    """What every worker needs to know, as pytest-xdist passes it: the cluster as plain data, and paths as text."""
+    """The data that every pytest-xdist worker receives: the cluster as plain data, and paths as text."""
 
     cluster: dict[str, Any] | None = None
     baked_image: bool = False  # OWN_IMAGE, which has the dependencies pre-installed, is in the cluster
@@ -43,7 +43,7 @@ SHARED = pytest.StashKey[Shared]()
 
 
 def start_cluster(session: pytest.Session) -> None:
-    """Find or create the cluster, once, before the workers start; what takes minutes is shown."""
+    """Find or create the cluster, once, before the workers start; its progress is printed."""
     config = session.config
     if hasattr(config, "workerinput"):
         config.stash[SHARED] = Shared(**config.workerinput["shared"])
@@ -55,12 +55,12 @@ def start_cluster(session: pytest.Session) -> None:
 def _start(config: pytest.Config) -> Shared:
     named = config.getoption("--kubeconfig")
     if bool(named) != (config.getoption("--cluster-type") == "existing"):
-        raise pytest.UsageError("a cluster of your own takes both options: --cluster-type existing --kubeconfig FILE")
+        raise pytest.UsageError("to use your own cluster, set both options: --cluster-type existing --kubeconfig FILE")
     try:
         cluster = get_or_create(named, owner=os.getpid())
         if cluster.owner:
             config.add_cleanup(lambda: delete(cluster.owner))
-        baked_image = cluster.kind is not ClusterKind.EXISTING  # in a cluster of the user's, pip runs
+        baked_image = cluster.kind is not ClusterKind.EXISTING  # in a user's cluster, pip runs
         if baked_image:
             tag = f"{OWN_IMAGE['repository']}:{OWN_IMAGE['tag']}"
             cluster.build_image(tag, ROOT, f"--build-arg=PYTHON={cluster.images['python']}")
@@ -70,7 +70,7 @@ def _start(config: pytest.Config) -> Shared:
 
 
 def describe_cluster(config: pytest.Config) -> str:
-    """The line of the report's header."""
+    """The line for the report's header."""
     shared = config.stash.get(SHARED, Shared())
     if not shared.cluster:
         return f"cluster: none, {shared.unavailable}"
@@ -100,21 +100,21 @@ def cluster(shared: Shared) -> Cluster:
 
 @pytest.fixture
 def namespaces(cluster: Cluster, database: Database) -> Iterator[Callable[[], Api]]:
-    """Makes namespaces that enforce the restricted Pod Security Standard and have what DIGIT's have."""
-    made: list[Api] = []
+    """Creates namespaces that enforce the restricted Pod Security Standard, with DIGIT's ConfigMap and a Secret."""
+    created: list[Api] = []
 
-    def make() -> Api:
+    def create() -> Api:
         api = Api.of(cluster, f"test-{secrets.token_hex(4)}")
         labels = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "warn")}
         api.core.create_namespace({"metadata": {"name": api.namespace, "labels": labels}})
-        made.append(api)
+        created.append(api)
         api.config_map("egov-config", **{"db-host": "postgres.hcm-fixtures", "db-name": database.name})
         api.secret("db", username=database.role, password=PASSWORD)
-        until(lambda: api.core.list_namespaced_service_account(api.namespace).items)  # no pod is made before
+        until(lambda: api.core.list_namespaced_service_account(api.namespace).items)  # no pod is admitted before
         return api
 
-    yield make
-    for api in made:
+    yield create
+    for api in created:
         try:
             for text in [
                 *(api.log(pod, name) for pod in api.pods() for name in ("git-sync", "migrate")),
@@ -140,7 +140,7 @@ def repository(cluster: Cluster, api: Api, tmp_path: Path) -> Repository:
 
 @pytest.fixture
 def audited(repository: Repository, database: Database) -> Repository:
-    """Revision 002 notes that it ran, and waits while the table `gate` has a row."""
+    """Revision 002 records that it ran, and waits while the table `gate` has a row."""
     database.execute("CREATE TABLE gate AS SELECT 1")
     database.execute("CREATE TABLE audit (revision text)")
     database.execute(f"GRANT ALL ON gate, audit TO {database.role}")
@@ -162,7 +162,7 @@ def with_pip(cluster: Cluster) -> dict[str, Any]:
 
 @pytest.fixture
 def baked_image_values(shared: Shared, with_pip: dict[str, Any]) -> dict[str, Any]:
-    """Values for a run in an image that brings the requirements; with pip where no such image can be had."""
+    """Values for a run in an image with the dependencies pre-installed; with pip if there is no such image."""
     return {**with_pip, "image": OWN_IMAGE, "requirements": "", "extraEnv": []} if shared.baked_image else with_pip
 
 
@@ -170,19 +170,19 @@ def baked_image_values(shared: Shared, with_pip: dict[str, Any]) -> dict[str, An
 def releases(
     shared: Shared, cluster: Cluster, repository: Repository, baked_image_values: dict[str, Any], tmp_path: Path
 ) -> Iterator[Callable[..., Release]]:
-    """Makes releases of the chart, not installed yet, of the test's repository; by Helm 4, by default."""
-    made: list[Release] = []
+    """Creates releases of the chart for the test's repository, not installed yet; with Helm 4 by default."""
+    created: list[Release] = []
 
-    def make(api: Api, version: int = 4, **options: Any) -> Release:
+    def create(api: Api, version: int = 4, **options: Any) -> Release:
         git = {**baked_image_values.get("git", {}), "repo": repository.url, "branch": "main", "path": "."}
         helm = Path(shared.helms[version - 3])
         values = {**baked_image_values, "namespace": api.namespace, "git": git}
-        made.append(Release(helm, cluster, api.namespace, tmp_path, values, **options))
-        return made[-1]
+        created.append(Release(helm, cluster, api.namespace, tmp_path, values, **options))
+        return created[-1]
 
-    yield make
-    for release in made:
-        release.run("get", "all", release.name)  # what is stored of it: values, manifests, hooks, notes
+    yield create
+    for release in created:
+        release.run("get", "all", release.name)  # everything that Helm stored: values, manifests, hooks, notes
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ def release(releases: Callable[..., Release], api: Api) -> Release:
 
 @pytest.fixture
 def unresponsive_pod(api: Api, release: Release) -> client.V1Pod:
-    """A pod that takes connections on port 8080 and never answers."""
+    """A pod that accepts connections on port 8080 and never responds."""
     script = "import socket, time; server = socket.create_server(('', 8080)); time.sleep(3600)"
     image = release.values.get("image", {"repository": "python", "tag": "3.10-slim"})
     security = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}

@@ -1,4 +1,4 @@
-"""One PostgreSQL server a worker; an empty database and an ordinary role a test."""
+"""A plugin: one PostgreSQL server for each worker; an empty database and an ordinary role for each test."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Database:
     role: str
 
     def execute(self, statement: str, *parameters: object) -> list[tuple[Any, ...]]:
-        """As superuser."""
+        """Execute a statement as superuser."""
         return execute(self.admin, statement, *parameters)
 
     def scalar(self, statement: str, *parameters: object) -> Any:
@@ -40,13 +40,13 @@ class Database:
 
     @property
     def relations(self) -> list[str]:
-        """Everything that a revision made in public: tables, indexes, sequences."""
+        """Everything that the revisions created in public: tables, indexes, sequences."""
         query = "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace ORDER BY 1"
         return [name for (name,) in self.execute(query) if not name.startswith("alembic_version")]
 
     @contextmanager
     def session(self) -> Iterator[Any]:
-        """A psycopg2 cursor in a transaction of its own, as superuser; rolled back at the end."""
+        """A psycopg2 cursor in a dedicated transaction, as superuser; rolled back at the end."""
         connection = psycopg2.connect(dsn(self.admin), application_name="report")
         try:
             yield connection.cursor()
@@ -59,17 +59,17 @@ class Database:
         return dump.stdout
 
     def psql(self, script: str) -> Result:
-        """Run a script as the role, stopping at its first error."""
+        """Run a script as the role; stop at the first error."""
         return self._run("psql", "--no-psqlrc", "--quiet", "--set=ON_ERROR_STOP=1", stdin=script)
 
     def _run(self, program: str, *arguments: str, stdin: str = "") -> Result:
-        url = self.url  # in the environment, as the process list is for everyone to read
+        url = self.url  # passed in the environment, because everyone can read the process list
         environment = {"PGHOST": str(url.host), "PGPORT": str(url.port or 5432), "PGDATABASE": self.name}
         environment |= {"PGUSER": self.role, "PGPASSWORD": PASSWORD}
         return run([programs() / program, *arguments], env=environment, stdin=stdin, verbatim=True)
 
     def activity(self) -> list[str]:
-        """What the runs' own sessions do now: `active: SELECT pg_sleep(60)`; one that still starts has no state yet."""
+        """State and query of the runs' sessions: `active: SELECT pg_sleep(60)`; a starting session has no state."""
         query = (
             "SELECT concat_ws(': ', state, query) FROM pg_stat_activity"
             " WHERE datname = current_database() AND application_name = 'hcm-db-migrations' AND backend_type = %s"
@@ -78,7 +78,7 @@ class Database:
 
 
 def parts(database: Database) -> dict[str, str | None]:
-    """The test's database, as DB_*."""
+    """The test's database as DB_* variables."""
     url = database.url
     return {
         "DATABASE_URL": None,
@@ -97,8 +97,8 @@ def fresh_database(server: URL) -> Iterator[Database]:
     execute(server, f"CREATE ROLE {name} LOGIN PASSWORD '{quoted}'")
     execute(server, f"CREATE DATABASE {name} OWNER {name}")
     try:
-        own = server.set(database=name)
-        yield Database(own, own.set(username=name, password=PASSWORD), name, name)
+        admin = server.set(database=name)
+        yield Database(admin, admin.set(username=name, password=PASSWORD), name, name)
     finally:
         execute(server, f"DROP DATABASE {name} WITH (FORCE)")
         execute(server, f"DROP ROLE {name}")

@@ -1,4 +1,4 @@
-"""What injects the faults: toxiproxy, PgBouncer, network namespaces, small disks; all real, all the test's own."""
+"""A plugin: fault injection with a dedicated toxiproxy, PgBouncer, network and mount namespaces."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from tools.steps import UnavailableError, cached
 
 root_only = pytest.mark.skipif(
     os.geteuid() != 0 or not shutil.which("ip"),
-    reason="needs root and ip (mounts, network namespaces): run as root, and install it (Debian: iproute2)",
+    reason="requires root and ip (mounts, network namespaces): run as root, and install ip (Debian: iproute2)",
 )
 
 
 @contextmanager
 def namespace(kind: str, script: str = "true") -> Iterator[list[str]]:
-    """Yield the command that enters a new namespace (`mount` or `net`), where `script` ran; the kernel removes all."""
+    """Yield the command that enters a new namespace (`mount` or `net`), in which `script` ran; the kernel cleans up."""
     holder = start(["unshare", f"--{kind}", "sh", "-ec", f"{script}; echo ready; exec sleep infinity"])
     try:
         until(lambda: "ready" in holder.stdout or not holder.running)
@@ -45,7 +45,7 @@ def namespace(kind: str, script: str = "true") -> Iterator[list[str]]:
 
 
 class Proxy:
-    """A TCP proxy before the server whose connections can be cut, slowed down or held up."""
+    """A TCP proxy in front of the server, whose connections can be cut, slowed down or stalled."""
 
     def __init__(self, api: str, upstream: str) -> None:
         self.api = api
@@ -53,28 +53,28 @@ class Proxy:
         self.port = int(listen.rsplit(":", 1)[1])
 
     def toxic(self, kind: str, **attributes: int) -> None:
-        """In both directions, from now on: `latency` with latency in ms, `timeout` 0 lets nothing through."""
+        """Add a toxic in both directions: `latency` with latency in ms; `timeout` 0 drops all data."""
         for stream in ("upstream", "downstream"):
             toxic = {"name": f"{kind}-{stream}", "type": kind, "stream": stream, "attributes": attributes}
             self._post("/postgres/toxics", toxic)
 
     def cut(self) -> None:
-        """Close all connections, and take no new ones."""
+        """Close all connections and refuse new ones."""
         self._post("/postgres", {"enabled": False})
 
     def restore(self) -> None:
         self._post("/postgres", {"enabled": True})
 
     def reset(self) -> None:
-        """Without any toxic, and enabled."""
+        """Remove all toxics and enable the proxy."""
         request = urllib.request.Request(f"{self.api}/reset", method="POST")  # noqa: S310
         urllib.request.urlopen(request, timeout=10).close()  # noqa: S310
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         request = urllib.request.Request(f"{self.api}/proxies{path}", json.dumps(body).encode())  # noqa: S310
-        with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310
-            found: dict[str, Any] = json.load(answer)
-            return found
+        with urllib.request.urlopen(request, timeout=10) as response:  # noqa: S310
+            content: dict[str, Any] = json.load(response)
+            return content
 
 
 @pytest.fixture
@@ -106,13 +106,13 @@ def _pgbouncer() -> tuple[Path, dict[str, str]]:
             lambda partial: debian.extract(partial, ["pgbouncer"], "downloading PgBouncer's package into the cache"),
         )
     except (UnavailableError, RuntimeError) as error:
-        pytest.skip(f"PgBouncer cannot be had: {error}; install it")
+        pytest.skip(f"PgBouncer is not available: {error}; install it")
     return folder / "usr/sbin/pgbouncer", {"LD_LIBRARY_PATH": str(next(folder.glob("usr/lib/*-linux-gnu")))}
 
 
 @contextmanager
 def pgbouncer(database: Database, mode: str) -> Iterator[URL]:
-    """PgBouncer before the test's database, in pool mode `session` or `transaction`; yields the URL through it."""
+    """PgBouncer in front of the test's database, in pool mode `session` or `transaction`; yields the URL through it."""
     program, environment = _pgbouncer()
     as_root = os.geteuid() == 0
     folder, port, url = Path(tempfile.mkdtemp(prefix="hcm-pgbouncer-")), free_port(), database.url
@@ -129,7 +129,7 @@ auth_file = users
 pool_mode = {mode}
 """)
     (folder / "program").symlink_to(program)
-    if as_root:  # it refuses to run as root, and root's cache may lie where only root can read
+    if as_root:  # it refuses to run as root, and only root may be able to read root's cache
         library = environment.get("LD_LIBRARY_PATH")
         if library:
             shutil.copytree(library, folder / "lib")

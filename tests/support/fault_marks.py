@@ -1,8 +1,8 @@
-"""A plugin: the mark `fault` makes a row of docs/failures.md, and what it says is compared with what its test sees.
+"""A plugin: the mark `fault` defines a row of docs/failures.md; its `sees` is checked against what the test prints.
 
-In `sees`, back-quotes hold what is printed: `...` stands for any text of a line, `N` for a number, `<a name>` for what
-it names. `exit N` is an exit code. The test must see each of the texts and codes; of a test with parameters, each
-parameter sees one, and each is seen by a parameter.
+In `sees`, back-quoted text is output: `...` matches any text within a line, `N` a number, `<a name>` what it names.
+`exit N` is an exit code. The test must observe every text and code; of a parametrized test, each variant must observe
+at least one, and each must be observed by a variant.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ KEYS = {"fault", "sees", "state", "do"}
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
-        "markers", "fault(group, *, fault, sees, state, do): a row of docs/failures.md, which this test proves"
+        "markers", "fault(group, *, fault, sees, state, do): a row of docs/failures.md that this test verifies"
     )
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(Coverage())
@@ -36,22 +36,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for mark in item.iter_markers("fault"):
             if len(mark.args) != 1 or mark.args[0] not in GROUPS or set(mark.kwargs) != KEYS:
-                raise pytest.UsageError(
-                    f"{item.nodeid}: mark it as fault(group, fault=, sees=, state=, do=) with one of these groups:"
-                    f" {', '.join(GROUPS)}"
-                )
+                usage = "mark it as fault(group, fault=, sees=, state=, do=) with one of these groups"
+                raise pytest.UsageError(f"{item.nodeid}: {usage}: {', '.join(GROUPS)}")
             item.user_properties.append(("variants", variants[function_id(item.nodeid)]))
 
 
 def claims(sees: str) -> list[str]:
-    """What `sees` says: the back-quoted texts, and exit codes as `exit N`."""
+    """The claims of `sees`: the back-quoted texts, and exit codes as `exit N`."""
     prose = re.sub(r"`[^`]*`", "", sees)
     codes = re.findall(r"\bexit (\d+)(?: \((\d+)\))?", prose)
     return [*re.findall(r"`([^`]*)`", sees), *(f"exit {code}" for pair in codes for code in pair if code)]
 
 
 def pattern(claim: str) -> re.Pattern[str]:
-    """`claim` as a pattern for printed text."""
+    """`claim` as a pattern for output."""
     parts = re.split(r"( ?\.\.\.|<[^<>]+>|\bN\b)", claim)
     return re.compile("".join(_part_pattern(part) for part in parts))
 
@@ -71,7 +69,7 @@ def is_seen(claim: str, texts: list[str], codes: set[int]) -> bool:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, None, None]:
-    """After the teardown of the fixtures, which may still print."""
+    """Runs after the teardown of the fixtures, which may still print."""
     yield
     marks = list(item.iter_markers("fault"))
     if OUTPUT not in item.stash or not marks or not item.stash.get(PASSED, False):
@@ -81,10 +79,10 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, None, None]:
         claimed = claims(mark.kwargs["sees"])
         seen = [claim for claim in claimed if is_seen(claim, texts, codes)]
         missing = [claim for claim in claimed if claim not in seen]
-        several = dict(item.user_properties)["variants"] != 1
-        if missing and not (several and seen):
+        parametrized = dict(item.user_properties)["variants"] != 1
+        if missing and not (parametrized and seen):
             listed = "\n".join(texts)
-            pytest.fail(f"the mark fault says that this is seen: {missing}; seen, exit codes {codes}:\n{listed}", False)
+            pytest.fail(f"the fault mark claims {missing}, which is not printed; exit codes {codes}:\n{listed}", False)
         item.user_properties.append(("claimed", claimed))
         item.user_properties.append(("seen", seen))
 
@@ -103,7 +101,7 @@ def pytest_runtest_makereport(
 
 
 class Coverage:
-    """Of a test with parameters, all that the mark says has been seen by one of them; judged once all have passed."""
+    """Checks that each claim of a parametrized test was observed by a variant, once all variants have passed."""
 
     def __init__(self) -> None:
         self.claimed: dict[str, set[str]] = defaultdict(set)
@@ -133,4 +131,4 @@ class Coverage:
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         for name, missing in self.unseen().items():
-            terminalreporter.write_line(f"FAILED {name}: the mark fault says what no parameter sees: {missing}")
+            terminalreporter.write_line(f"FAILED {name}: the fault mark claims what no variant prints: {missing}")

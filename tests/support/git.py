@@ -1,4 +1,4 @@
-"""git, cut off from the user's settings."""
+"""git, isolated from the user's settings."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from tests.support.programs import run
 
 
 def git(folder: Path, *arguments: str | Path) -> str:
-    """Run git in a folder, as an author of the tests' own; return its output, stripped."""
+    """Run git in a folder, with a dedicated author; return its output, stripped."""
     environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "GIT_CONFIG_NOSYSTEM": "1"}
     author = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
     command = ["git", "-C", folder, *author, *arguments]

@@ -1,4 +1,4 @@
-"""What a test here holds in its hands: the API server, a release of the chart, and a git repository in the cluster."""
+"""The API server, releases of the chart, git repositories and the node of the tests' cluster."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ NOTHING_TO_DO = "HH:MM:SS INFO at 001 (head): nothing to do"
 
 @dataclass
 class Api:
-    """The API server, asked by the kubernetes client about one namespace."""
+    """The API server, queried with the kubernetes client about one namespace."""
 
     namespace: str
     core: client.CoreV1Api
@@ -57,7 +57,7 @@ class Api:
         return sorted(job.metadata.name for job in self.batch.list_namespaced_job(self.namespace).items)
 
     def conditions(self, job: str) -> dict[str, str]:
-        """What is true of a Job: {type: reason}. By type, because newer versions put SuccessCriteriaMet first."""
+        """True conditions of a Job: {type: reason}; by type, because newer versions put SuccessCriteriaMet first."""
         found = self.batch.read_namespaced_job(job, self.namespace).status.conditions or []
         return {condition.type: condition.reason for condition in found if condition.status == "True"}
 
@@ -84,7 +84,7 @@ class Api:
         try:
             log = self.core.read_namespaced_pod_log(pod.metadata.name, self.namespace, container=container) or ""
         except client.ApiException as error:
-            if error.status in (400, 404, 500):  # 500: kubelet is away
+            if error.status in (400, 404, 500):  # 500: kubelet is down
                 return ""
             raise
         return observed.add(log)
@@ -104,7 +104,7 @@ class Api:
 
 
 def readable(output: str) -> str:
-    """Helm's output, through the command for it that the chart's README names."""
+    """Helm's output, piped through the sed command of the chart's README."""
     script = re.search(r"helm upgrade \.\.\. 2>&1 \| sed '(.*)'", (CHART / "README.md").read_text())
     assert script
     return run(["sed", script[1]], stdin=output, verbatim=True, check=True).stdout
@@ -112,7 +112,7 @@ def readable(output: str) -> str:
 
 @dataclass
 class HelmProgram:
-    """A Helm that was started."""
+    """A started Helm process."""
 
     program: Program
 
@@ -122,7 +122,7 @@ class HelmProgram:
         return self.program.output
 
     def wait(self) -> Result:
-        """Wait for the end; the result has the output as a person reads it."""
+        """Wait for the program to exit; the result has the readable output."""
         result = self.program.wait(240)
         return Result(result.returncode, normalize(observed.add(readable(self.output))))
 
@@ -132,7 +132,7 @@ class HelmProgram:
 
 @dataclass
 class Release:
-    """A release of the chart in a namespace, by a Helm that sees nothing of the user's."""
+    """A release of the chart in a namespace, with a Helm isolated from the user's settings."""
 
     helm: Path
     cluster: Cluster
@@ -152,7 +152,7 @@ class Release:
         return self.start(*arguments).wait()
 
     def upgrading(self, values: dict[str, Any] | None = None, *options: str | Path) -> HelmProgram:
-        """Start `helm upgrade --install`, with `values` over the release's own."""
+        """Start `helm upgrade --install`, with `values` merged over the release's."""
         self.upgrades += 1
         file = self.home / f"{self.namespace}-{self.name}-{self.upgrades}.yaml"
         file.write_text(yaml.safe_dump(merged(self.values, values or {})))
@@ -168,16 +168,17 @@ class Release:
         return str(json.loads(command.output)["info"]["status"])
 
 
-def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    both = dict(below)
-    for key, value in above.items():
-        both[key] = merged(both[key], value) if isinstance(value, dict) and isinstance(both.get(key), dict) else value
-    return both
+def merged(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in overlay.items():
+        nested = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if nested else value
+    return result
 
 
 @dataclass
 class Repository:
-    """A git repository of a test, on the server in the cluster; it begins with this checkout's migrations, on main."""
+    """A test's git repository, on the server in the cluster; it starts with this checkout's migrations, on main."""
 
     folder: Path
     cluster: Cluster
@@ -200,14 +201,14 @@ class Repository:
 
     @property
     def remote(self) -> str:
-        """For this process, which may push."""
+        """For this process, which has push access."""
         return f"{self.cluster.git_url}/{self.name}.git"
 
     def git(self, *arguments: str) -> str:
         return git(self.folder, *arguments)
 
     def push(self, ref: str = "refs/heads/main") -> str:
-        """Commit what is there and push it; return the commit."""
+        """Commit all changes and push them; return the commit."""
         self.git("add", "--all")
         self.git("commit", "--quiet", "--allow-empty", "--message=test")
         self.git("push", "--quiet", "--force", self.remote, f"HEAD:{ref}")
@@ -221,18 +222,18 @@ class Repository:
 
 
 def sessions(cluster: Cluster, database: Database) -> int:
-    """How many sessions the test's database ever had, the test's own among them."""
+    """The number of sessions that the test's database ever had, including those of the test."""
     query = "SELECT sessions FROM pg_stat_database WHERE datname = %s"
     return int(execute(make_url(cluster.postgres_url()), query, database.name)[0][0])
 
 
 def contacted(cluster: Cluster, database: Database) -> bool:
-    """Whether anybody ever had a session in the test's database. Ask before the test has one itself."""
+    """Whether the test's database ever had a session. Call it before the test opens one."""
     return sessions(cluster, database) > 0
 
 
 def in_002(database: Database) -> list[int]:
-    """The sessions, by pid, of the run that is in revision 002 of the fixture `audited`."""
+    """The pids of the sessions that are in revision 002 of the fixture `audited`."""
     query = "SELECT pid FROM pg_stat_activity WHERE query LIKE %s AND application_name = 'hcm-db-migrations'"
     return [pid for (pid,) in database.execute(query + " AND datname = current_database()", "%FROM gate%")]
 
@@ -243,29 +244,29 @@ def release_gate(database: Database) -> None:
 
 
 def in_node(cluster: Cluster, *command: str) -> tuple[list[str], dict[str, str]]:
-    """The command line, and the environment, that run a command on the machine that kind made."""
+    """The command line and the environment that run a command on kind's node."""
     if cluster.kind is ClusterKind.EXISTING:
-        pytest.skip("this reaches into the node: it needs a kind cluster of our own, so leave out --kubeconfig")
+        pytest.skip("runs commands on the node, which requires a kind cluster of the tests: omit --kubeconfig")
     environment = engine.environment() if cluster.kind is ClusterKind.LOCAL_BUILD else dict(os.environ)
     return ["docker", "exec", f"{NAME}-control-plane", *command], environment
 
 
 def node(cluster: Cluster, *command: str) -> str:
-    """Run a command on the machine that kind made; return its output."""
+    """Run a command on kind's node; return its output."""
     arguments, environment = in_node(cluster, *command)
     return run(arguments, env=environment, verbatim=True, check=True).stdout
 
 
 def kill_container(cluster: Cluster, pod: client.V1Pod, name: str) -> None:
-    """Kill a container's first process, and so the container, at once."""
-    label = f"--label=io.kubernetes.pod.uid={pod.metadata.uid}"  # the pod's own status comes late
+    """Kill a container at once, by its first process."""
+    label = f"--label=io.kubernetes.pod.uid={pod.metadata.uid}"  # the pod's status is updated late
     found = node(cluster, "crictl", "ps", "--quiet", f"--name=^{name}$", label).strip()
     pid = node(cluster, "crictl", "inspect", "--output=go-template", "--template={{.info.pid}}", found).strip()
     node(cluster, "kill", "-9", pid)
 
 
 class SwitchedService:
-    """A Service whose endpoint the test sets: none, at first."""
+    """A Service whose endpoint the test sets; initially it has none."""
 
     def __init__(self, api: Api, port: int = 80) -> None:
         self.api = api
@@ -275,7 +276,7 @@ class SwitchedService:
         api.core.create_namespaced_endpoints(api.namespace, {"metadata": {"name": "switched"}})
 
     def route_to(self, pod: client.V1Pod, port: int) -> None:
-        to = {"addresses": [{"ip": pod.status.pod_ip}], "ports": [{"port": port}]}
+        subset = {"addresses": [{"ip": pod.status.pod_ip}], "ports": [{"port": port}]}
         self.api.core.replace_namespaced_endpoints(
-            "switched", self.api.namespace, {"metadata": {"name": "switched"}, "subsets": [to]}
+            "switched", self.api.namespace, {"metadata": {"name": "switched"}, "subsets": [subset]}
         )

@@ -1,4 +1,4 @@
-"""A plugin: the scripts of both containers, run as the rendered pod has them, on a folder in place of its volume."""
+"""A plugin: the scripts of both containers, run as in the rendered pod, on a folder in place of its volume."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from tests.support.chart import Helm, environment, migrate
 from tests.support.programs import Program, Result, start
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
-COMMIT = "<commit>"  # as a Result has it
+COMMIT = "<commit>"  # in a Result
 CODE = f"code: repository https://git.example.org/schema, ref main, commit {COMMIT}, path utilities/hcm-db-migrations\n"
 README = "README.md of the chart"
 CREDENTIALS = {"DB_HOST": "db", "DB_NAME": "n", "DB_USER": "u", "DB_PASSWORD": "p"}
-# git-sync's image has bash as sh, Debian's and python's images have dash.
+# In git-sync's image sh is bash; in Debian's and python's images it is dash.
 SHELLS = ["sh", "bash"]
 
 
 class Volume:
-    """A pod's volume: what the containers find in it, and what they print."""
+    """A folder as a pod's volume, and the containers that run on it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -36,7 +36,7 @@ class Volume:
         self.checkout = folder / "git" / ".worktrees" / SHA / "utilities" / "hcm-db-migrations"
 
     def clone(self, *names: str) -> Path:
-        """Create a checkout as git-sync does, with these files in git.path; return that folder."""
+        """Create a checkout like git-sync's, with these files in git.path; return that folder."""
         self.checkout.mkdir(parents=True)
         (self.folder / "git" / "code").symlink_to(Path(".worktrees") / SHA)
         for name in names:
@@ -49,7 +49,7 @@ class Volume:
         path.chmod(0o755)
 
     def start(self, container: dict[str, Any], shell: str = "sh", **references: str) -> Program:
-        """Start the container; `references` are the values that the cluster would resolve, or that differ here."""
+        """Start the container; `references` are values that the cluster would resolve, or overrides."""
         values = {name: value for name, value in environment(container).items() if isinstance(value, str)}
         here = {"PATH": f"{self.bin}:{os.environ['PATH']}", "HOME": str(self.folder), "TMPDIR": str(self.folder)}
         command = [shell, *container["command"][1:], *container["args"]]
@@ -61,7 +61,7 @@ class Volume:
 
 
 def make_wheel(folder: Path, name: str, files: dict[str, str]) -> Path:
-    """Create version 0.0.1 of a package; `files` are its texts by name, `.dist-info` files among them."""
+    """Create version 0.0.1 of a package; `files` has the contents by name, with additional `.dist-info` files."""
     info = f"{name}-0.0.1.dist-info"
     files = files | {
         f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.0.1\n",
@@ -91,5 +91,5 @@ def shell(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def container(helm4: Helm) -> Callable[..., dict[str, Any]]:
-    """The migrate container, rendered with these values; without pip unless they say otherwise."""
+    """Renders the migrate container with these values; without pip by default."""
     return lambda **values: migrate(helm4.render({"requirements": "", **values}))

@@ -1,4 +1,4 @@
-"""The one way in which tests run a program, and everything that was observed in a test."""
+"""The one way for tests to run a program, and everything that a test observed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import IO, Protocol
 from tests.support.canary import assert_no_secret
 from tests.support.waiting import until
 
-# What differs in each run, and what stands for it in a Result.
+# Patterns for text that varies from run to run, and their replacements in a Result.
 VARYING = [
     (r"\b\d\d:\d\d:\d\d(?= [A-Z]{4,})", "HH:MM:SS"),
     (r"\b\d+\.\d\d s\b", "N.NN s"),
@@ -34,7 +34,7 @@ def normalize(text: str) -> str:
 
 @dataclass(frozen=True)
 class Result:
-    """How a program ended; both its streams with the VARYING parts replaced."""
+    """Exit code and output of a program; the VARYING parts are replaced."""
 
     returncode: int
     stdout: str = ""
@@ -50,20 +50,20 @@ class Result:
 
     @property
     def failure(self) -> str:
-        """The one line that ends a failed run, without `FAILED: `."""
+        """The last line of a failed run, without `FAILED: `; there must be exactly one."""
         lines = [line for line in self.lines if line.startswith("FAILED: ")]
         assert len(lines) == 1, self
         assert "Traceback" not in self.text, self.text
         return lines[0].removeprefix("FAILED: ")
 
     def line(self, *parts: str, times: int = 1) -> None:
-        """Assert that a line has all of these parts, and how many lines have."""
+        """Assert that a line contains all of these parts; with `times`, that many lines."""
         found = [line for line in self.lines if all(part in line for part in parts)]
         assert len(found) == times, f"{len(found)} lines with {parts}:\n{self.text}"
 
 
 class Process(Protocol):
-    """What subprocess.Popen and AlembicProcess have in common."""
+    """The interface that subprocess.Popen and AlembicProcess share."""
 
     @property
     def pid(self) -> int: ...
@@ -74,7 +74,7 @@ class Process(Protocol):
 
 @dataclass
 class Program:
-    """A program that was started; its output goes to files, so it never waits for a reader."""
+    """A started program; its output goes to files, so it never blocks on a reader."""
 
     process: Process
     folder: tempfile.TemporaryDirectory[str]  # of stdout and stderr
@@ -102,13 +102,13 @@ class Program:
         return self.process.poll() is None
 
     def prints(self, text: str, seconds: float = 60) -> None:
-        """Wait until the output has this text."""
+        """Wait until the output contains this text."""
         until(lambda: text in self.output, seconds)
 
     def wait(self, seconds: float = 120, *, verbatim: bool = False) -> Result:
-        """Wait for the end. AssertionError if that takes longer, or if a secret was printed.
+        """Wait for the program to exit. AssertionError on timeout, or if a secret was printed.
 
-        With `verbatim`, the result has the VARYING parts, too.
+        With `verbatim`, the VARYING parts are kept.
         """
         try:
             returncode = self.process.wait(seconds)
@@ -119,13 +119,13 @@ class Program:
         return Result(returncode, shown(self.stdout), shown(self.stderr))
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> tuple[Result, float]:
-        """Send a signal; return the result, and the seconds until the end."""
+        """Send a signal; return the result and the seconds until the program exited."""
         start = time.monotonic()
         self.process.send_signal(number)
         return self.wait(), time.monotonic() - start
 
     def kill(self) -> None:
-        """Kill it, and what it started if it leads a process group."""
+        """Kill the program, or its process group if it leads one."""
         if self.leads_group:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -136,19 +136,19 @@ class Program:
 
 @dataclass
 class Observed:
-    """What a test has seen: programs that it started, and texts and exit codes from elsewhere, such as a pod's log."""
+    """What a test observed: its programs, and texts and exit codes from elsewhere, such as a pod's log."""
 
     programs: list[Program] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     codes: set[int] = field(default_factory=set)
 
     def add(self, text: str) -> str:
-        """Note a text that was printed elsewhere, and return it."""
+        """Record a text that was printed elsewhere, and return it."""
         self.texts.append(text)
         return text
 
     def finish(self) -> tuple[list[str], set[int]]:
-        """End what still runs; return all texts and exit codes, and begin anew."""
+        """Kill what still runs, return all texts and exit codes, and reset."""
         for program in self.programs:
             program.kill()
             assert_no_secret(program.output)
@@ -160,7 +160,7 @@ class Observed:
         return texts, codes
 
 
-# Of the test that runs now: tests/support/suite.py empties it after each.
+# For the current test: tests/support/suite.py resets it after each.
 observed = Observed()
 
 
@@ -186,22 +186,22 @@ def start(
 ) -> Program:
     """Start a program.
 
-    `one_stream` sends standard error to standard output, too, in the order in which it comes; `new_group` makes it lead
-    a process group, which ends with the test.
+    `one_stream` merges standard error into standard output, in order; with `new_group` it leads a process group, which
+    is killed at the end of the test.
     """
     folder = output_folder()
     with (
         Path(folder.name, "stdout").open("wb") as out,
         Path(folder.name, "stderr").open("wb") as err,
-        tempfile.TemporaryFile() as typed,
+        tempfile.TemporaryFile() as source,
     ):
-        typed.write(stdin.encode())
-        typed.seek(0)
+        source.write(stdin.encode())
+        source.seek(0)
         process = subprocess.Popen(
             command,
             cwd=cwd,
             env=env,
-            stdin=typed,
+            stdin=source,
             stdout=stdout or out,
             stderr=subprocess.STDOUT if one_stream else err,
             start_new_session=new_group,
@@ -221,7 +221,7 @@ def run(
     check: bool = False,
     seconds: float = 120,
 ) -> Result:
-    """Run a program to its end; with `check`, AssertionError unless its exit code is 0."""
+    """Run a program until it exits; with `check`, AssertionError unless its exit code is 0."""
     program = start(command, cwd=cwd, env=env, stdin=stdin, stdout=stdout, one_stream=one_stream)
     result = program.wait(seconds, verbatim=verbatim)
     assert not check or result.returncode == 0, result.text

@@ -1,4 +1,4 @@
-"""A copy of this project to add revisions to, and Alembic's command line in it."""
+"""A plugin: a copy of this project to add revisions to, and Alembic's command line in it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PARTS = ("alembic.ini", "migrations", "migration_runner")
 
 @dataclass
 class Project:
-    """A copy of alembic.ini, migrations/ and migration_runner/, with its own environment."""
+    """A copy of alembic.ini, migrations/ and migration_runner/, with a dedicated environment."""
 
     folder: Path
     environment: dict[str, str]
@@ -36,11 +36,11 @@ class Project:
     def add(
         self, number: str, upgrade: str = "pass", downgrade: str = "pass", *, down: str | None = None, name: str = "add"
     ) -> Path:
-        """Write a revision whose functions have these bodies, after the one with the number before."""
+        """Write a revision whose functions have these bodies, by default after the previous number."""
         return revisions.write(self.versions, number, upgrade, downgrade, down=down, name=name)
 
     def _variables(self, changed: dict[str, str | None]) -> dict[str, str]:
-        """The environment; a variable that is None is unset."""
+        """The environment with these changes; None unsets a variable."""
         return {name: value for name, value in (self.environment | changed).items() if value is not None}
 
     def start(
@@ -50,18 +50,18 @@ class Project:
         return start([program, *arguments], cwd=cwd or self.folder, env=self._variables(environment))
 
     def fork(self, *arguments: str, **environment: str | None) -> Program:
-        """Start `alembic` as a process that costs a fork."""
+        """Start `alembic` as a forked process."""
         folder = output_folder()
         streams = (Path(folder.name, "stdout"), Path(folder.name, "stderr"))
         return watch(AlembicProcess(self.folder, streams, self._variables(environment), arguments), folder)
 
     def alembic(self, *arguments: str, **environment: str | None) -> Result:
-        """Run `alembic` to its end."""
+        """Run `alembic` until it exits."""
         return self.fork(*arguments, **environment).wait()
 
 
 def copy(folder: Path) -> None:
-    """Copy what a run needs of this checkout."""
+    """Copy the parts of this checkout that a run needs."""
     for name in PARTS:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -71,7 +71,7 @@ def copy(folder: Path) -> None:
 
 @pytest.fixture
 def offline_project(tmp_path: Path) -> Project:
-    """A project without a database: nothing listens where it looks."""
+    """A project without a database: nothing listens at its DATABASE_URL."""
     folder = tmp_path / "project"
     folder.mkdir()
     copy(folder)
@@ -83,7 +83,7 @@ def offline_project(tmp_path: Path) -> Project:
 
 @pytest.fixture
 def project(offline_project: Project, database: Database) -> Project:
-    """A project whose DATABASE_URL names the test's database."""
+    """A project with the test's database as DATABASE_URL."""
     offline_project.environment["DATABASE_URL"] = dsn(database.url)
     return offline_project
 

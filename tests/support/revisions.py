@@ -1,4 +1,4 @@
-"""Revision files, revisions that leave a trace in the database, and what the database says about the runs."""
+"""Revision files, revisions that leave a trace in the database, and queries about the runs."""
 
 import re
 from pathlib import Path
@@ -7,21 +7,20 @@ from tests.support.database import Database
 from tests.support.programs import Result
 from tests.support.waiting import until
 
-# Every revision of these tests writes its number here: a revision that ran twice has two rows, one that was
-# rolled back has none.
+# Each audited revision inserts its number here: a revision that ran twice has two rows, one that was rolled back none.
 AUDIT = 'op.execute("CREATE TABLE audit (revision text)")'
 FILE = "20251202_143000_{}_add.py"
 AGAIN = (
-    "run again to resume; if the Job's deadline was exceeded, raise 'job.activeDeadlineSeconds' and Helm's --timeout"
-    " together"
+    "run again to resume; if the Job's deadline was exceeded,"
+    " raise 'job.activeDeadlineSeconds' and Helm's --timeout together"
 )
 SLEEP = 'op.execute("SELECT pg_sleep(60)")'
 BUILD = 'op.execute("CREATE INDEX CONCURRENTLY slow ON audit (revision)")'
 TABLE = 'op.execute("CREATE TABLE a (x int)")\n'
 BLOCK = "with op.get_context().autocommit_block():\n    "
 KILLED = (
-    "interrupted by SIGTERM; did not stop in time and was killed; the database was at revision 002 before: check with"
-    " 'alembic current'; run again to resume"
+    "interrupted by SIGTERM; did not stop in time and was killed;"
+    " the database was at revision 002 before: check with 'alembic current'; run again to resume"
 )
 FIX = "fix it, then retry"
 FIRST = "20251201_120000_001_create_hcm_report_metadata.py"
@@ -32,7 +31,7 @@ URL_FORMAT = (
 
 
 def write(versions: Path, number: str, upgrade: str, downgrade: str, *, down: str | None, name: str) -> Path:
-    """Write a revision whose functions have these bodies, after `down` or else the number before."""
+    """Write a revision whose functions have these bodies, after `down`, by default the previous number."""
     down = f"{int(number) - 1:03}" if down is None else down
     body = [
         f'"""{name}"""',
@@ -51,7 +50,7 @@ def write(versions: Path, number: str, upgrade: str, downgrade: str, *, down: st
 
 
 def edit(path: Path, old: str, new: str) -> None:
-    """Replace a part of a file, which must have it."""
+    """Replace a text that the file must contain, once."""
     text = path.read_text()
     assert old in text, text
     path.write_text(text.replace(old, new, 1))
@@ -65,39 +64,39 @@ def audit(database: Database) -> list[str]:
     return [revision for (revision,) in database.execute("SELECT revision FROM audit ORDER BY 1")]
 
 
-def sleeping(database: Database, words: str = "pg_sleep") -> bool:
-    """Whether a run's statement with these words is at work."""
-    return any(row.startswith("active: ") and words in row for row in database.activity())
+def sleeping(database: Database, statement: str = "pg_sleep") -> bool:
+    """Whether a run is executing a statement that contains this text."""
+    return any(row.startswith("active: ") and statement in row for row in database.activity())
 
 
 def building(database: Database) -> bool:
-    """Whether an index that is built concurrently waits for the transactions of others."""
+    """Whether a concurrent index build waits for other transactions."""
     return bool(database.scalar("SELECT count(*) > 0 FROM pg_stat_progress_create_index WHERE phase LIKE 'waiting%'"))
 
 
 def terminate(database: Database) -> None:
-    """End the session of the run that sleeps."""
+    """Terminate the session of the run that sleeps."""
     database.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep%'")
 
 
 def follow(result: Result, database: Database) -> None:
-    """Run the statement that the message names."""
+    """Run the statement that the message shows."""
     statements = re.findall(r"drop with: (.*?); the database is at", result.failure)
     assert len(statements) == 1, result.failure
     database.execute(statements[0])
 
 
 def idle(database: Database) -> None:
-    """Nothing of any run is left on the server within seconds: no session, and so no lock."""
+    """Wait, for seconds, until no session of a run remains on the server, and so no lock."""
     until(lambda: database.activity() == [], 6)
 
 
 def target(database: Database) -> str:
-    """As a failure names the test's database: of DATABASE_URL's parts, host, port and database."""
-    return place(database).rsplit(" as ", 1)[0]
+    """The test's database as in a failure: name, host and port."""
+    return target_and_user(database).rsplit(" as ", 1)[0]
 
 
-def place(database: Database) -> str:
-    """As the runs name the test's database."""
+def target_and_user(database: Database) -> str:
+    """The test's database as in the first line of a run."""
     url = database.url
     return f"database {url.database} at {url.host}:{url.port or 5432} as {url.username}"
