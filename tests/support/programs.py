@@ -139,24 +139,25 @@ class Observed:
     """What a test observed: its programs, and texts and exit codes from elsewhere, such as a pod's log."""
 
     programs: list[Program] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
+    texts: dict[str, None] = field(default_factory=dict)  # a log that is polled counts once
     codes: set[int] = field(default_factory=set)
 
     def add(self, text: str) -> str:
         """Record a text that was printed elsewhere, and return it."""
-        self.texts.append(text)
+        self.texts[text] = None
         return text
 
     def finish(self) -> tuple[list[str], set[int]]:
         """Kill what still runs, return all texts and exit codes, and reset."""
-        for program in self.programs:
+        programs, texts, codes = self.programs, list(self.texts), self.codes
+        self.programs, self.texts, self.codes = [], {}, set()
+        for program in programs:
             program.kill()
-            assert_no_secret(program.output)
-        texts = [*self.texts, *(program.output for program in self.programs)]
-        codes = self.codes | {program.process.wait(0) for program in self.programs}
-        for program in self.programs:
+            texts.append(program.output)
+            codes.add(program.process.wait(0))
             program.folder.cleanup()
-        self.programs, self.texts, self.codes = [], [], set()
+        for text in texts:
+            assert_no_secret(text)
         return texts, codes
 
 
