@@ -14,8 +14,6 @@ from tests.support.kubernetes import (
     FIRST_JOB,
     TABLE,
     Api,
-    Release,
-    Repository,
     SwitchedService,
     contacted,
     in_002,
@@ -24,6 +22,8 @@ from tests.support.kubernetes import (
     release_gate,
 )
 from tests.support.programs import observed
+from tests.support.release import Release
+from tests.support.repository import Repository
 from tests.support.waiting import until
 from tools.cluster import Cluster
 

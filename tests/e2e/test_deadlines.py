@@ -6,7 +6,9 @@ import pytest
 from kubernetes import client
 
 from tests.support.database import Database
-from tests.support.kubernetes import FIRST_JOB, Api, Release, Repository, SwitchedService, contacted, release_gate
+from tests.support.kubernetes import FIRST_JOB, Api, SwitchedService, contacted, release_gate
+from tests.support.release import Release
+from tests.support.repository import Repository
 from tests.support.waiting import until
 from tools.cluster import Cluster
 

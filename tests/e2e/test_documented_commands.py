@@ -9,7 +9,8 @@ import pytest
 import yaml
 from sqlalchemy import make_url
 
-from tests.support.kubernetes import TABLE, Api, Release
+from tests.support.kubernetes import TABLE, Api
+from tests.support.release import Release
 from tests.support.waiting import until
 from tools.cluster import NAME, Cluster
 from tools.cluster import install as make_install

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from tests.support.database import Database
-from tests.support.kubernetes import FIRST_JOB, Api, Release, Repository, contacted
+from tests.support.kubernetes import FIRST_JOB, Api, contacted
+from tests.support.release import Release
+from tests.support.repository import Repository
 from tools.cluster import Cluster
 
 GIT = '(README.md of the chart, "Git access")'

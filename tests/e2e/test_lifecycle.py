@@ -7,17 +7,9 @@ from collections.abc import Callable
 import pytest
 
 from tests.support.database import Database
-from tests.support.kubernetes import (
-    JOB,
-    NOTHING_TO_DO,
-    TABLE,
-    Api,
-    Release,
-    Repository,
-    contacted,
-    in_002,
-    release_gate,
-)
+from tests.support.kubernetes import JOB, NOTHING_TO_DO, TABLE, Api, contacted, in_002, release_gate
+from tests.support.release import Release
+from tests.support.repository import Repository
 from tests.support.waiting import until
 from tools.cluster import Cluster
 

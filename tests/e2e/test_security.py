@@ -11,8 +11,10 @@ from kubernetes import client
 
 from tests.support.canary import CANARY, PASSWORD, assert_no_secret
 from tests.support.database import Database
-from tests.support.kubernetes import FIRST_JOB, Api, Release, Repository, in_002, in_node, node, release_gate
+from tests.support.kubernetes import FIRST_JOB, Api, in_002, in_node, node, release_gate
 from tests.support.programs import start
+from tests.support.release import Release
+from tests.support.repository import Repository
 from tests.support.waiting import until
 from tools.cluster import Cluster
 

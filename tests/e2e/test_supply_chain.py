@@ -9,8 +9,10 @@ import urllib.request
 import pytest
 
 from tests.support.database import Database
-from tests.support.kubernetes import FIRST_JOB, Api, Release, Repository, in_002, node, release_gate, sessions
+from tests.support.kubernetes import FIRST_JOB, Api, in_002, node, release_gate, sessions
 from tests.support.pod_scripts import make_wheel
+from tests.support.release import Release
+from tests.support.repository import Repository
 from tests.support.waiting import until
 from tools.cluster import Cluster
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft7Validator
 
 from tests.support.chart import TEXT
-from tests.support.kubernetes import Release, merged
+from tests.support.release import Release, merged
 from tools.cluster import Cluster
 from tools.paths import CHART
 

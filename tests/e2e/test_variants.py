@@ -12,8 +12,10 @@ import yaml
 from tests.support.canary import PASSWORD
 from tests.support.cluster import Shared
 from tests.support.database import Database
-from tests.support.kubernetes import NOTHING_TO_DO, TABLE, Api, Release, Repository
+from tests.support.kubernetes import NOTHING_TO_DO, TABLE, Api
 from tests.support.programs import run
+from tests.support.release import Release
+from tests.support.repository import Repository
 from tests.support.waiting import until
 from tools.paths import BIN, CHART
 

@@ -8,10 +8,12 @@ database           plugin: the PostgreSQL server; a database and a role for each
 fault_injection    plugin: toxiproxy, PgBouncer, network namespaces, small disks
 fault_marks        plugin: the mark `fault`, compared with what its test prints
 git                git, isolated from the user's settings
-kubernetes         the API server, Helm releases, repositories and nodes of the cluster
+kubernetes         the API server and the node of the cluster
 pod_scripts        plugin: the scripts of both containers, run without a cluster
 programs           running a program; everything that a test observed
 project            plugin: a copy of this project to add revisions to
+release            releases of the chart, installed with Helm
+repository         git repositories on the cluster's server
 revisions          revision files, and queries about the runs
 suite              plugin: options, cleanup, serialization, no skips in CI
 waiting            waiting for a condition

@@ -19,7 +19,9 @@ from kubernetes import client
 
 from tests.support.canary import PASSWORD, SECRETS, assert_no_secret
 from tests.support.database import Database
-from tests.support.kubernetes import Api, Release, Repository
+from tests.support.kubernetes import Api
+from tests.support.release import Release
+from tests.support.repository import Repository
 from tests.support.waiting import until
 from tools.binaries import find_or_build
 from tools.cluster import Cluster, ClusterKind, ImageValue, delete, get_or_create

@@ -1,28 +1,18 @@
-"""The API server, releases of the chart, git repositories and the node of the tests' cluster."""
+"""The API server and the node of the tests' cluster."""
 
 from __future__ import annotations
 
-import json
 import os
-import re
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 from kubernetes import client, config
 from sqlalchemy import make_url
 
-from tests.support import revisions
 from tests.support.database import Database
-from tests.support.git import git
-from tests.support.programs import Program, Result, normalize, observed, run, start
-from tests.support.project import copy
+from tests.support.programs import normalize, observed, run
 from tools.cluster import NAME, Cluster, ClusterKind
 from tools.offline_cluster import engine
-from tools.paths import CHART, ROOT
 from tools.postgres import execute
 
 JOB = "hcm-db-migration"  # without the revision of the release
@@ -101,124 +91,6 @@ class Api:
 
     def config_map(self, name: str, **data: str) -> None:
         self.core.create_namespaced_config_map(self.namespace, {"metadata": {"name": name}, "data": data})
-
-
-def readable(output: str) -> str:
-    """Helm's output, piped through the sed command of the chart's README."""
-    script = re.search(r"helm upgrade \.\.\. 2>&1 \| sed '(.*)'", (CHART / "README.md").read_text())
-    assert script
-    return run(["sed", script[1]], stdin=output, verbatim=True, check=True).stdout
-
-
-@dataclass
-class HelmProgram:
-    """A started Helm process."""
-
-    program: Program
-
-    @property
-    def output(self) -> str:
-        """Unchanged."""
-        return self.program.output
-
-    def wait(self) -> Result:
-        """Wait for the program to exit; the result has the readable output."""
-        result = self.program.wait(240)
-        return Result(result.returncode, normalize(observed.add(readable(self.output))))
-
-    def kill(self) -> None:
-        self.program.kill()
-
-
-@dataclass
-class Release:
-    """A release of the chart in a namespace, with a Helm isolated from the user's settings."""
-
-    helm: Path
-    cluster: Cluster
-    namespace: str
-    home: Path
-    values: dict[str, Any]
-    name: str = "hcm-db-migrations"
-    chart: Path = CHART
-    upgrades: int = 0
-
-    def start(self, *arguments: str | Path) -> HelmProgram:
-        environment = {"PATH": os.environ["PATH"], "HOME": str(self.home), "KUBECONFIG": self.cluster.kubeconfig}
-        command = [self.helm, *arguments, "-n", self.namespace]
-        return HelmProgram(start(command, cwd=ROOT, env=environment, one_stream=True))
-
-    def run(self, *arguments: str | Path) -> Result:
-        return self.start(*arguments).wait()
-
-    def upgrading(self, values: dict[str, Any] | None = None, *options: str | Path) -> HelmProgram:
-        """Start `helm upgrade --install`, with `values` merged over the release's."""
-        self.upgrades += 1
-        file = self.home / f"{self.namespace}-{self.name}-{self.upgrades}.yaml"
-        file.write_text(yaml.safe_dump(merged(self.values, values or {})))
-        return self.start("upgrade", "--install", self.name, self.chart, "-f", file, *options)
-
-    def upgrade(self, values: dict[str, Any] | None = None, *options: str | Path) -> Result:
-        return self.upgrading(values, *options).wait()
-
-    def status(self) -> str:
-        """Such as `deployed`."""
-        command = self.start("status", self.name, "--output", "json")
-        command.wait()
-        return str(json.loads(command.output)["info"]["status"])
-
-
-def merged(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
-    result = dict(base)
-    for key, value in overlay.items():
-        nested = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = merged(result[key], value) if nested else value
-    return result
-
-
-@dataclass
-class Repository:
-    """A test's git repository, on the server in the cluster; it starts with this checkout's migrations, on main."""
-
-    folder: Path
-    cluster: Cluster
-    name: str
-
-    @classmethod
-    def create(cls, folder: Path, cluster: Cluster, name: str) -> Repository:
-        created = cls(folder, cluster, name)
-        folder.mkdir()
-        created.git("init", "--quiet", "--initial-branch=main")
-        copy(folder)
-        shutil.copy(ROOT / "requirements.txt", folder)
-        created.push()
-        return created
-
-    @property
-    def url(self) -> str:
-        """For pods."""
-        return f"{self.cluster.git_in_cluster}/{self.name}.git"
-
-    @property
-    def remote(self) -> str:
-        """For this process, which has push access."""
-        return f"{self.cluster.git_url}/{self.name}.git"
-
-    def git(self, *arguments: str) -> str:
-        return git(self.folder, *arguments)
-
-    def push(self, ref: str = "refs/heads/main") -> str:
-        """Commit all changes and push them; return the commit."""
-        self.git("add", "--all")
-        self.git("commit", "--quiet", "--allow-empty", "--message=test")
-        self.git("push", "--quiet", "--force", self.remote, f"HEAD:{ref}")
-        return self.git("rev-parse", "HEAD")
-
-    def revision(self, number: str, *upgrade: str, downgrade: str = "SELECT 1") -> Path:
-        """Write a revision that runs these SQL statements."""
-        versions = self.folder / "migrations" / "versions"
-        body = "\n".join(f"op.execute({statement!r})" for statement in upgrade)
-        return revisions.write(versions, number, body, f"op.execute({downgrade!r})", down=None, name="add")
 
 
 def sessions(cluster: Cluster, database: Database) -> int:

@@ -1,0 +1,58 @@
+"""Git repositories on the server in the tests' cluster."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.support import revisions
+from tests.support.git import git
+from tests.support.project import copy
+from tools.cluster import Cluster
+from tools.paths import ROOT
+
+
+@dataclass
+class Repository:
+    """A test's git repository, on the server in the cluster; it starts with this checkout's migrations, on main."""
+
+    folder: Path
+    cluster: Cluster
+    name: str
+
+    @classmethod
+    def create(cls, folder: Path, cluster: Cluster, name: str) -> Repository:
+        created = cls(folder, cluster, name)
+        folder.mkdir()
+        created.git("init", "--quiet", "--initial-branch=main")
+        copy(folder)
+        shutil.copy(ROOT / "requirements.txt", folder)
+        created.push()
+        return created
+
+    @property
+    def url(self) -> str:
+        """For pods."""
+        return f"{self.cluster.git_in_cluster}/{self.name}.git"
+
+    @property
+    def remote(self) -> str:
+        """For this process, which has push access."""
+        return f"{self.cluster.git_url}/{self.name}.git"
+
+    def git(self, *arguments: str) -> str:
+        return git(self.folder, *arguments)
+
+    def push(self, ref: str = "refs/heads/main") -> str:
+        """Commit all changes and push them; return the commit."""
+        self.git("add", "--all")
+        self.git("commit", "--quiet", "--allow-empty", "--message=test")
+        self.git("push", "--quiet", "--force", self.remote, f"HEAD:{ref}")
+        return self.git("rev-parse", "HEAD")
+
+    def revision(self, number: str, *upgrade: str, downgrade: str = "SELECT 1") -> Path:
+        """Write a revision that runs these SQL statements."""
+        versions = self.folder / "migrations" / "versions"
+        body = "\n".join(f"op.execute({statement!r})" for statement in upgrade)
+        return revisions.write(versions, number, body, f"op.execute({downgrade!r})", down=None, name="add")
