@@ -1,4 +1,4 @@
-"""Sessions and servers that break in a revision: tried again, and each revision is applied once."""
+"""Sessions and servers that fail during a revision: the run retries, and each revision is applied once."""
 
 import os
 import signal
@@ -15,18 +15,16 @@ from tools.postgres import Postgres, dsn
 
 @pytest.mark.fault(
     "Database",
-    fault="`pg_terminate_backend` in a revision",
+    fault="`pg_terminate_backend` during a revision",
     sees="`waiting, ...: revision 003 (...) failed: server closed the connection unexpectedly ...; rolled back;"
-    " the database is at revision 002`, then it goes on by itself",
-    state="All done, each revision once",
+    " the database is at revision 002`, then recovers automatically",
+    state="Complete, each revision applied once",
     do="Nothing",
 )
 @pytest.mark.parametrize(
-    "execute", ["op.execute", "op.get_bind().connection.cursor().execute"], ids=["op", "the driver's cursor"]
+    "execute", ["op.execute", "op.get_bind().connection.cursor().execute"], ids=["op", "driver cursor"]
 )
-def test_a_backend_that_is_terminated_in_a_revision_is_tried_again(
-    project: Project, database: Database, execute: str
-) -> None:
+def test_a_revision_whose_backend_is_terminated_is_retried(project: Project, database: Database, execute: str) -> None:
     project.add("002", AUDIT)
     project.add("003", audited("003", f'{execute}("SELECT pg_sleep(2)")'))
     running = project.start("upgrade", "head")
@@ -35,20 +33,20 @@ def test_a_backend_that_is_terminated_in_a_revision_is_tried_again(
     result = running.wait()
     assert (result.returncode, database.at, audit(database)) == (0, ["003"], ["003"]), result
     assert "Traceback" not in result.stderr
-    waited = next(line for line in result.lines if " waiting, " in line)
-    assert f"revision 003 ({FILE.format('003')}) failed: server closed the connection unexpectedly" in waited
-    assert waited.endswith("; rolled back; the database is at revision 002")
+    waiting = next(line for line in result.lines if " waiting, " in line)
+    assert f"revision 003 ({FILE.format('003')}) failed: server closed the connection unexpectedly" in waiting
+    assert waiting.endswith("; rolled back; the database is at revision 002")
 
 
 @pytest.mark.fault(
     "Database",
-    fault="The server's process for the session is killed (-9) in a revision",
-    sees="`waiting, ...: revision 003 (...) failed: server closed the connection unexpectedly ...`, then it goes on by"
-    " itself",
-    state="All done, each revision once",
-    do="Nothing: the server recovers by itself",
+    fault="The session's backend process is killed (SIGKILL) during a revision",
+    sees="`waiting, ...: revision 003 (...) failed: server closed the connection unexpectedly ...`,"
+    " then recovers automatically",
+    state="Complete, each revision applied once",
+    do="Nothing: the server recovers automatically",
 )
-def test_a_backend_that_is_killed_in_a_revision_is_tried_again(offline_project: Project, own_server: Postgres) -> None:
+def test_a_revision_whose_backend_is_killed_is_retried(offline_project: Project, own_server: Postgres) -> None:
     offline_project.add("002", AUDIT)
     offline_project.add("003", audited("003", 'op.execute("SELECT pg_sleep(2)")'))
     running = offline_project.start("upgrade", "head", DATABASE_URL=dsn(own_server.url))
@@ -62,12 +60,12 @@ def test_a_backend_that_is_killed_in_a_revision_is_tried_again(offline_project: 
 
 @pytest.mark.fault(
     "Database",
-    fault="The server is killed (-9) in a revision, and restarted",
-    sees="`waiting, ...`, then it goes on by itself",
-    state="All done, each revision once",
+    fault="The server is killed (SIGKILL) during a revision, and restarted",
+    sees="`waiting, ...`, then recovers automatically",
+    state="Complete, each revision applied once",
     do="Nothing",
 )
-def test_a_server_that_is_killed_in_a_revision_and_restarted_is_migrated(
+def test_a_server_that_is_killed_during_a_revision_and_restarted_is_migrated(
     offline_project: Project, own_server: Postgres
 ) -> None:
     offline_project.add("002", AUDIT)
@@ -85,12 +83,12 @@ def test_a_server_that_is_killed_in_a_revision_and_restarted_is_migrated(
 
 @pytest.mark.fault(
     "Database",
-    fault="The server is killed (-9) in a revision, and stays away",
+    fault="The server is killed (SIGKILL) during a revision, and stays down",
     sees="`could not connect to database ... within N s: ...`, exit 1",
-    state="Finished revisions stay, this one is rolled back",
+    state="Finished revisions are kept, this one is rolled back",
     do="Start the server, deploy again",
 )
-def test_a_server_that_is_killed_in_a_revision_and_stays_away_is_an_error(
+def test_a_server_that_is_killed_during_a_revision_and_stays_down_is_an_error(
     offline_project: Project, own_server: Postgres
 ) -> None:
     offline_project.add("002", SLEEP)
@@ -99,7 +97,7 @@ def test_a_server_that_is_killed_in_a_revision_and_stays_away_is_an_error(
     own_server.kill()
     result = running.wait()
     assert result.returncode == 1
-    where = f"database postgres at 127.0.0.1:{own_server.port}"
-    assert result.failure.startswith(f"could not connect to {where} within 2 s: ")
+    target = f"database postgres at 127.0.0.1:{own_server.port}"
+    assert result.failure.startswith(f"could not connect to {target} within 2 s: ")
     own_server.start()
     assert own_server.execute("SELECT * FROM alembic_version") == [("001",)]

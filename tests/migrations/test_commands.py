@@ -1,4 +1,4 @@
-"""Every command that README.md names, from the repository's root, as Alembic documents it."""
+"""Every Alembic command that README.md names, run from the repository's root."""
 
 import re
 import threading
@@ -17,8 +17,8 @@ ADD_STATUS = (
     'op.execute("ALTER TABLE hcm_report_metadata DROP COLUMN status")',
 )
 CONCURRENTLY = (
-    'with op.get_context().autocommit_block():\n    op.execute("CREATE INDEX CONCURRENTLY idx_tenant'
-    ' ON hcm_report_metadata (tenant_id)")'
+    "with op.get_context().autocommit_block():\n"
+    '    op.execute("CREATE INDEX CONCURRENTLY idx_tenant ON hcm_report_metadata (tenant_id)")'
 )
 
 
@@ -60,7 +60,7 @@ def test_stamp_records_the_head_and_runs_nothing(project: Project, database: Dat
     assert (result.returncode, database.at, database.relations) == (0, ["001"], [])
 
 
-def test_stamp_purge_forgets_an_unknown_revision(project: Project, database: Database) -> None:
+def test_stamp_purge_removes_an_unknown_revision(project: Project, database: Database) -> None:
     assert project.alembic("upgrade", "head").returncode == 0
     database.execute("UPDATE alembic_version SET version_num = 'gone'")
     assert project.alembic("stamp", "--purge", "001").returncode == 0
@@ -94,7 +94,7 @@ def test_verbose_commands_need_no_database(offline_project: Project, arguments: 
     assert result.stdout.startswith(f"Rev: 002 (head)\nParent: 001\nPath: {path}\n")
 
 
-def test_merge_needs_no_database_and_makes_one_head(offline_project: Project) -> None:
+def test_merge_needs_no_database_and_creates_one_head(offline_project: Project) -> None:
     offline_project.add("002", name="left")
     offline_project.add("003", name="right", down="001")
     result = offline_project.alembic("merge", "-m", "both", "002", "003")
@@ -102,7 +102,7 @@ def test_merge_needs_no_database_and_makes_one_head(offline_project: Project) ->
     assert re.fullmatch(r"\w+ \(head\)\n", offline_project.alembic("heads").stdout)
 
 
-def test_history_marks_where_the_database_stands(project: Project) -> None:
+def test_history_marks_the_databases_revision(project: Project) -> None:
     project.add("002", *ADD_STATUS)
     assert project.alembic("upgrade", "001").returncode == 0
     result = project.alembic("history", "-i")
@@ -113,7 +113,7 @@ def test_history_marks_where_the_database_stands(project: Project) -> None:
 
 @pytest.mark.parametrize("schema", [None, "re ports", ":name"])
 @pytest.mark.parametrize("upgrade", [ADD_STATUS[0], CONCURRENTLY], ids=["transaction", "autocommit_block"])
-def test_the_sql_of_an_upgrade_does_what_the_upgrade_does(
+def test_the_sql_of_an_upgrade_has_the_same_effect_as_the_upgrade(
     project: Project, database: Database, upgrade: str, schema: str | None
 ) -> None:
     project.add("002", upgrade)
@@ -137,7 +137,7 @@ def test_the_sql_of_an_upgrade_does_what_the_upgrade_does(
     assert database.dump() == planned
 
 
-def test_sql_that_could_not_be_written_whole_is_not_to_be_run(offline_project: Project) -> None:
+def test_incomplete_sql_output_is_reported(offline_project: Project) -> None:
     with Path("/dev/full").open("w") as full:
         result = run([BIN / "alembic", "upgrade", "head", "--sql"], cwd=offline_project.folder, env={}, stdout=full)
     assert result.returncode == 255
@@ -151,7 +151,7 @@ def test_the_sql_of_a_downgrade_undoes_the_upgrade(project: Project, database: D
     assert (database.relations, database.at) == ([], [])
 
 
-def test_the_version_table_has_a_name_and_a_schema_of_choice(project: Project, database: Database) -> None:
+def test_the_name_and_schema_of_the_version_table_can_be_set(project: Project, database: Database) -> None:
     database.execute(f'CREATE SCHEMA "re ports" AUTHORIZATION {database.role}')
     for _ in range(2):
         result = project.alembic("upgrade", "head", DB_SCHEMA="re ports", ALEMBIC_VERSION_TABLE="Hcm-Version")
@@ -165,10 +165,9 @@ def test_the_version_table_has_a_name_and_a_schema_of_choice(project: Project, d
 
 @pytest.mark.fault(
     "Database",
-    fault="Other transactions are open for longer than `lock_timeout` while a plan (--sql) builds an index"
-    " concurrently",
-    sees="Nothing of it: the plan waits for them as the run does",
-    state="All done",
+    fault="Other transactions stay open longer than `lock_timeout` while a plan (--sql) builds an index concurrently",
+    sees="No visible effect: the plan waits for them, as a run does",
+    state="Complete",
     do="Nothing",
 )
 def test_a_plan_that_builds_an_index_concurrently_waits_for_all_transactions(
@@ -195,11 +194,11 @@ def test_a_plan_that_builds_an_index_concurrently_waits_for_all_transactions(
 
 @pytest.mark.fault(
     "Code and settings",
-    fault="A revision reads the database, and its plan (--sql) is asked for",
+    fault="A plan (--sql) is requested for a revision that reads the database",
     sees="`revision 002 (...) reads the database or depends on its answers, so it cannot be planned; run it without"
     " --sql, at <file>, line 8`, exit 255",
     state="The database is not contacted",
-    do="What the line says",
+    do="Follow the message",
 )
 @pytest.mark.parametrize(
     "body",
@@ -213,7 +212,7 @@ def test_a_plan_that_builds_an_index_concurrently_waits_for_all_transactions(
         "import sqlalchemy as sa\nop.get_bind().engine.begin()",
     ],
 )
-def test_a_revision_that_reads_has_no_plan_and_is_told_once(project: Project, body: str) -> None:
+def test_a_revision_that_reads_has_no_plan_and_is_reported_once(project: Project, body: str) -> None:
     path = project.add("002", body)
     result = project.alembic("upgrade", "001:head", "--sql")
     assert (result.returncode, result.stdout) == (255, "")
@@ -224,27 +223,20 @@ def test_a_revision_that_reads_has_no_plan_and_is_told_once(project: Project, bo
     assert project.alembic("upgrade", "head").returncode == 0
 
 
-@pytest.mark.parametrize(
-    ("prepare", "said"),
-    [
-        (("stamp", "head"), "the database is not at base, where this plan starts"),
-        (("upgrade", "head"), "the database is not at base, where this plan starts"),
-    ],
-    ids=" ".join,
-)
-def test_a_plan_stops_where_the_database_is_elsewhere(
-    project: Project, database: Database, prepare: tuple[str, ...], said: str
+@pytest.mark.parametrize("prepare", [("stamp", "head"), ("upgrade", "head")], ids=" ".join)
+def test_a_plan_stops_if_the_database_is_at_another_revision(
+    project: Project, database: Database, prepare: tuple[str, ...]
 ) -> None:
     plan = project.alembic("upgrade", "head", "--sql").stdout
     assert project.alembic(*prepare).returncode == 0
     before = database.dump()
     refused = database.psql(plan)
     assert refused.returncode != 0
-    assert said in refused.stderr
+    assert "the database is not at base, where this plan starts" in refused.stderr
     assert database.dump() == before
 
 
-def test_a_plan_does_not_run_beside_a_run(project: Project, database: Database) -> None:
+def test_a_plan_is_refused_during_a_run(project: Project, database: Database) -> None:
     plan = project.alembic("upgrade", "head", "--sql").stdout
     project.add("002", 'op.execute("SELECT pg_sleep(60)")')
     running = project.start("upgrade", "head")
@@ -255,7 +247,7 @@ def test_a_plan_does_not_run_beside_a_run(project: Project, database: Database) 
     assert running.stop()[0].returncode == 143
 
 
-def test_a_plan_after_everything_was_undone_is_applied(project: Project, database: Database) -> None:
+def test_a_plan_after_a_downgrade_to_base_is_applied(project: Project, database: Database) -> None:
     plan = project.alembic("upgrade", "head", "--sql").stdout
     assert project.alembic("upgrade", "head").returncode == 0
     assert project.alembic("downgrade", "base").returncode == 0
@@ -263,26 +255,26 @@ def test_a_plan_after_everything_was_undone_is_applied(project: Project, databas
     assert database.at == ["001"]
 
 
-def test_the_sql_has_a_percent_sign_as_it_is(project: Project, database: Database) -> None:
+def test_the_sql_has_percent_signs_unchanged(project: Project, database: Database) -> None:
     project.add("002", "op.execute(\"CREATE TABLE a AS SELECT format('100%% of %s', 1) AS x\")")
     assert "format('100%% of %s', 1)" in project.alembic("upgrade", "head", "--sql").stdout
     assert project.alembic("upgrade", "head").returncode == 0
     assert database.scalar("SELECT x FROM a") == "100% of 1"
 
 
-def test_a_destination_that_does_not_exist_is_named_before_connecting(offline_project: Project) -> None:
+def test_an_unknown_target_revision_is_named_before_connecting(offline_project: Project) -> None:
     result = offline_project.alembic("upgrade", "999")
     assert (result.returncode, result.failure) == (255, "there is no revision 999; 'alembic history' lists them")
 
 
-def test_the_beginning_of_several_revisions_is_named_before_connecting(offline_project: Project) -> None:
+def test_an_ambiguous_prefix_is_named_before_connecting(offline_project: Project) -> None:
     offline_project.add("ab12", down="001")
     offline_project.add("ab34", down="ab12")
     result = offline_project.alembic("upgrade", "ab")
     assert (result.returncode, result.failure) == (255, "ab is ambiguous: ab12, ab34; 'alembic history' lists them")
 
 
-def test_current_calls_neither_of_two_heads_the_head(project: Project) -> None:
+def test_current_marks_neither_of_two_heads_as_the_head(project: Project) -> None:
     assert project.alembic("upgrade", "head").returncode == 0
     project.add("002")
     project.add("003", down="001")
@@ -291,7 +283,7 @@ def test_current_calls_neither_of_two_heads_the_head(project: Project) -> None:
     assert result.failure.startswith("there are 2 heads: 002 ")
 
 
-def test_current_of_an_empty_database_says_so(project: Project) -> None:
+def test_current_of_an_empty_database_reports_base(project: Project) -> None:
     result = project.alembic("current")
     assert (result.returncode, result.stdout) == (0, "")
     assert result.lines[-1] == "HH:MM:SS INFO at base (the head is 001)"

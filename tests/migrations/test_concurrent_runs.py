@@ -1,4 +1,4 @@
-"""Two runs at once: one works, the others wait, and nothing is applied twice."""
+"""Concurrent runs: one migrates, the others wait, and no revision is applied twice."""
 
 import signal
 
@@ -12,14 +12,14 @@ from tests.support.waiting import until
 
 @pytest.mark.fault(
     "Concurrency",
-    fault="Two or ten runs at once (two releases, two clusters, the same pod twice)",
-    sees="One works, the others say `waiting, ...: another migration is running (pid ...)`, then `nothing to do`;"
-    " all exit 0",
+    fault="Two or ten concurrent runs (two releases, two clusters, the same pod twice)",
+    sees="One migrates, the others log `waiting, ...: another migration is running (pid ...)`,"
+    " then `nothing to do`; all exit 0",
     state="Each revision applied once",
     do="Nothing",
 )
 @pytest.mark.parametrize("runners", [2, 10])
-def test_runs_at_the_same_time_apply_each_revision_once(project: Project, database: Database, runners: int) -> None:
+def test_concurrent_runs_apply_each_revision_once(project: Project, database: Database, runners: int) -> None:
     project.add("002", AUDIT)
     project.add("003", audited("003", 'op.execute("SELECT pg_sleep(0.5)")'))
     project.add("004", audited("004", BLOCK + BUILD))
@@ -35,13 +35,13 @@ def test_runs_at_the_same_time_apply_each_revision_once(project: Project, databa
 
 @pytest.mark.fault(
     "Concurrency",
-    fault="Another run does not end",
-    sees="`another migration was still running after N s (pid ...); wait for it to finish, or terminate it with SELECT "
-    "pg_terminate_backend(pid), or raise MIGRATION_WAIT_SECONDS`, exit 1",
-    state="The other run's work",
-    do="What the line says",
+    fault="Another run does not finish",
+    sees="`another migration was still running after N s (pid ...); wait for it to finish, or terminate it with"
+    " SELECT pg_terminate_backend(pid), or raise MIGRATION_WAIT_SECONDS`, exit 1",
+    state="Only the other run's changes",
+    do="Follow the message",
 )
-def test_a_second_run_says_whom_it_waits_for_and_gives_up(project_at_002: Project, database: Database) -> None:
+def test_a_second_run_names_the_run_it_waits_for_and_times_out(project_at_002: Project, database: Database) -> None:
     project_at_002.add("003", audited("003", SLEEP))
     first = project_at_002.start("upgrade", "head")
     until(lambda: sleeping(database))
@@ -50,15 +50,14 @@ def test_a_second_run_says_whom_it_waits_for_and_gives_up(project_at_002: Projec
     assert second.lines[1:] == [
         f"HH:MM:SS INFO waiting, up to 1 s more: another migration is running ({holder})",
         f"FAILED: another migration was still running after 1 s ({holder}); wait for it to finish, or terminate it"
-        f" with SELECT"
-        " pg_terminate_backend(pid), or raise MIGRATION_WAIT_SECONDS",
+        " with SELECT pg_terminate_backend(pid), or raise MIGRATION_WAIT_SECONDS",
     ]
     assert second.returncode == 1
     first.stop(signal.SIGTERM)
     assert audit(database) == []
 
 
-def test_projects_with_other_version_tables_do_not_wait_for_each_other(
+def test_projects_with_different_version_tables_do_not_wait_for_each_other(
     project_at_002: Project, database: Database
 ) -> None:
     project_at_002.add("003", audited("003", SLEEP))
@@ -69,7 +68,7 @@ def test_projects_with_other_version_tables_do_not_wait_for_each_other(
     first.stop(signal.SIGTERM)
 
 
-def test_reading_commands_do_not_wait_for_a_run(project_at_002: Project, database: Database) -> None:
+def test_read_only_commands_do_not_wait_for_a_run(project_at_002: Project, database: Database) -> None:
     project_at_002.add("003", audited("003", SLEEP))
     first = project_at_002.start("upgrade", "head")
     until(lambda: sleeping(database))
@@ -77,16 +76,16 @@ def test_reading_commands_do_not_wait_for_a_run(project_at_002: Project, databas
     first.stop(signal.SIGTERM)
 
 
-def test_a_revision_that_lets_go_of_the_lock_lets_no_other_run_in_between(
+def test_a_revision_that_releases_the_lock_fails_if_another_run_acquires_it(
     project_at_002: Project, database: Database
 ) -> None:
     key = "SELECT classid::bigint << 32 | objid::bigint FROM pg_locks WHERE locktype = 'advisory'"
     body = f"""
-ask = op.get_bind().exec_driver_sql
-key = ask("{key}").scalar()
+query = op.get_bind().exec_driver_sql
+key = query("{key}").scalar()
 op.execute("SELECT pg_advisory_unlock_all()")
 with open("key", "x") as file: file.write(f"{{key}}\\n")
-while not ask("{key}").all(): time.sleep(0.05)"""
+while not query("{key}").all(): time.sleep(0.05)"""
     project_at_002.add("003", audited("003", body))
     project_at_002.add("004", audited("004"))
     running = project_at_002.start("upgrade", "head")
@@ -99,7 +98,6 @@ while not ask("{key}").all(): time.sleep(0.05)"""
     assert (result.returncode, result.failure) == (
         255,
         f"revision 003 ({FILE.format('003')}) released the migration lock, which another run has acquired; do not"
-        f" release"
-        f" session-level advisory locks; rolled back; the database is at revision 002; {FIX}",
+        f" release session-level advisory locks; rolled back; the database is at revision 002; {FIX}",
     )
     assert (database.at, audit(database)) == (["002"], [])

@@ -1,4 +1,4 @@
-"""Databases that cannot be reached: waited for where that may help, and named at once where it cannot."""
+"""Connection errors: transient ones are retried, permanent ones fail at once and name what to fix."""
 
 import re
 import socketserver
@@ -20,15 +20,15 @@ from tools.postgres import Postgres, dsn
 @pytest.mark.fault(
     "Database",
     fault="Wrong password",
-    sees="`cannot connect to database ...: password authentication failed ...; check DB_USER and DB_PASSWORD`, at "
-    "once, exit 255",
+    sees="`cannot connect to database ...: password authentication failed ...; check DB_USER and DB_PASSWORD`,"
+    " at once, exit 255",
     state="Nothing was changed",
-    do="Set the right one, deploy again",
+    do="Set the correct password, deploy again",
 )
 def test_a_wrong_password_fails_at_once(project: Project, database: Database) -> None:
     start = time.monotonic()
     result = project.alembic("upgrade", "head", DATABASE_URL=dsn(database.url.set(password=PASSWORD + "x")))
-    assert time.monotonic() - start < 15  # of 90
+    assert time.monotonic() - start < 15  # retries take up to 90 s
     assert result.returncode == 255
     assert re.fullmatch(
         rf"cannot connect to {target(database)}: connection to server at \S+ port \d+ failed: FATAL: password"
@@ -39,13 +39,13 @@ def test_a_wrong_password_fails_at_once(project: Project, database: Database) ->
 
 @pytest.mark.fault(
     "Database",
-    fault="The database is missing, the role may not log in or not connect, no password is set",
-    sees="`cannot connect to database ...: <the server's words>; <the cure>`, at once, exit 255",
+    fault="The database does not exist, the role may not log in or connect, or no password is set",
+    sees="`cannot connect to database ...: <the server's message>; <the fix>`, at once, exit 255",
     state="Nothing was changed",
-    do="What the line says, deploy again",
+    do="Follow the message, deploy again",
 )
 @pytest.mark.parametrize(
-    ("statement", "change", "said", "cure"),
+    ("statement", "change", "message", "fix"),
     [
         (None, {"database": "no such"}, 'database "no such" does not exist', "create it, or set another DB_NAME or"),
         ("ALTER ROLE {0} NOLOGIN", {}, "is not permitted to log in", "grant LOGIN to the role, or set another DB_USER"),
@@ -58,30 +58,30 @@ def test_a_wrong_password_fails_at_once(project: Project, database: Database) ->
         (None, {"password": None}, "no password supplied", "set DB_PASSWORD"),
     ],
 )
-def test_what_no_waiting_mends_fails_at_once(
-    project: Project, database: Database, statement: str | None, change: dict, said: str, cure: str
+def test_a_permanent_connection_error_is_not_retried(
+    project: Project, database: Database, statement: str | None, change: dict, message: str, fix: str
 ) -> None:
     if statement:
         database.execute(statement.format(database.name))
     result = project.alembic("upgrade", "head", DATABASE_URL=dsn(database.url._replace(**change)))
     assert result.returncode == 255
     assert result.failure.startswith("cannot connect to database ")
-    assert f"{said.format(database.name)}; {cure}" in result.failure
+    assert f"{message.format(database.name)}; {fix}" in result.failure
 
 
 @pytest.mark.fault(
     "Network",
-    fault="The host is unknown, or nothing listens on the port",
-    sees="`could not connect to database ... within N s: ...; check that the server is up and DB_HOST, DB_PORT and the "
-    "network, or raise MIGRATION_WAIT_SECONDS`, exit 1",
+    fault="The host name does not resolve, or nothing listens on the port",
+    sees="`could not connect to database ... within N s: ...; check that the server is up and DB_HOST, DB_PORT and the"
+    " network, or raise MIGRATION_WAIT_SECONDS`, exit 1",
     state="Nothing was changed",
-    do="What the line says, deploy again",
+    do="Follow the message, deploy again",
 )
 @pytest.mark.parametrize("host", ["127.0.0.1", "certificate.invalid"], ids=["closed port", "unknown host"])
-def test_a_database_that_cannot_be_reached_is_waited_for_in_vain(offline_project: Project, host: str) -> None:
+def test_an_unreachable_database_times_out(offline_project: Project, host: str) -> None:
     start = time.monotonic()
     url = f"postgresql://me:x@{host}:1/db"
-    resolver = {"RES_OPTIONS": "timeout:1 attempts:1"}  # this machine's may be a dead one, and libpq has no limit there
+    resolver = {"RES_OPTIONS": "timeout:1 attempts:1"}  # the machine's may be down, and libpq has no timeout for it
     result = offline_project.alembic("upgrade", "head", DATABASE_URL=url, MIGRATION_WAIT_SECONDS="2", **resolver)
     assert 2 < time.monotonic() - start < 8
     assert result.returncode == 1
@@ -94,9 +94,9 @@ def test_a_database_that_cannot_be_reached_is_waited_for_in_vain(offline_project
 
 @pytest.mark.fault(
     "Database",
-    fault="The server is not there yet",
-    sees="`waiting, up to N s more: ...`, then it goes on by itself",
-    state="All done",
+    fault="The server has not started yet",
+    sees="`waiting, up to N s more: ...`, then recovers automatically",
+    state="Complete",
     do="Nothing",
 )
 def test_a_server_that_starts_late_is_waited_for(offline_project: Project, own_server: Postgres) -> None:
@@ -112,11 +112,11 @@ def test_a_server_that_starts_late_is_waited_for(offline_project: Project, own_s
 @pytest.mark.fault(
     "Database",
     fault="The role's connection limit is reached",
-    sees="`waiting, up to N s more: ... too many connections for role ...`, then it goes on by itself",
-    state="All done",
-    do="Nothing; raise the limit where it takes long",
+    sees="`waiting, up to N s more: ... too many connections for role ...`, then recovers automatically",
+    state="Complete",
+    do="Nothing; raise the limit if it takes long",
 )
-def test_a_database_that_takes_no_more_connections_is_waited_for(project: Project, database: Database) -> None:
+def test_a_role_at_its_connection_limit_is_waited_for(project: Project, database: Database) -> None:
     database.execute(f"ALTER ROLE {database.role} CONNECTION LIMIT 0")
     running = project.start("upgrade", "head")
     running.prints(" waiting, ")
@@ -127,13 +127,13 @@ def test_a_database_that_takes_no_more_connections_is_waited_for(project: Projec
 
 
 @contextmanager
-def answering(answer: bytes) -> Iterator[int]:
-    """A server on loopback that gives every client the same answer; yields its port."""
+def responding(response: bytes) -> Iterator[int]:
+    """A server on loopback that sends every client the same response; yields its port."""
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
             self.request.recv(1024)
-            self.request.sendall(answer)
+            self.request.sendall(response)
 
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
@@ -143,7 +143,7 @@ def answering(answer: bytes) -> Iterator[int]:
         thread.join()
 
 
-def refusal(sqlstate: str, message: str) -> bytes:
+def error_response(sqlstate: str, message: str) -> bytes:
     """PostgreSQL's ErrorResponse, before authentication and without TLS."""
     fields = b"".join(kind + text.encode() + b"\0" for kind, text in [
         (b"S", "FATAL"), (b"V", "FATAL"), (b"C", sqlstate), (b"M", message),
@@ -151,7 +151,7 @@ def refusal(sqlstate: str, message: str) -> bytes:
     return b"E" + (len(fields) + 5).to_bytes(4, "big") + fields + b"\0"
 
 
-PASSES = [
+TRANSIENT = [
     "the database system is starting up",
     "the database system is shutting down",
     "the database system is in recovery mode",
@@ -164,7 +164,7 @@ PASSES = [
     "server login has been failing, cached error: connect failed (server_login_retry)",
     "query_wait_timeout",
 ]
-STAYS = [
+PERMANENT = [
     "database is not currently accepting connections",
     "This RDS proxy has no credentials for the role app",
     "Tenant or user not found",
@@ -175,9 +175,9 @@ STAYS = [
 ]
 
 
-@pytest.mark.parametrize("message", PASSES)
-def test_what_is_known_to_pass_is_waited_for(offline_project: Project, message: str) -> None:
-    with answering(refusal("57P03", message)) as port:
+@pytest.mark.parametrize("message", TRANSIENT)
+def test_a_known_transient_error_is_waited_for(offline_project: Project, message: str) -> None:
+    with responding(error_response("57P03", message)) as port:
         url = f"postgresql://app:x@127.0.0.1:{port}/reports?sslmode=disable"
         result = offline_project.alembic("current", DATABASE_URL=url, MIGRATION_WAIT_SECONDS="0")
     assert result.returncode == 1
@@ -186,15 +186,15 @@ def test_what_is_known_to_pass_is_waited_for(offline_project: Project, message: 
 
 @pytest.mark.fault(
     "Database",
-    fault="The server, a pooler or a proxy refuses with words that are not known to pass",
-    sees="`cannot connect to database ...: <its words>; not a known transient error, so not retried: check the DB_* and"
-    " PG* variables, then retry`, at once, exit 255",
+    fault="The server, a pooler or a proxy rejects the connection with an unknown error",
+    sees="`cannot connect to database ...: <its message>; not a known transient error, so not retried: check the DB_*"
+    " and PG* variables, then retry`, at once, exit 255",
     state="Nothing was changed",
-    do="What its words say",
+    do="Follow its message",
 )
-@pytest.mark.parametrize("message", STAYS)
-def test_whatever_else_a_server_says_fails_at_once(offline_project: Project, message: str) -> None:
-    with answering(refusal("28000", message)) as port:
+@pytest.mark.parametrize("message", PERMANENT)
+def test_any_other_server_error_fails_at_once(offline_project: Project, message: str) -> None:
+    with responding(error_response("28000", message)) as port:
         url = f"postgresql://app:x@127.0.0.1:{port}/reports?sslmode=disable"
         result = offline_project.alembic("current", DATABASE_URL=url)
     assert result.returncode == 255
@@ -204,7 +204,7 @@ def test_whatever_else_a_server_says_fails_at_once(offline_project: Project, mes
 
 
 @pytest.mark.parametrize(
-    ("variables", "said"),
+    ("variables", "message"),
     [
         ({"PGSERVICE": "nowhere"}, 'definition of service "nowhere" not found; check PGSERVICE and PGSERVICEFILE'),
         (
@@ -217,25 +217,25 @@ def test_whatever_else_a_server_says_fails_at_once(offline_project: Project, mes
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
-def test_a_setting_of_libpq_that_cannot_be_met_fails_at_once(
-    project: Project, variables: dict[str, str], said: str
+def test_a_libpq_setting_that_cannot_be_met_fails_at_once(
+    project: Project, variables: dict[str, str], message: str
 ) -> None:
     result = project.alembic("current", **variables)
     assert result.returncode == 255
-    assert said in result.failure
+    assert message in result.failure
     assert "waiting" not in result.stderr
 
 
 @pytest.mark.fault(
     "Network",
-    fault="Something that is no PostgreSQL listens there, such as a proxy that answers in HTTP",
+    fault="Something other than PostgreSQL listens on the port, such as an HTTP proxy",
     sees="`cannot connect to database ...: ... received invalid response ...; the server there is not PostgreSQL: check"
     " DB_HOST and DB_PORT, or the proxy`, at once, exit 255",
     state="Nothing was changed",
-    do="What the line says",
+    do="Follow the message",
 )
-def test_a_proxys_refusal_fails_at_once(offline_project: Project) -> None:
-    with answering(b"HTTP/1.1 403 Forbidden\r\n\r\n") as port:
+def test_an_http_response_fails_at_once(offline_project: Project) -> None:
+    with responding(b"HTTP/1.1 403 Forbidden\r\n\r\n") as port:
         result = offline_project.alembic("current", DATABASE_URL=f"postgresql://app:x@127.0.0.1:{port}/reports")
     assert result.returncode == 255
     assert result.failure.endswith("; the server there is not PostgreSQL: check DB_HOST and DB_PORT, or the proxy")
@@ -244,10 +244,10 @@ def test_a_proxys_refusal_fails_at_once(offline_project: Project) -> None:
 
 @pytest.mark.fault(
     "Network",
-    fault="libpq ignores the password file for its mode (as a Secret's volume has it)",
+    fault="libpq ignores the password file because of its mode (as in a Secret volume)",
     sees="`... libpq ignores the password file <path>, whose mode is 0644: set 0600`, at once, exit 255",
     state="Nothing was changed",
-    do="What the line says",
+    do="Follow the message",
 )
 def test_a_password_file_that_libpq_ignores_is_named_with_its_mode(
     project: Project, database: Database, tmp_path: Path
@@ -271,22 +271,22 @@ def test_a_password_file_that_libpq_ignores_is_named_with_its_mode(
 
 @pytest.mark.fault(
     "Database",
-    fault="`DB_PASSWORD` ends with a newline (a Secret that was made with `echo`)",
+    fault="`DB_PASSWORD` ends with a newline (a Secret created with `echo`)",
     sees="`... password authentication failed ...; check DB_USER and DB_PASSWORD; DB_PASSWORD has leading or trailing"
     " whitespace (...)`, at once, exit 255",
     state="Nothing was changed",
-    do="Make the Secret without it",
+    do="Recreate the Secret without the newline",
 )
-def test_white_space_around_a_wrong_password_is_named(project: Project, database: Database) -> None:
+def test_whitespace_around_a_wrong_password_is_named(project: Project, database: Database) -> None:
     result = project.alembic("current", **parts(database) | {"DB_PASSWORD": f"{PASSWORD}\n"})
     assert result.returncode == 255
     assert result.failure.endswith(
-        "; check DB_USER and DB_PASSWORD; DB_PASSWORD has leading or trailing whitespace (a Secret created with echo"
-        " ends with a newline)"
+        "; check DB_USER and DB_PASSWORD; DB_PASSWORD has leading or trailing whitespace"
+        " (a Secret created with echo ends with a newline)"
     )
 
 
-def test_the_log_names_the_server_that_answered(project: Project, database: Database) -> None:
+def test_the_log_names_the_address_of_the_server(project: Project, database: Database) -> None:
     url = database.url.set(host="db.prod.invalid")
     result = project.alembic("current", DATABASE_URL=dsn(url), PGHOSTADDR="127.0.0.1")
     assert result.returncode == 0, result
@@ -296,7 +296,7 @@ def test_the_log_names_the_server_that_answered(project: Project, database: Data
     assert failed.failure.startswith("could not connect to database x at db.prod.invalid [127.0.0.1]:1 within 0 s: ")
 
 
-def test_an_address_in_brackets_is_an_address(offline_project: Project) -> None:
+def test_an_ipv6_address_in_brackets_is_accepted(offline_project: Project) -> None:
     result = offline_project.alembic(
         "current", DATABASE_URL=None, DB_HOST="[::1]", DB_PORT="1", MIGRATION_WAIT_SECONDS="0"
     )
@@ -304,7 +304,7 @@ def test_an_address_in_brackets_is_an_address(offline_project: Project) -> None:
     assert result.failure.startswith("could not connect to database unifieddevdb at ::1:1 as postgres within 0 s: ")
 
 
-def test_an_error_of_the_driver_on_a_good_connection_is_not_waited_for(project: Project, database: Database) -> None:
+def test_a_driver_error_on_a_working_connection_is_not_retried(project: Project, database: Database) -> None:
     body = "cursor = op.get_bind().connection.cursor()\ncursor.close()\ncursor.execute('SELECT 1')"
     project.add("002", body)
     result = project.alembic("upgrade", "head")

@@ -1,4 +1,4 @@
-"""Revisions that fail: one clear line says why, and what is left of them."""
+"""Failing revisions: one line says why they failed and what they committed."""
 
 import time
 
@@ -6,19 +6,19 @@ import pytest
 
 from tests.support.database import Database
 from tests.support.project import Project
-from tests.support.revisions import AUDIT, BLOCK, FILE, FIX, TABLE, audit, audited, building, follow
+from tests.support.revisions import AUDIT, BLOCK, FILE, FIX, TABLE, audit, audited, building, edit, follow
 from tests.support.waiting import until
 
 
 @pytest.mark.fault(
     "Code and settings",
-    fault="A statement of a revision fails",
-    sees="`revision 003 (...) failed: <the server's words>, at <file>, line 8; rolled back; the database is at"
+    fault="A statement in a revision fails",
+    sees="`revision 003 (...) failed: <the server's message>, at <file>, line 8; rolled back; the database is at"
     " revision 002; fix it, then retry`, exit 255",
-    state="Finished revisions stay, this one is rolled back",
-    do="Mend the revision, push, deploy again",
+    state="Finished revisions are kept, this one is rolled back",
+    do="Fix the revision, push, deploy again",
 )
-def test_a_revision_that_fails_keeps_what_was_finished_before(project: Project, database: Database) -> None:
+def test_finished_revisions_are_kept_if_a_later_one_fails(project: Project, database: Database) -> None:
     project.add("002", AUDIT)
     project.add("003", audited("003", 'op.execute("TABLE gone")'))
     project.add("004", audited("004"))
@@ -26,20 +26,20 @@ def test_a_revision_that_fails_keeps_what_was_finished_before(project: Project, 
     assert (result.returncode, database.at, audit(database)) == (255, ["002"], [])
     name = FILE.format("003")
     assert result.failure == (
-        f'revision 003 ({name}) failed: relation "gone" does not exist, at {name}, line 8; rolled back; the'
-        f" database is at revision 002; {FIX}"
+        f'revision 003 ({name}) failed: relation "gone" does not exist, at {name}, line 8; rolled back;'
+        f" the database is at revision 002; {FIX}"
     )
 
 
 @pytest.mark.fault(
     "Code and settings",
     fault="A downgrade fails",
-    sees="`the downgrade of revision 002 (...) failed: ...; rolled back; the database is at revision 002; ...`,"
-    " exit 255",
-    state="The schema before it",
-    do="Mend the downgrade, deploy again",
+    sees="`the downgrade of revision 002 (...) failed: ...; rolled back;"
+    " the database is at revision 002; ...`, exit 255",
+    state="The downgrade is rolled back",
+    do="Fix the downgrade, push, deploy again",
 )
-def test_a_downgrade_that_fails_is_named_as_one(project: Project, database: Database) -> None:
+def test_a_failed_downgrade_is_reported_as_a_downgrade(project: Project, database: Database) -> None:
     project.add("002", AUDIT, 'raise RuntimeError("two rows\\nwould be lost")')
     assert project.alembic("upgrade", "head").returncode == 0
     result = project.alembic("downgrade", "base")
@@ -54,12 +54,12 @@ def test_a_downgrade_that_fails_is_named_as_one(project: Project, database: Data
 @pytest.mark.fault(
     "Code and settings",
     fault="A deferred constraint fails at a revision's commit",
-    sees="`revision 003 (...) failed: duplicate key value ...; rolled back; the database is at revision 002; ...`,"
-    " exit 255",
-    state="Finished revisions stay, this one is rolled back",
-    do="Mend the data or the revision, deploy again",
+    sees="`revision 003 (...) failed: duplicate key value ...; rolled back;"
+    " the database is at revision 002; ...`, exit 255",
+    state="Finished revisions are kept, this one is rolled back",
+    do="Fix the data or the revision, deploy again",
 )
-def test_a_constraint_that_fails_at_the_commit_keeps_nothing(project: Project, database: Database) -> None:
+def test_a_constraint_that_fails_at_commit_rolls_the_revision_back(project: Project, database: Database) -> None:
     project.add("002", 'op.execute("CREATE TABLE a (x int UNIQUE DEFERRABLE INITIALLY DEFERRED)")')
     project.add("003", 'op.execute("INSERT INTO a VALUES (1), (1)")')
     result = project.alembic("upgrade", "head")
@@ -72,13 +72,13 @@ def test_a_constraint_that_fails_at_the_commit_keeps_nothing(project: Project, d
 
 @pytest.mark.fault(
     "Partial work",
-    fault="An `autocommit_block` fails half way",
+    fault="An `autocommit_block` fails after it has committed statements",
     sees="`revision 003 (...) failed: ...; committed outside the transaction and not rolled back: ...; drop with: DROP"
     " INDEX CONCURRENTLY public.one; the database is at revision 002; ...`, exit 255",
-    state="What the line lists; finished revisions",
-    do="Run that statement, undo the rest of the list, mend the revision, deploy again",
+    state="What the message lists; finished revisions are kept",
+    do="Run the statement in the message, undo the other changes it lists, fix the revision, deploy again",
 )
-def test_what_an_autocommit_block_did_before_it_failed_is_listed(project: Project, database: Database) -> None:
+def test_statements_that_a_failed_autocommit_block_committed_are_listed(project: Project, database: Database) -> None:
     project.add("002", AUDIT)
     body = [
         audited("003").strip(),
@@ -90,13 +90,13 @@ def test_what_an_autocommit_block_did_before_it_failed_is_listed(project: Projec
     assert (result.returncode, database.at, audit(database)) == (255, ["002"], ["003"])
     name = FILE.format("003")
     failed = f'revision 003 ({name}) failed: column "gone" does not exist, at {name}, line 10'
-    stays = "INSERT INTO audit; CREATE INDEX CONCURRENTLY one ON audit"
+    committed = "INSERT INTO audit; CREATE INDEX CONCURRENTLY one ON audit"
     assert result.failure == (
-        f"{failed}; committed outside the transaction and not rolled back: {stays}; drop with: DROP INDEX CONCURRENTLY"
-        f" public.one; the database is at revision 002; {FIX}"
+        f"{failed}; committed outside the transaction and not rolled back: {committed}; drop with: DROP INDEX"
+        f" CONCURRENTLY public.one; the database is at revision 002; {FIX}"
     )
     assert "waiting" not in result.stderr
-    path.write_text(path.read_text().replace("(gone)", "(revision)"))
+    edit(path, "(gone)", "(revision)")
     database.execute("DELETE FROM audit")
     follow(result, database)
     assert project.alembic("upgrade", "head").returncode == 0
@@ -106,11 +106,13 @@ def test_what_an_autocommit_block_did_before_it_failed_is_listed(project: Projec
 @pytest.mark.fault(
     "Partial work",
     fault="A revision fails after its `autocommit_block`",
-    sees="As above; only what the block did is listed",
-    state="What the line lists; finished revisions",
-    do="Undo what is listed, mend the revision, deploy again",
+    sees="As above; only what the block committed is listed",
+    state="What the message lists; finished revisions are kept",
+    do="Undo what is listed, fix the revision, deploy again",
 )
-def test_what_follows_an_autocommit_block_is_rolled_back_and_not_listed(project: Project, database: Database) -> None:
+def test_statements_after_an_autocommit_block_are_rolled_back_and_not_listed(
+    project: Project, database: Database
+) -> None:
     project.add("002", AUDIT)
     database.execute(f'CREATE SCHEMA "re ports" AUTHORIZATION {database.role}')
     create = """op.execute('CREATE UNIQUE INDEX CONCURRENTLY "o ne" ON "re ports".b (x)')\n"""
@@ -120,13 +122,12 @@ def test_what_follows_an_autocommit_block_is_rolled_back_and_not_listed(project:
     assert (result.returncode, database.at, audit(database)) == (255, ["002"], [])
     name = FILE.format("003")
     assert result.failure == (
-        f"revision 003 ({name}) failed: division by zero, at {name}, line 11; committed outside the"
-        ' transaction and not rolled back: CREATE TABLE IF NOT EXISTS "re ports".b; CREATE UNIQUE INDEX CONCURRENTLY'
-        ' "o ne" ON "re ports".b; drop with: DROP INDEX CONCURRENTLY "re ports"."o ne"; the database is at'
-        " revision 002;"
-        f" {FIX}"
+        f"revision 003 ({name}) failed: division by zero, at {name}, line 11;"
+        " committed outside the transaction and not rolled back:"
+        ' CREATE TABLE IF NOT EXISTS "re ports".b; CREATE UNIQUE INDEX CONCURRENTLY "o ne" ON "re ports".b;'
+        f' drop with: DROP INDEX CONCURRENTLY "re ports"."o ne"; the database is at revision 002; {FIX}'
     )
-    path.write_text(path.read_text().replace("1 / 0", "1 / 1"))
+    edit(path, "1 / 0", "1 / 1")
     follow(result, database)
     assert project.alembic("upgrade", "head").returncode == 0
     assert (database.at, audit(database)) == (["003"], ["003"])
@@ -136,10 +137,10 @@ def test_what_follows_an_autocommit_block_is_rolled_back_and_not_listed(project:
     "Partial work",
     fault="A table stays locked in an `autocommit_block`",
     sees="`... failed: canceling statement due to lock timeout ...`, exit 255, after 3 s",
-    state="What the line lists; finished revisions",
-    do="Undo what is listed, deploy again at a quieter time",
+    state="What the message lists; finished revisions are kept",
+    do="Undo what is listed, deploy again off-peak",
 )
-def test_a_locked_table_in_an_autocommit_block_is_not_tried_again(project: Project, database: Database) -> None:
+def test_a_lock_timeout_in_an_autocommit_block_is_not_retried(project: Project, database: Database) -> None:
     project.add("002", AUDIT)
     project.add("003", BLOCK + 'op.execute("ALTER TABLE hcm_report_metadata ADD COLUMN status text")')
     assert project.alembic("upgrade", "002").returncode == 0
@@ -154,12 +155,12 @@ def test_a_locked_table_in_an_autocommit_block_is_not_tried_again(project: Proje
 
 @pytest.mark.fault(
     "Partial work",
-    fault="Other transactions are open for longer than `lock_timeout` while an index is built concurrently",
-    sees="Nothing of it: it waits for them, and holds up nobody meanwhile",
-    state="All done",
+    fault="Other transactions stay open longer than `lock_timeout` while an index is built concurrently",
+    sees="No visible effect: the build waits for them and blocks no session",
+    state="Complete",
     do="Nothing",
 )
-def test_an_index_that_is_built_concurrently_waits_for_all_transactions(project: Project, database: Database) -> None:
+def test_a_concurrent_index_build_waits_for_all_transactions(project: Project, database: Database) -> None:
     project.add("002", AUDIT)
     build = 'op.execute("CREATE INDEX CONCURRENTLY slow ON audit (revision)")\n'
     after = "    op.execute(\"CREATE TABLE after AS SELECT current_setting('lock_timeout') AS lock_timeout\")"
@@ -177,8 +178,8 @@ def test_an_index_that_is_built_concurrently_waits_for_all_transactions(project:
     assert database.execute("SELECT lock_timeout FROM after") == [("3s",)]
 
 
-def test_two_grants_at_once_are_tried_again(project: Project, database: Database) -> None:
-    """The server says `tuple concurrently updated`, an internal error (XX000)."""
+def test_concurrent_grants_are_retried(project: Project, database: Database) -> None:
+    """The server reports `tuple concurrently updated`, an internal error (XX000)."""
     project.add("002", 'op.execute("GRANT SELECT ON hcm_report_metadata TO public")')
     assert project.alembic("upgrade", "001").returncode == 0
     with database.session() as other:
@@ -192,13 +193,13 @@ def test_two_grants_at_once_are_tried_again(project: Project, database: Database
 
 @pytest.mark.fault(
     "Database",
-    fault="`pg_cancel_backend` in a revision",
+    fault="`pg_cancel_backend` during a revision",
     sees="`revision 002 (...) failed: canceling statement due to user request (it was cancelled on the server)...;"
     " rolled back; the database is at revision 001; fix it, then retry`, exit 255",
-    state="Finished revisions stay, this one is rolled back",
-    do="Ask who cancelled it, deploy again",
+    state="Finished revisions are kept, this one is rolled back",
+    do="Find out who cancelled it, deploy again",
 )
-def test_a_statement_that_is_cancelled_on_the_server_is_not_tried_again(project: Project, database: Database) -> None:
+def test_a_statement_that_is_cancelled_on_the_server_is_not_retried(project: Project, database: Database) -> None:
     project.add("002", 'op.execute("SELECT pg_cancel_backend(pg_backend_pid()), pg_sleep(60)")')
     result = project.alembic("upgrade", "head")
     assert (result.returncode, result.failure, database.at) == (
@@ -209,7 +210,7 @@ def test_a_statement_that_is_cancelled_on_the_server_is_not_tried_again(project:
     )
 
 
-def test_a_limit_that_is_configured_is_final(project: Project, database: Database) -> None:
+def test_a_configured_limit_is_not_retried(project: Project, database: Database) -> None:
     database.execute(f"ALTER ROLE {database.role} SET work_mem = '64kB'")
     database.execute(f"ALTER ROLE {database.role} SET temp_file_limit = '100kB'")
     project.add("002", 'op.execute("CREATE TABLE a AS SELECT n FROM generate_series(1, 1000000) n ORDER BY n DESC")')
@@ -219,7 +220,7 @@ def test_a_limit_that_is_configured_is_final(project: Project, database: Databas
     assert "waiting" not in result.stderr
 
 
-def test_a_table_that_is_locked_for_the_drivers_own_cursor_is_tried_again(project: Project, database: Database) -> None:
+def test_a_lock_timeout_of_a_driver_cursor_is_retried(project: Project, database: Database) -> None:
     project.add("002", "op.get_bind().connection.cursor().execute('LOCK TABLE hcm_report_metadata')")
     assert project.alembic("upgrade", "001").returncode == 0
     with database.session() as other:
@@ -237,8 +238,8 @@ def test_a_revision_that_exits_is_a_failure(project: Project, database: Database
     result = project.alembic("upgrade", "head")
     assert (result.returncode, database.at) == (255, ["001"])
     name = FILE.format("002")
-    said = error.replace("(0)", ": 0")
+    message = error.replace("(0)", ": 0")
     assert result.failure == (
-        f"revision 002 ({name}) failed: {said}, at {name}, line 8; rolled back; the database is at revision 001;"
-        f" fix it, then retry"
+        f"revision 002 ({name}) failed: {message}, at {name}, line 8; rolled back;"
+        f" the database is at revision 001; {FIX}"
     )

@@ -1,4 +1,4 @@
-"""INVALID indexes: named with the statement that removes them, if they are this run's."""
+"""INVALID indexes: named with the statement that drops them, if this run left them."""
 
 import threading
 
@@ -24,11 +24,11 @@ def duplicates(project: Project, database: Database) -> Project:
 
 @pytest.mark.fault(
     "Partial work",
-    fault="`CREATE UNIQUE INDEX CONCURRENTLY` meets duplicates",
-    sees="`...; left INVALID: <index>; drop with: DROP INDEX CONCURRENTLY <index>; the database is at revision 002;"
-    " ...`, exit 255",
-    state="An INVALID index; finished revisions",
-    do="Mend the rows, run the statement that the line shows, deploy again",
+    fault="`CREATE UNIQUE INDEX CONCURRENTLY` fails on duplicate rows",
+    sees="`...; left INVALID: <index>; drop with: DROP INDEX CONCURRENTLY <index>;"
+    " the database is at revision 002; ...`, exit 255",
+    state="An INVALID index; finished revisions are kept",
+    do="Remove the duplicates, run the statement in the message, deploy again",
 )
 def test_an_index_that_fails_on_duplicates_is_named_and_following_the_message_reaches_the_head(
     duplicates: Project, database: Database
@@ -40,7 +40,7 @@ def test_an_index_that_fails_on_duplicates_is_named_and_following_the_message_re
     assert result.failure == (
         f'revision 003 ({name}) failed: could not create unique index "Only", at {name}, line 8; {DROP}; {FIX}'
     )
-    again = duplicates.alembic("upgrade", "head")  # the message not followed
+    again = duplicates.alembic("upgrade", "head")  # without following the message
     assert again.failure.startswith(
         f'revision 003 ({name}) failed: relation "Only" already exists (created manually, or by '
     )
@@ -54,14 +54,12 @@ def test_an_index_that_fails_on_duplicates_is_named_and_following_the_message_re
 
 @pytest.mark.fault(
     "Partial work",
-    fault="`CREATE INDEX CONCURRENTLY IF NOT EXISTS` on the INVALID remains of an earlier run",
+    fault="`CREATE INDEX CONCURRENTLY IF NOT EXISTS` on an INVALID index of an earlier run",
     sees="`revision 003 (...) is incomplete; ...; left INVALID: ...; drop with: ...`, exit 255",
     state="The INVALID index; the revision is not recorded",
-    do="Run the statement that the line shows, deploy again",
+    do="Run the statement in the message, deploy again",
 )
-def test_an_index_that_is_invalid_already_does_not_pass_by_if_not_exists(
-    duplicates: Project, database: Database
-) -> None:
+def test_if_not_exists_does_not_accept_an_invalid_index(duplicates: Project, database: Database) -> None:
     path = duplicates.add("003", f"{BLOCK}op.execute('{UNIQUE.format('IF NOT EXISTS ')}')")
     assert duplicates.alembic("upgrade", "head").returncode == 255
     database.execute("DELETE FROM audit")
@@ -70,8 +68,7 @@ def test_an_index_that_is_invalid_already_does_not_pass_by_if_not_exists(
     assert 'WARNING ignoring pre-existing INVALID indexes: public."Only"' in result.stderr
     assert result.failure == (
         f"revision 003 ({path.name}) is incomplete; committed outside the transaction and not rolled back: CREATE"
-        f" UNIQUE"
-        f' INDEX CONCURRENTLY IF NOT EXISTS "Only" ON audit; {DROP}; {FIX}'
+        f' UNIQUE INDEX CONCURRENTLY IF NOT EXISTS "Only" ON audit; {DROP}; {FIX}'
     )
     database.execute('DROP INDEX CONCURRENTLY public."Only"')
     assert duplicates.alembic("upgrade", "head").returncode == 0
@@ -79,12 +76,12 @@ def test_an_index_that_is_invalid_already_does_not_pass_by_if_not_exists(
 
 @pytest.mark.fault(
     "Partial work",
-    fault="An INVALID index of somebody else",
+    fault="An INVALID index that the run did not create",
     sees="`WARNING ignoring pre-existing INVALID indexes: ...`, exit 0",
-    state="All done",
+    state="Complete",
     do="Nothing",
 )
-def test_an_invalid_index_of_others_is_mentioned_and_does_not_fail_the_run(
+def test_a_pre_existing_invalid_index_is_logged_and_does_not_fail_the_run(
     duplicates: Project, database: Database
 ) -> None:
     with pytest.raises(Exception, match="could not create unique index"):
@@ -98,11 +95,11 @@ def test_an_invalid_index_of_others_is_mentioned_and_does_not_fail_the_run(
 @pytest.mark.fault(
     "Concurrency",
     fault="Another service builds an index concurrently at the same time",
-    sees="Nothing of it, exit 0",
-    state="All done",
+    sees="No visible effect, exit 0",
+    state="Complete",
     do="Nothing",
 )
-def test_an_index_that_another_session_builds_meanwhile_is_not_blamed(project: Project, database: Database) -> None:
+def test_an_index_that_another_session_builds_is_not_reported(project: Project, database: Database) -> None:
     database.execute("CREATE TABLE theirs (x int)")
     project.add("002", AUDIT)
     project.add("003", audited("003", 'op.execute("SELECT pg_sleep(2)")'))
@@ -123,23 +120,25 @@ def test_an_index_that_another_session_builds_meanwhile_is_not_blamed(project: P
 
 @pytest.mark.fault(
     "Partial work",
-    fault="An index of another service becomes INVALID meanwhile",
+    fault="An index of another service becomes INVALID during the run",
     sees="`WARNING became INVALID during the run, not caused by it: ...`, exit 0",
-    state="All done",
-    do="Tell its owner",
+    state="Complete",
+    do="Inform its owner",
 )
-def test_an_index_that_becomes_invalid_elsewhere_meanwhile_is_not_blamed(project: Project, database: Database) -> None:
+def test_an_index_of_another_session_that_becomes_invalid_does_not_fail_the_run(
+    project: Project, database: Database
+) -> None:
     database.execute("CREATE TABLE theirs AS SELECT 1 AS x FROM generate_series(1, 2)")
     project.add("002", AUDIT)
     ours = 'op.execute("CREATE INDEX CONCURRENTLY ours ON audit (revision)")\n'
-    wait = 'open("begun", "w")\nwhile __import__("os").path.exists("begun"): time.sleep(0.05)'
+    wait = 'open("started", "w")\nwhile __import__("os").path.exists("started"): time.sleep(0.05)'
     project.add("003", BLOCK + ours + wait)
     running = project.start("upgrade", "head")
-    begun = project.folder / "begun"
-    until(begun.exists)
+    started = project.folder / "started"
+    until(started.exists)
     with pytest.raises(psycopg2.errors.UniqueViolation):
         database.execute("CREATE UNIQUE INDEX CONCURRENTLY theirs_x ON theirs (x)")
-    begun.unlink()
+    started.unlink()
     result = running.wait()
     assert (result.returncode, database.at) == (0, ["003"]), result
     assert database.execute("SELECT indexrelid::regclass::text FROM pg_index WHERE NOT indisvalid") == [("theirs_x",)]
@@ -166,7 +165,9 @@ SPELLINGS = {
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
-def test_an_invalid_index_is_named_however_it_is_spelt(duplicates: Project, database: Database, name: str) -> None:
+def test_an_invalid_index_is_named_however_the_statement_spells_it(
+    duplicates: Project, database: Database, name: str
+) -> None:
     database.execute(f'CREATE SCHEMA "re ports" AUTHORIZATION {database.role}')
     database.execute('CREATE TABLE "re ports".audit AS TABLE audit')
     database.execute(f'ALTER TABLE "re ports".audit OWNER TO {database.role}')
@@ -187,7 +188,7 @@ def test_an_invalid_index_is_named_however_it_is_spelt(duplicates: Project, data
     assert database.execute("SELECT 1 FROM pg_index WHERE NOT indisvalid") == []
 
 
-def test_an_index_of_alembics_own_making_is_named(duplicates: Project, database: Database) -> None:
+def test_an_invalid_index_of_op_create_index_is_named(duplicates: Project, database: Database) -> None:
     create = "op.create_index('UX audit', 'audit', ['revision'], unique=True, postgresql_concurrently=True{})"
     duplicates.add("003", BLOCK + create.format(""))
     drop = 'left INVALID: public."UX audit"; drop with: DROP INDEX CONCURRENTLY public."UX audit"; '
@@ -197,7 +198,7 @@ def test_an_index_of_alembics_own_making_is_named(duplicates: Project, database:
     assert database.at == ["002"]
 
 
-def test_an_invalid_index_on_the_same_table_that_is_not_this_steps_is_not_blamed(
+def test_a_pre_existing_invalid_index_on_the_same_table_does_not_fail_the_revision(
     duplicates: Project, database: Database
 ) -> None:
     with pytest.raises(psycopg2.errors.UniqueViolation):
@@ -209,7 +210,7 @@ def test_an_invalid_index_on_the_same_table_that_is_not_this_steps_is_not_blamed
 
 
 @pytest.mark.parametrize("statement", ["REINDEX INDEX CONCURRENTLY good", "REINDEX TABLE CONCURRENTLY audit"])
-def test_a_rebuild_beside_an_invalid_index_of_others_is_done(
+def test_a_reindex_next_to_a_pre_existing_invalid_index_succeeds(
     duplicates: Project, database: Database, statement: str
 ) -> None:
     database.execute(f"CREATE INDEX good ON audit (revision); ALTER TABLE audit OWNER TO {database.role}")
@@ -220,7 +221,7 @@ def test_a_rebuild_beside_an_invalid_index_of_others_is_done(
     assert (result.returncode, database.at) == (0, ["003"]), result
 
 
-def test_a_rebuild_that_fails_in_a_partition_is_named(project: Project, database: Database) -> None:
+def test_an_invalid_index_of_a_failed_reindex_in_a_partition_is_named(project: Project, database: Database) -> None:
     body = """
 op.execute("CREATE FUNCTION f(int) RETURNS int IMMUTABLE LANGUAGE plpgsql AS 'BEGIN RETURN $1; END'")
 op.execute("CREATE TABLE a (x int) PARTITION BY LIST (x)")
@@ -237,7 +238,7 @@ op.execute("CREATE OR REPLACE FUNCTION f(int) RETURNS int IMMUTABLE LANGUAGE plp
     assert f"left INVALID: {index}; drop with: DROP INDEX CONCURRENTLY {index}; " in result.failure
 
 
-def test_a_name_that_only_the_parser_reads_is_no_obstacle(project: Project, database: Database) -> None:
+def test_an_index_name_with_unicode_escapes_is_accepted(project: Project, database: Database) -> None:
     project.add("002", AUDIT)
     statement = 'CREATE INDEX CONCURRENTLY U&"a\\0078" ON audit (revision)'
     project.add("003", f"{BLOCK}op.execute({statement!r})")

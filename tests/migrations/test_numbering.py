@@ -1,4 +1,4 @@
-"""`alembic revision`: its number, its file, and what is said of files that do not fit together."""
+"""`alembic revision`: the number and the file that it creates; errors in revision files and between them."""
 
 import ast
 import re
@@ -8,10 +8,10 @@ import pytest
 
 from tests.support.database import Database
 from tests.support.project import Project
-from tests.support.revisions import FIRST, RULES
+from tests.support.revisions import FIRST, RULES, edit
 
 
-def made(project: Project, *arguments: str) -> Path:
+def new_revision(project: Project, *arguments: str) -> Path:
     """Run `alembic revision` and return the one file that it added."""
     before = set(project.files())
     result = project.alembic("revision", *arguments)
@@ -21,7 +21,7 @@ def made(project: Project, *arguments: str) -> Path:
 
 
 def fields(path: Path) -> dict[str, object]:
-    """What a revision file assigns, and its docstring's first line."""
+    """The variables that a revision file assigns, and the message in its docstring."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     values = {
         node.targets[0].id: ast.literal_eval(node.value)
@@ -32,7 +32,7 @@ def fields(path: Path) -> dict[str, object]:
 
 
 def test_the_second_revision_is_002_and_follows_001(offline_project: Project) -> None:
-    path = made(offline_project, "-m", "add_status_column")
+    path = new_revision(offline_project, "-m", "add_status_column")
     assert re.fullmatch(r"\d{8}_\d{6}_002_add_status_column\.py", path.name)
     assert fields(path) == {"revision": "002", "down_revision": "001", "doc": "add_status_column"}
     text = path.read_text()
@@ -41,25 +41,29 @@ def test_the_second_revision_is_002_and_follows_001(offline_project: Project) ->
 
 
 @pytest.mark.parametrize(("last", "following"), [("099", "100"), ("999", "1000"), ("1000", "1001"), ("009", "010")])
-def test_numbers_go_on_after(offline_project: Project, last: str, following: str) -> None:
+def test_numbers_continue_after(offline_project: Project, last: str, following: str) -> None:
     offline_project.add(last, down="001")
-    path = made(offline_project, "-m", "more")
+    path = new_revision(offline_project, "-m", "more")
     assert (fields(path)["revision"], fields(path)["down_revision"]) == (following, last)
     assert f"_{following}_more.py" in path.name
 
 
 def test_the_first_revision_of_an_empty_folder_is_001(offline_project: Project) -> None:
     (offline_project.versions / FIRST).unlink()
-    assert fields(made(offline_project, "-m", "start")) == {"revision": "001", "down_revision": None, "doc": "start"}
+    assert fields(new_revision(offline_project, "-m", "start")) == {
+        "revision": "001",
+        "down_revision": None,
+        "doc": "start",
+    }
 
 
-def test_a_name_given_by_rev_id_wins_and_does_not_count(offline_project: Project) -> None:
-    assert fields(made(offline_project, "-m", "named", "--rev-id", "hotfix"))["revision"] == "hotfix"
-    path = made(offline_project, "-m", "next")
+def test_a_given_rev_id_is_used_and_not_counted(offline_project: Project) -> None:
+    assert fields(new_revision(offline_project, "-m", "named", "--rev-id", "hotfix"))["revision"] == "hotfix"
+    path = new_revision(offline_project, "-m", "next")
     assert (fields(path)["revision"], fields(path)["down_revision"]) == ("002", "hotfix")
 
 
-def test_a_name_that_exists_is_refused(offline_project: Project) -> None:
+def test_an_existing_rev_id_is_refused(offline_project: Project) -> None:
     result = offline_project.alembic("revision", "-m", "again", "--rev-id", "001")
     assert (result.returncode, result.failure) == (
         255,
@@ -68,7 +72,7 @@ def test_a_name_that_exists_is_refused(offline_project: Project) -> None:
     assert offline_project.files() == [FIRST]
 
 
-def test_a_name_that_leaves_the_folder_is_refused(offline_project: Project) -> None:
+def test_a_rev_id_that_leaves_the_folder_is_refused(offline_project: Project) -> None:
     result = offline_project.alembic("revision", "-m", "away", "--rev-id", "x/../../../away")
     assert (result.returncode, result.failure) == (
         255,
@@ -99,17 +103,15 @@ def test_a_name_that_leaves_the_folder_is_refused(offline_project: Project) -> N
     ],
     ids=lambda message: repr(message)[:20],
 )
-def test_any_message_makes_a_file_that_compiles_and_stays_where_it_belongs(
-    offline_project: Project, message: str
-) -> None:
-    def everything() -> set[Path]:
+def test_any_message_creates_one_valid_file_in_the_folder(offline_project: Project, message: str) -> None:
+    def all_files() -> set[Path]:
         outside = [path for path in offline_project.folder.parent.iterdir() if not path.name.startswith("run-")]
         inside = {path for folder in outside for path in folder.rglob("*")}
         return {path for path in inside if "__pycache__" not in path.parts}
 
-    before = everything()
-    path = made(offline_project, "-m", message)
-    assert everything() - before == {path}
+    before = all_files()
+    path = new_revision(offline_project, "-m", message)
+    assert all_files() - before == {path}
     assert path.parent == offline_project.versions
     assert re.fullmatch(r"\d{8}_\d{6}_002_\w{0,41}\.py", path.name)
     assert fields(path) == {"revision": "002", "down_revision": "001", "doc": message}
@@ -118,17 +120,17 @@ def test_any_message_makes_a_file_that_compiles_and_stays_where_it_belongs(
 
 @pytest.mark.fault(
     "Code and settings",
-    fault="Two files claim one revision number",
+    fault="Two files claim the same revision number",
     sees="`revision 002 is claimed by ... and ...; give the later one the next free number ...`, exit 255",
     state="The database is not contacted",
-    do="What the line says",
+    do="Follow the message",
 )
 @pytest.mark.parametrize(
     "arguments",
     [("upgrade", "head"), ("revision", "-m", "x"), ("upgrade", "head", "--sql"), ("history",)],
     ids=" ".join,
 )
-def test_two_files_with_one_number_are_refused_by_name(offline_project: Project, arguments: tuple) -> None:
+def test_two_files_with_the_same_number_are_refused_by_name(offline_project: Project, arguments: tuple) -> None:
     one, two = offline_project.add("002", name="a"), offline_project.add("002", name="b")
     before = offline_project.files()
     result = offline_project.alembic(*arguments)
@@ -144,7 +146,7 @@ def test_two_files_with_one_number_are_refused_by_name(offline_project: Project,
     fault="Two heads",
     sees="`there are 2 heads: ... and ...; set the 'down_revision' of one to the other, ...`, exit 255",
     state="The database is not contacted",
-    do="What the line says",
+    do="Follow the message",
 )
 @pytest.mark.parametrize("command", ["upgrade", "stamp"])
 def test_two_heads_are_refused_by_name(offline_project: Project, command: str) -> None:
@@ -152,8 +154,8 @@ def test_two_heads_are_refused_by_name(offline_project: Project, command: str) -
     result = offline_project.alembic(command, "head")
     assert (result.returncode, result.failure) == (
         255,
-        f"there are 2 heads: 002 ({one.name}) and 003 ({two.name}); set the 'down_revision' of one to the other,"
-        f" {RULES}",
+        f"there are 2 heads: 002 ({one.name}) and 003 ({two.name});"
+        f" set the 'down_revision' of one to the other, {RULES}",
     )
 
 
@@ -163,8 +165,8 @@ def test_a_revision_after_two_heads_is_refused(offline_project: Project) -> None
     result = offline_project.alembic("revision", "-m", "x")
     assert (result.returncode, offline_project.files()) == (255, before)
     assert result.failure == (
-        f"there are 2 heads: 002 ({one.name}) and 003 ({two.name}); set the 'down_revision' of one to the other,"
-        f" {RULES}"
+        f"there are 2 heads: 002 ({one.name}) and 003 ({two.name});"
+        f" set the 'down_revision' of one to the other, {RULES}"
     )
 
 
@@ -173,9 +175,9 @@ def test_a_revision_after_two_heads_is_refused(offline_project: Project) -> None
     fault="A revision's parent is missing",
     sees="`... references down_revision ..., which does not exist; ...`, exit 255",
     state="The database is not contacted",
-    do="What the line says",
+    do="Follow the message",
 )
-def test_a_missing_parent_is_named_with_the_file_that_wants_it(offline_project: Project) -> None:
+def test_a_missing_parent_is_named_with_the_file_that_references_it(offline_project: Project) -> None:
     path = offline_project.add("003")
     result = offline_project.alembic("upgrade", "head")
     assert (result.returncode, result.failure) == (
@@ -185,7 +187,7 @@ def test_a_missing_parent_is_named_with_the_file_that_wants_it(offline_project: 
     )
 
 
-def test_a_circle_is_refused(offline_project: Project) -> None:
+def test_a_cycle_is_refused(offline_project: Project) -> None:
     offline_project.add("002", down="003")
     offline_project.add("003")
     result = offline_project.alembic("upgrade", "head")
@@ -200,10 +202,10 @@ def test_a_circle_is_refused(offline_project: Project) -> None:
     fault="A revision file has a syntax error or a failing import",
     sees="`<file>, line N: <error>; fix the file, ...`, exit 255",
     state="The database is not contacted",
-    do="Mend the file, push, deploy again",
+    do="Fix the file, push, deploy again",
 )
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("revision = '002'\ndef upgrade(:\n", "line 2: SyntaxError: "),
         (
@@ -218,24 +220,24 @@ def test_a_circle_is_refused(offline_project: Project) -> None:
 )
 @pytest.mark.parametrize("arguments", [("upgrade", "head"), ("revision", "-m", "x")], ids=" ".join)
 def test_a_file_that_does_not_load_is_named_with_its_line(
-    offline_project: Project, content: str, said: str, arguments: tuple
+    offline_project: Project, content: str, message: str, arguments: tuple
 ) -> None:
     path = offline_project.versions / "20251202_143000_002_broken.py"
     path.write_text(content)
     result = offline_project.alembic(*arguments)
     assert result.returncode == 255
-    assert result.failure.startswith(f"{path.name}, {said}")
+    assert result.failure.startswith(f"{path.name}, {message}")
     assert result.failure.endswith(f"; fix the file, {RULES}")
 
 
 @pytest.mark.fault(
     "Code and settings",
-    fault="A revision file of 0 bytes",
+    fault="An empty revision file",
     sees="`... has no 'revision'; fix or delete the file, ...`, exit 255",
     state="The database is not contacted",
-    do="What the line says",
+    do="Follow the message",
 )
-@pytest.mark.parametrize("content", ["", "x = 1\n"], ids=["0 bytes", "no revision"])
+@pytest.mark.parametrize("content", ["", "x = 1\n"], ids=["empty", "no revision"])
 def test_a_file_without_a_revision_is_named(offline_project: Project, content: str) -> None:
     path = offline_project.versions / "20251202_143000_002_empty.py"
     path.write_text(content)
@@ -248,29 +250,29 @@ def test_a_file_without_a_revision_is_named(offline_project: Project, content: s
 
 @pytest.mark.parametrize("arguments", [("upgrade", "head"), ("upgrade", "head", "--sql")], ids=" ".join)
 @pytest.mark.parametrize("name", ["upgrade", "downgrade"])
-@pytest.mark.parametrize("instead", ["def other()", "def {}(op)"])
+@pytest.mark.parametrize("replacement", ["def other()", "def {}(op)"])
 def test_a_file_without_both_functions_is_named_before_connecting(
-    offline_project: Project, arguments: tuple, name: str, instead: str
+    offline_project: Project, arguments: tuple, name: str, replacement: str
 ) -> None:
     path = offline_project.add("002")
-    path.write_text(path.read_text().replace(f"def {name}()", instead.format(name)))
+    edit(path, f"def {name}()", replacement.format(name))
     result = offline_project.alembic(*arguments)
     assert (result.returncode, result.failure) == (255, f"{path.name} has no {name}(); fix the file, {RULES}")
 
 
-def test_an_error_of_a_revision_in_sql_mode_is_one_line(offline_project: Project) -> None:
+def test_an_error_in_a_revision_with_sql_is_one_line(offline_project: Project) -> None:
     path = offline_project.add("002", "1 / 0")
     result = offline_project.alembic("upgrade", "head", "--sql")
     failure = f"{path.name}, line 7: ZeroDivisionError: division by zero; fix the file, {RULES}"
     assert (result.returncode, result.stderr) == (255, f"FAILED: {failure}\n")
-    assert result.stdout == ""  # no SQL of 001: the first half of a plan would look like one
+    assert result.stdout == ""  # no SQL of 001 either: half a plan could be taken for a whole one
 
 
 @pytest.mark.fault(
     "Code and settings",
-    fault="No revisions (wrong branch or path)",
-    sees="`no revisions found in ...; nothing to do, treated as an error: check the branch and the path of the"
-    " checkout ...`, exit 255",
+    fault="No revisions are found (wrong branch or path)",
+    sees="`no revisions found in ...; nothing to do, treated as an error: check the branch and"
+    " the path of the checkout ...`, exit 255",
     state="The database is not contacted",
     do="Set `git.branch` or `git.path`, deploy again",
 )
@@ -285,23 +287,23 @@ def test_an_empty_folder_is_an_error_before_connecting(offline_project: Project,
     )
 
 
-def test_files_with_other_line_ends_and_a_byte_order_mark_load(offline_project: Project) -> None:
+def test_a_file_with_crlf_line_endings_and_a_byte_order_mark_loads(offline_project: Project) -> None:
     path = offline_project.add("002")
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
     assert offline_project.alembic("heads").stdout == "002 (head)\n"
-    assert fields(made(offline_project, "-m", "x"))["revision"] == "003"
+    assert fields(new_revision(offline_project, "-m", "x"))["revision"] == "003"
 
 
-def test_a_revision_that_the_version_table_cannot_hold_is_named_before_any_step(
+def test_an_id_that_is_too_long_for_the_version_table_is_named_before_any_step(
     project: Project, database: Database
 ) -> None:
     project.add("2" * 33, down="001")
-    said = f"revision {'2' * 33} has 33 characters, and the version table holds 32; shorten it{{}}; {RULES}"
-    assert project.alembic("upgrade", "head").failure == said.format("")
+    message = f"revision {'2' * 33} has 33 characters, and the version table holds 32; shorten it{{}}; {RULES}"
+    assert project.alembic("upgrade", "head").failure == message.format("")
     assert database.relations == []
     assert project.alembic("upgrade", "001").returncode == 0
     widen = "ALTER TABLE public.alembic_version ALTER version_num TYPE text"
-    assert project.alembic("upgrade", "head").failure == said.format(f", or widen the column: {widen}")
+    assert project.alembic("upgrade", "head").failure == message.format(f", or widen the column: {widen}")
     database.execute(widen)
     assert project.alembic("upgrade", "head").returncode == 0
     assert project.alembic("current").stdout == f"{'2' * 33} (head)\n"

@@ -1,4 +1,4 @@
-"""The runner as a package: for another Alembic folder, for a program, and beside packages that are called like ours."""
+"""The runner as a package: in another Alembic project, in a program, and next to packages of the same name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from tests.support.database import Database
 from tests.support.programs import Program, Result, run
 from tests.support.project import Project
-from tests.support.revisions import FILE, FIX, SLEEP, sleeping
+from tests.support.revisions import FILE, FIX, SLEEP, edit, sleeping
 from tests.support.waiting import until
 from tools.paths import BIN, ROOT
 from tools.postgres import dsn
@@ -23,7 +23,7 @@ def run_in(folder: Path, *command: str | Path, **environment: str) -> Result:
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The package, built from a copy of its sources as they are."""
+    """The package, built from a copy of this checkout's sources."""
     folder = tmp_path_factory.mktemp("build")
     shutil.copytree(
         ROOT / "migration_runner", folder / "migration_runner", ignore=shutil.ignore_patterns("__pycache__")
@@ -38,12 +38,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "versions",
     [["alembic==1.13.1", "sqlalchemy==2.0.25"], ["alembic", "sqlalchemy"]],
-    ids=["the oldest that upstream pins", "the newest"],
+    ids=["oldest pinned upstream", "newest"],
 )
-def test_another_alembic_folder_gets_it_by_a_requirement_and_two_lines(
+def test_another_alembic_project_uses_it_with_a_requirement_and_two_lines(
     wheel: Path, versions: list[str], tmp_path: Path, database: Database
 ) -> None:
-    """As health-campaign-services has it: an env.py and a table of its own."""
+    """As in health-campaign-services, which has its own env.py and version table."""
     python = tmp_path / "venv" / "bin" / "python"
     run([BIN / "uv", "venv", "--quiet", "--python", sys.executable, tmp_path / "venv"], check=True)
     install = [BIN / "uv", "pip", "install", "--quiet", "--python", python, wheel, *versions]
@@ -57,14 +57,14 @@ def test_another_alembic_folder_gets_it_by_a_requirement_and_two_lines(
         "migration_runner.run()\n"
     )
     environment = {"DATABASE_URL": dsn(database.url), "MIGRATION_WAIT_SECONDS": "5"}
-    made = run_in(folder, alembic, "revision", "-m", "create_report")
-    assert made.returncode == 0, made
+    created = run_in(folder, alembic, "revision", "-m", "create_report")
+    assert created.returncode == 0, created
     (path,) = (folder / "migrations/versions").glob("*.py")
-    path.write_text(path.read_text().replace("pass", 'op.execute("CREATE TABLE report ()")', 1))
-    done = run_in(folder, alembic, "upgrade", "head", **environment)
-    assert done.returncode == 0, done
-    assert "now at " in done.stderr
-    assert "(head)" in done.stderr
+    edit(path, "pass", 'op.execute("CREATE TABLE report ()")')
+    upgraded = run_in(folder, alembic, "upgrade", "head", **environment)
+    assert upgraded.returncode == 0, upgraded
+    assert "now at " in upgraded.stderr
+    assert "(head)" in upgraded.stderr
     assert "(head)" in run_in(folder, alembic, "current", **environment).stdout
     assert database.scalar("SELECT count(*) FROM hcm_versions") == 1
     assert "report" in database.relations
@@ -81,10 +81,10 @@ def test_another_alembic_folder_gets_it_by_a_requirement_and_two_lines(
 
 
 @pytest.mark.parametrize("package", ["migrations", "settings", "session", "runner", "revisions"])
-def test_an_installed_package_that_is_called_like_ours_is_not_taken(
+def test_an_installed_package_of_the_same_name_is_not_imported(
     project: Project, database: Database, tmp_path: Path, package: str
 ) -> None:
-    """A service's image may have its own `migrations`."""
+    """A service's image may contain its own package `migrations`."""
     (tmp_path / "site" / package).mkdir(parents=True)
     (tmp_path / "site" / package / "__init__.py").write_text("raise RuntimeError('the wrong package')\n")
     running = project.start("upgrade", "head", PYTHONPATH=str(tmp_path / "site"))
@@ -108,7 +108,7 @@ def program(project: Project, body: str, **environment: str | None) -> Program:
     return project.start(str(path), program=Path(sys.executable), **environment)
 
 
-def test_a_program_that_asks_for_the_current_revision_waits_for_no_run(
+def test_a_program_that_reads_the_current_revision_does_not_wait_for_a_run(
     project_at_002: Project, database: Database
 ) -> None:
     project_at_002.add("003", SLEEP)
@@ -119,7 +119,7 @@ def test_a_program_that_asks_for_the_current_revision_waits_for_no_run(
     first.kill()
 
 
-def test_a_program_is_told_what_the_command_line_is_told(project: Project, database: Database) -> None:
+def test_a_program_gets_the_same_errors_as_the_command_line(project: Project, database: Database) -> None:
     path = project.add("002", 'op.execute("SELECT 1 / 0")')
     body = """
 from alembic.util import CommandError
@@ -135,16 +135,15 @@ command.downgrade(config, "base")
     assert (result.returncode, result.stdout, database.at) == (
         0,
         f"revision 002 ({FILE.format('002')}) failed: division by zero, at {path.name}, line 7; rolled back; the"
-        f" database is"
-        f" at revision 001; {FIX}\n",
+        f" database is at revision 001; {FIX}\n",
         [],
     ), result
 
 
-def test_the_package_needs_nothing_that_the_job_does_not_install() -> None:
-    asked = {
+def test_the_package_requires_only_what_the_job_installs() -> None:
+    installed = {
         line.split("<")[0].strip() for line in (ROOT / "requirements.in").read_text().splitlines() if line[0] != "#"
     }
-    needs = (ROOT / "pyproject.toml").read_text().split("dependencies = [")[1].split("]")[0]
-    assert {name.strip(' "').split(">")[0] for name in needs.split(",")} == asked
+    required = (ROOT / "pyproject.toml").read_text().split("dependencies = [")[1].split("]")[0]
+    assert {name.strip(' "').split(">")[0] for name in required.split(",")} == installed
     assert (ROOT / "migration_runner" / "py.typed").exists()

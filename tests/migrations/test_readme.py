@@ -1,4 +1,4 @@
-"""What README.md tells a DBA to run is enough, and `make migrate` is the real thing."""
+"""The SQL in README.md is sufficient for a DBA, and `make migrate` migrates a real database."""
 
 import os
 import re
@@ -11,16 +11,18 @@ from tools.postgres import dsn
 
 
 def _sql(heading: str, database: Database) -> list[str]:
-    """The statements under a heading, for the test's database, and roles whose names are free."""
+    """The SQL under a heading, with the test's database and role names that are free."""
     section = (ROOT / "README.md").read_text().split(f"### {heading}\n")[1].split("\n### ")[0]
     text = "\n".join(re.findall(r"```sql\n(.*?)```", section, re.S))
     names = {"unifieddevdb": database.name, "hcm_migrations": f"m{database.name}", "hcm_app": f"a{database.name}"}
-    for name, ours in names.items():
-        text = text.replace(name, ours)
+    for name, replacement in names.items():
+        text = text.replace(name, replacement)
     return [statement.strip() for statement in text.split(";") if statement.strip()]
 
 
-def test_the_least_grants_are_enough_and_the_application_gets_its_own(project: Project, database: Database) -> None:
+def test_the_minimum_privileges_are_sufficient_for_migrations_and_application(
+    project: Project, database: Database
+) -> None:
     migrations, application = f"m{database.name}", f"a{database.name}"
     database.execute(f"ALTER DATABASE {database.name} OWNER TO CURRENT_USER")
     database.execute(f"CREATE ROLE {application} LOGIN PASSWORD 'unused'")
@@ -33,9 +35,11 @@ def test_the_least_grants_are_enough_and_the_application_gets_its_own(project: P
         assert database.execute("SELECT tableowner FROM pg_tables WHERE tablename = 'hcm_report_metadata'") == [
             (migrations,)
         ]
-        may = "SELECT has_table_privilege(%s, 'hcm_report_metadata', %s), has_sequence_privilege(%s, %s, 'USAGE')"
+        privileges = (
+            "SELECT has_table_privilege(%s, 'hcm_report_metadata', %s), has_sequence_privilege(%s, %s, 'USAGE')"
+        )
         sequence = "hcm_report_metadata_id_seq"
-        assert database.execute(may, application, "SELECT, INSERT", application, sequence) == [(True, True)]
+        assert database.execute(privileges, application, "SELECT, INSERT", application, sequence) == [(True, True)]
         assert project.alembic("downgrade", "base", DATABASE_URL=dsn(url)).returncode == 0
     finally:
         for role in (migrations, application):

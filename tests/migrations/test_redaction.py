@@ -1,4 +1,4 @@
-"""A run shows no data and no secret, whatever failed: no statement, no literal, no row, no part of a URL."""
+"""A failed run prints no data and no secrets: no statement, no literal, no row, no part of a URL."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from tests.support.project import Project
 from tests.support.revisions import BLOCK, FIX
 
 PARAMETER = (
-    "SQLAlchemy reads ':{}' in the statement as a bind parameter without a value; write a backslash before a colon that"
-    " is a part of the SQL (\\:)"
+    "SQLAlchemy reads ':{}' in the statement as a bind parameter without a value; write a backslash before"
+    " a colon that is a part of the SQL (\\:)"
 )
 
 
 @pytest.mark.fault(
     "Code and settings",
-    fault="A colon in the SQL of `op.execute()` looks like a parameter",
-    sees="`revision 002 (...) failed: SQLAlchemy reads ':more' in the statement as a bind parameter without a"
-    " value; write"
-    " a backslash before a colon that is a part of the SQL (\\:), ...`, exit 255; with --sql as well",
-    state="Finished revisions stay, this one is rolled back",
-    do="What the line says",
+    fault="A colon in the SQL of `op.execute()` is read as a bind parameter",
+    sees="`revision 002 (...) failed: SQLAlchemy reads ':more' in the statement as a bind parameter without a value;"
+    " write a backslash before a colon that is a part of the SQL (\\:), ...`, exit 255; also with --sql",
+    state="Finished revisions are kept, this one is rolled back",
+    do="Follow the message",
 )
 @pytest.mark.parametrize(
     ("statement", "name"),
@@ -34,23 +33,23 @@ PARAMETER = (
     ],
     ids=["password", "JSON"],
 )
-def test_a_colon_is_named_without_the_statement(
+def test_a_colon_is_reported_without_the_statement(
     project: Project, database: Database, statement: str, name: str
 ) -> None:
     assert project.alembic("upgrade", "head").returncode == 0
     path = project.add("002", f"op.execute({statement!r})")
     result = project.alembic("upgrade", "head")
-    said = f"revision 002 ({path.name}) failed: {PARAMETER.format(name)}, at {path.name}, line 7"
+    message = f"revision 002 ({path.name}) failed: {PARAMETER.format(name)}, at {path.name}, line 7"
     assert (result.returncode, result.failure) == (
         255,
-        f"{said}; rolled back; the database is at revision 001; {FIX}",
+        f"{message}; rolled back; the database is at revision 001; {FIX}",
     )
     plan = project.alembic("upgrade", "001:head", "--sql")
-    assert (plan.returncode, plan.stdout, plan.failure) == (255, "", said)
+    assert (plan.returncode, plan.stdout, plan.failure) == (255, "", message)
 
 
 @pytest.mark.parametrize(
-    ("statement", "said"),
+    ("statement", "message"),
     [
         (f'SELECT CAST(\'{{"k": "x", "{CANARY}": "z"}}\' AS int)', 'invalid input syntax for type integer: "..."'),
         (f"SELECT CAST('{CANARY}' AS inet)", 'invalid input syntax for type inet: "..."'),
@@ -62,7 +61,7 @@ def test_a_colon_is_named_without_the_statement(
             'new row for relation "a" violates check constraint',
         ),
         (
-            f"DO 'BEGIN RAISE EXCEPTION ''no room for {CANARY}'' USING ERRCODE = ''23505''; END'",
+            f"DO 'BEGIN RAISE EXCEPTION ''no space for {CANARY}'' USING ERRCODE = ''23505''; END'",
             "an error of class 23505, raised by a function",
         ),
         (f"ALTER ROLE app PASSWORD {CANARY}", 'syntax error at or near "..." (character 25)'),
@@ -70,11 +69,11 @@ def test_a_colon_is_named_without_the_statement(
     ],
     ids=["json", "inet", "detail", "date", "unique", "check", "RAISE", "syntax", "a literal that is a syntax error"],
 )
-def test_an_error_shows_no_data(project: Project, statement: str, said: str) -> None:
+def test_an_error_shows_no_data(project: Project, statement: str, message: str) -> None:
     path = project.add("002", f"op.get_bind().exec_driver_sql({statement!r})")
-    result = project.alembic("upgrade", "head")  # which looks for the canary
+    result = project.alembic("upgrade", "head")  # any output with the canary fails the test
     assert result.returncode == 255
-    assert result.failure.startswith(f"revision 002 ({path.name}) failed: {said}"), result
+    assert result.failure.startswith(f"revision 002 ({path.name}) failed: {message}"), result
 
 
 @pytest.mark.parametrize(
@@ -87,7 +86,7 @@ def test_an_error_shows_no_data(project: Project, statement: str, said: str) -> 
     ],
     ids=["German", "French", "Spanish", "other quotes"],
 )
-def test_no_language_shows_data(message: str, shown: str) -> None:
+def test_an_error_in_another_language_shows_no_data(message: str, shown: str) -> None:
     class Error(psycopg2.DataError):
         pgcode = "22P02"
 
@@ -96,9 +95,9 @@ def test_no_language_shows_data(message: str, shown: str) -> None:
             message_detail = message_hint = f"{CANARY}"
             source_file = "numutils.c"
 
-    said = errors.server_message(Error())
-    assert CANARY not in said
-    assert said.endswith(shown)
+    redacted = errors.server_message(Error())
+    assert CANARY not in redacted
+    assert redacted.endswith(shown)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +111,7 @@ def test_no_language_shows_data(message: str, shown: str) -> None:
     ],
     ids=["escape string", "comment", "quoted name", "dollar quotes", "line comment"],
 )
-def test_what_stays_is_listed_without_literals(project: Project, database: Database, statement: str) -> None:
+def test_committed_statements_are_listed_without_literals(project: Project, database: Database, statement: str) -> None:
     text = statement.format(role=database.role)
     project.add("002", f"{BLOCK}op.get_bind().exec_driver_sql({text!r})\n    1 / 0")
     result = project.alembic("upgrade", "head")
@@ -129,14 +128,14 @@ def test_a_url_is_not_quoted_when_the_connection_fails(project: Project, databas
 
 
 def test_memory_does_not_grow_with_the_number_of_statements(project: Project, database: Database) -> None:
-    """Of 30,000 statements with 1 kB each, three and the last are kept."""
+    """Of 30,000 statements of 1 kB each, the first three and the last are kept."""
     body = """
 import resource
-ask = op.get_bind().connection.cursor().execute
+execute = op.get_bind().connection.cursor().execute
 text = "SELECT '" + "x" * 1000 + "'"
-for n in range(2000): ask(text + f" AS a{n}")
+for n in range(2000): execute(text + f" AS a{n}")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-for n in range(30000): ask(text + f" AS b{n}")
+for n in range(30000): execute(text + f" AS b{n}")
 grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 assert grown < 4000, f"{grown} kB"
 """
@@ -145,7 +144,7 @@ assert grown < 4000, f"{grown} kB"
     assert (result.returncode, database.at) == (0, ["002"]), result
 
 
-def test_what_statements_quote_is_not_printed_and_of_many_only_the_ends(project: Project, database: Database) -> None:
+def test_literals_are_not_listed_and_long_lists_are_shortened(project: Project, database: Database) -> None:
     rows = "".join(f"    op.execute(\"INSERT INTO a VALUES ('{n}', 'jane@secret.org')\")\n" for n in range(50))
     table = 'op.execute("CREATE TABLE a (x text, y text)")\n'
     project.add("002", BLOCK + table + rows + "    1 / 0")

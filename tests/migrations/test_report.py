@@ -1,4 +1,4 @@
-"""What a run says: one line a fact, in a fixed order, readable in ten seconds; on standard error, never a password."""
+"""What a run logs: one line per fact, in a fixed order, on standard error, and never a password."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from tests.support.project import Project
 
 
 @pytest.fixture
-def first(database: Database) -> str:
+def first_line(database: Database) -> str:
     version = database.scalar("SELECT current_setting('server_version')")
     url = database.url
     return (
@@ -16,12 +16,12 @@ def first(database: Database) -> str:
     )
 
 
-def test_an_upgrade_says_where_what_and_how_long(project: Project, first: str) -> None:
+def test_an_upgrade_logs_the_database_the_steps_and_their_durations(project: Project, first_line: str) -> None:
     project.add("002", name="add_status_column")
     result = project.alembic("upgrade", "head")
     assert (result.returncode, result.stdout) == (0, "")
     assert result.stderr.splitlines() == [
-        first,
+        first_line,
         "HH:MM:SS INFO at base (the head is 002); to do: 2 (001 create_hcm_report_metadata, 002 add_status_column)",
         "HH:MM:SS INFO running upgrade  -> 001, create_hcm_report_metadata",
         "HH:MM:SS INFO done in N.NN s",
@@ -31,11 +31,11 @@ def test_an_upgrade_says_where_what_and_how_long(project: Project, first: str) -
     ]
 
 
-def test_a_second_upgrade_says_that_there_is_nothing_to_do(project: Project, first: str) -> None:
+def test_a_second_upgrade_logs_that_there_is_nothing_to_do(project: Project, first_line: str) -> None:
     assert project.alembic("upgrade", "head").returncode == 0
     result = project.alembic("upgrade", "head")
     assert (result.returncode, result.stdout) == (0, "")
-    assert result.lines == [first, "HH:MM:SS INFO at 001 (head): nothing to do"]
+    assert result.lines == [first_line, "HH:MM:SS INFO at 001 (head): nothing to do"]
 
 
 def test_many_revisions_are_counted_and_the_first_ten_named(project: Project) -> None:
@@ -47,12 +47,12 @@ def test_many_revisions_are_counted_and_the_first_ten_named(project: Project) ->
     assert result.lines[-1] == "HH:MM:SS INFO now at 012 (head)"
 
 
-def test_a_downgrade_says_the_same(project: Project, first: str) -> None:
+def test_a_downgrade_logs_the_same(project: Project, first_line: str) -> None:
     assert project.alembic("upgrade", "head").returncode == 0
     result = project.alembic("downgrade", "-1")
     assert (result.returncode, result.stdout) == (0, "")
     assert result.lines == [
-        first,
+        first_line,
         "HH:MM:SS INFO at 001 (head); to do: 1 (001 create_hcm_report_metadata)",
         "HH:MM:SS INFO running downgrade 001 -> , create_hcm_report_metadata",
         "HH:MM:SS INFO done in N.NN s",
@@ -60,7 +60,7 @@ def test_a_downgrade_says_the_same(project: Project, first: str) -> None:
     ]
 
 
-def test_a_failure_ends_with_the_reason_and_the_cure(project: Project, first: str) -> None:
+def test_a_failure_ends_with_the_reason_and_the_fix(project: Project, first_line: str) -> None:
     path = project.add("002", 'op.execute("SELECT 1 / 0")')
     result = project.alembic("upgrade", "head")
     reason = (
@@ -69,7 +69,7 @@ def test_a_failure_ends_with_the_reason_and_the_cure(project: Project, first: st
     )
     assert (result.returncode, result.stdout) == (255, f"FAILED: {reason}\n")
     assert result.stderr.splitlines() == [
-        first,
+        first_line,
         "HH:MM:SS INFO at base (the head is 002); to do: 2 (001 create_hcm_report_metadata, 002 add)",
         "HH:MM:SS INFO running upgrade  -> 001, create_hcm_report_metadata",
         "HH:MM:SS INFO done in N.NN s",
@@ -77,13 +77,13 @@ def test_a_failure_ends_with_the_reason_and_the_cure(project: Project, first: st
     ]
 
 
-def test_current_says_which_database_and_prints_the_revision_alone(project: Project, first: str) -> None:
+def test_current_logs_the_database_and_prints_only_the_revision(project: Project, first_line: str) -> None:
     assert project.alembic("upgrade", "head").returncode == 0
     result = project.alembic("current")
-    assert (result.returncode, result.stdout, result.stderr) == (0, "001 (head)\n", f"{first}\n")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "001 (head)\n", f"{first_line}\n")
 
 
-def test_what_a_revision_logs_is_seen(project: Project) -> None:
+def test_log_messages_of_a_revision_are_shown(project: Project) -> None:
     project.add("002", 'import logging\nlogging.getLogger("migrations.versions").info("12 rows changed")')
     assert "HH:MM:SS INFO 12 rows changed" in project.alembic("upgrade", "head").lines
 

@@ -1,4 +1,4 @@
-"""What the revisions make of an empty database, read from PostgreSQL's own catalog."""
+"""The schema that the revisions create, read from PostgreSQL's catalog."""
 
 import ast
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.support.project import Project
 from tools.paths import ROOT
 from tools.postgres import dsn
 
-# pytest-alembic's own; its fourth compares with models, which this project has not.
+# pytest-alembic's tests; the fourth compares with models, and this project has none.
 __all__ = ["test_single_head_revision", "test_up_down_consistency", "test_upgrade"]
 
 SCRIPTS = ScriptDirectory.from_config(Config(ROOT / "alembic.ini"))
@@ -33,18 +33,18 @@ INDEXES = "SELECT indexname, indexdef FROM pg_indexes WHERE tablename = 'hcm_rep
 
 @pytest.fixture
 def alembic_config(database: Database, monkeypatch: pytest.MonkeyPatch) -> RunnerConfig:
-    """pytest-alembic's: the project's own Config; our env.py takes the database from the environment."""
+    """For pytest-alembic: the project's Config; env.py reads the database from the environment."""
     monkeypatch.setenv("DATABASE_URL", dsn(database.url))
     return RunnerConfig(alembic_config=Config(ROOT / "alembic.ini"))
 
 
 @pytest.fixture
 def alembic_engine(database: Database) -> Engine:
-    """pytest-alembic's."""
+    """For pytest-alembic."""
     return create_engine(database.url.set(drivername="postgresql+psycopg2"), poolclass=NullPool)
 
 
-def test_001_makes_the_table_and_its_indexes(project: Project, database: Database) -> None:
+def test_001_creates_the_table_and_its_indexes(project: Project, database: Database) -> None:
     assert project.alembic("upgrade", "001").returncode == 0
     assert database.execute(COLUMNS) == [
         ("id", "integer", True, "nextval('hcm_report_metadata_id_seq'::regclass)", "Primary key"),
@@ -64,8 +64,8 @@ def test_001_makes_the_table_and_its_indexes(project: Project, database: Databas
         ("idx_hcm_report_campaign", f"CREATE INDEX idx_hcm_report_campaign ON {table} (campaign_number)"),
         (
             "idx_hcm_report_campaign_report_freq",
-            "CREATE INDEX idx_hcm_report_campaign_report_freq ON "
-            f"{table} (campaign_number, report_name, trigger_frequency)",
+            f"CREATE INDEX idx_hcm_report_campaign_report_freq ON {table}"
+            " (campaign_number, report_name, trigger_frequency)",
         ),
         ("idx_hcm_report_frequency", f"CREATE INDEX idx_hcm_report_frequency ON {table} (trigger_frequency)"),
         ("idx_hcm_report_name", f"CREATE INDEX idx_hcm_report_name ON {table} (report_name)"),
@@ -77,7 +77,7 @@ def test_001_makes_the_table_and_its_indexes(project: Project, database: Databas
     assert database.scalar(owned) == "public.hcm_report_metadata_id_seq"
 
 
-def test_up_down_and_up_again_makes_the_same_schema_and_down_leaves_nothing(
+def test_a_downgrade_leaves_nothing_and_another_upgrade_creates_the_same_schema(
     project: Project, database: Database
 ) -> None:
     assert project.alembic("upgrade", "head").returncode == 0
@@ -97,18 +97,18 @@ def test_there_is_exactly_one_head() -> None:
 
 
 def _steps(source: str) -> dict[str, list[ast.stmt]]:
-    """What upgrade() and downgrade() do: their statements, without docstrings, `...` and `pass`."""
+    """The statements of upgrade() and downgrade(), without docstrings, `...` and `pass`."""
 
-    def does(statement: ast.stmt) -> bool:
+    def is_step(statement: ast.stmt) -> bool:
         constant = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
         return not (constant or isinstance(statement, ast.Pass))
 
     functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
-    return {node.name: [*filter(does, node.body)] for node in functions if node.name in ("upgrade", "downgrade")}
+    return {node.name: [*filter(is_step, node.body)] for node in functions if node.name in ("upgrade", "downgrade")}
 
 
-def _block_stands_alone(steps: list[ast.stmt]) -> bool:
-    """An error after an `autocommit_block` would leave what the block has done."""
+def _block_is_alone(steps: list[ast.stmt]) -> bool:
+    """An error after an `autocommit_block` would not roll back what the block has committed."""
     has_block = any("autocommit_block" in ast.unparse(step) for step in steps)
     return not has_block or (len(steps) == 1 and isinstance(steps[0], ast.With))
 
@@ -120,9 +120,9 @@ def test_a_revision_has_an_upgrade_and_a_downgrade_that_do_something(module) -> 
 
 
 @pytest.mark.parametrize("module", REVISIONS)
-def test_an_autocommit_block_stands_alone_in_its_revision(module) -> None:
+def test_an_autocommit_block_is_alone_in_its_revision(module) -> None:
     steps = _steps(Path(module.__file__).read_text(encoding="utf-8"))
-    assert all(map(_block_stands_alone, steps.values()))
+    assert all(map(_block_is_alone, steps.values()))
 
 
 BLOCK = "with op.get_context().autocommit_block():\n        op.execute('a')"
@@ -137,12 +137,12 @@ BLOCK = "with op.get_context().autocommit_block():\n        op.execute('a')"
         (f"op.execute('b')\n    {BLOCK}", False),
     ],
 )
-def test_an_autocommit_block_beside_something_else_is_found(body: str, alone: bool) -> None:
-    assert _block_stands_alone(_steps(f"def upgrade():\n    {body}\n")["upgrade"]) is alone
+def test_an_autocommit_block_next_to_other_statements_is_found(body: str, alone: bool) -> None:
+    assert _block_is_alone(_steps(f"def upgrade():\n    {body}\n")["upgrade"]) is alone
 
 
 @pytest.mark.parametrize("module", REVISIONS)
-def test_a_revision_imports_nothing_of_ours(module) -> None:
+def test_a_revision_imports_nothing_of_this_project(module) -> None:
     tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}

@@ -1,11 +1,11 @@
-"""What a revision does to the session ends with it: search_path, settings, lock, and who blocked it."""
+"""The session is reset after each revision: search_path, settings, lock, and recorded blockers."""
 
 from tests.support.database import Database
 from tests.support.project import Project
 from tests.support.revisions import TABLE
 
 
-def test_a_revision_that_moves_the_search_path_moves_nothing_else(project: Project, database: Database) -> None:
+def test_a_changed_search_path_is_reset_after_the_revision(project: Project, database: Database) -> None:
     database.execute(f"CREATE SCHEMA other AUTHORIZATION {database.role}")
     database.execute("CREATE TABLE other.alembic_version (version_num varchar(32) PRIMARY KEY)")
     database.execute("INSERT INTO other.alembic_version VALUES ('001')")
@@ -18,23 +18,23 @@ def test_a_revision_that_moves_the_search_path_moves_nothing_else(project: Proje
     assert database.execute("SELECT schemaname::text FROM pg_tables WHERE tablename = 'a'") == [("public",)]
 
 
-def test_a_revisions_settings_end_with_it(project: Project, database: Database) -> None:
-    asked = ("lock_timeout", "statement_timeout", "search_path", "role")
-    settings = " || ' ' || ".join(f"current_setting('{name}')" for name in asked)
-    ask = f"""
+def test_changed_settings_are_reset_after_the_revision(project: Project, database: Database) -> None:
+    names = ("lock_timeout", "statement_timeout", "search_path", "role")
+    settings = " || ' ' || ".join(f"current_setting('{name}')" for name in names)
+    log_settings = f"""
 import logging
 logging.getLogger("migrations.test").info("settings %s", op.get_bind().exec_driver_sql("SELECT {settings}").scalar())
 """
-    project.add("002", ask)
-    sets = f"SET lock_timeout = 0; SET statement_timeout = '60s'; SET search_path = ''; SET ROLE {database.role}"
-    project.add("003", f'op.execute("{sets}")')
-    project.add("004", ask)
+    project.add("002", log_settings)
+    changes = f"SET lock_timeout = 0; SET statement_timeout = '60s'; SET search_path = ''; SET ROLE {database.role}"
+    project.add("003", f'op.execute("{changes}")')
+    project.add("004", log_settings)
     result = project.alembic("upgrade", "head")
     lines = [line.split("settings ")[1] for line in result.lines if "INFO settings" in line]
     assert lines == ['3s 0 "$user", public none'] * 2, result
 
 
-def test_a_revision_that_releases_the_lock_does_not_let_another_run_in(project: Project, database: Database) -> None:
+def test_a_released_lock_is_acquired_again_after_the_revision(project: Project, database: Database) -> None:
     project.add("002", 'op.execute("SELECT pg_advisory_unlock_all()")')
     held = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()"
     project.add("003", f'assert op.get_bind().exec_driver_sql("{held}").scalar() == 1')
@@ -42,7 +42,7 @@ def test_a_revision_that_releases_the_lock_does_not_let_another_run_in(project: 
     assert (result.returncode, database.at) == (0, ["003"]), result
 
 
-def test_a_blocker_of_one_revision_is_not_named_for_the_next_ones_error(project: Project, database: Database) -> None:
+def test_a_blocker_of_one_revision_is_not_named_in_the_error_of_the_next(project: Project, database: Database) -> None:
     assert project.alembic("upgrade", "head").returncode == 0
     project.add("002", 'op.execute("ALTER TABLE hcm_report_metadata ADD COLUMN a int")')
     project.add("003", 'op.execute("SELECT 1 / 0")')

@@ -1,4 +1,4 @@
-"""DATABASE_URL, DB_*, .env, PG*: what wins, what is refused, and what must never be printed."""
+"""DATABASE_URL, DB_*, .env, PG*: their precedence, what is refused, and what is never printed."""
 
 import os
 
@@ -14,27 +14,27 @@ from tools.postgres import dsn
 CLOSED = {"MIGRATION_WAIT_SECONDS": "0", "DATABASE_URL": None}
 
 
-def place(database: Database) -> str:
-    """As the report names the test's database."""
+def logged(database: Database) -> str:
+    """The test's database, as the first line of the log names it."""
     return f"{revisions.target_and_user(database)}, schema public, PostgreSQL "
 
 
 @pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg2"])
-def test_database_url_goes_before_the_parts(project: Project, database: Database, scheme: str) -> None:
+def test_database_url_takes_precedence_over_the_parts(project: Project, database: Database, scheme: str) -> None:
     url = dsn(database.url.set(drivername=scheme))
     result = project.alembic("upgrade", "head", DATABASE_URL=url, DB_HOST="nowhere.invalid", DB_PORT="x", DB_NAME="")
     assert (result.returncode, database.at) == (0, ["001"]), result
-    assert result.lines[0].startswith(f"HH:MM:SS INFO {place(database)}")
+    assert result.lines[0].startswith(f"HH:MM:SS INFO {logged(database)}")
 
 
 def test_the_parts_name_the_database(project: Project, database: Database) -> None:
     result = project.alembic("upgrade", "head", **parts(database))
     assert (result.returncode, database.at) == (0, ["001"]), result
-    assert result.lines[0].startswith(f"HH:MM:SS INFO {place(database)}")
+    assert result.lines[0].startswith(f"HH:MM:SS INFO {logged(database)}")
 
 
 def test_the_parts_have_defaults(offline_project: Project) -> None:
-    # Port 1 keeps the test from reaching a PostgreSQL of the developer's.
+    # Port 1: never the developer's own PostgreSQL.
     result = offline_project.alembic("current", **CLOSED, DB_PORT="1")
     assert result.returncode == 1
     assert result.failure.startswith(
@@ -46,7 +46,7 @@ def test_the_parts_have_defaults(offline_project: Project) -> None:
     "password", [PASSWORD, CANARY + "%%(x)s %41", CANARY + "'; DROP", f" {CANARY} ", CANARY + "\\'\""], ids=ascii
 )
 @pytest.mark.parametrize("form", ["DATABASE_URL", "DB_PASSWORD"])
-def test_any_password_arrives(project: Project, database: Database, password: str, form: str) -> None:
+def test_any_password_is_accepted(project: Project, database: Database, password: str, form: str) -> None:
     quoted = password.replace("'", "''")
     database.execute(f"ALTER ROLE {database.role} PASSWORD '{quoted}'")
     variables = parts(database) | {"DB_PASSWORD": password}
@@ -65,7 +65,7 @@ def env_file(database: Database) -> str:
     )
 
 
-def test_env_file_is_read_and_the_run_says_so(project: Project, database: Database) -> None:
+def test_env_file_is_read_and_logged(project: Project, database: Database) -> None:
     (project.folder / ".env").write_text(env_file(database))
     result = project.alembic("upgrade", "head", DATABASE_URL=None)
     assert (result.returncode, database.at) == (0, ["001"]), result
@@ -73,7 +73,7 @@ def test_env_file_is_read_and_the_run_says_so(project: Project, database: Databa
 
 
 @pytest.mark.parametrize("name", ["DB_HOST", "DB_SCHEMA", "DATABASE_URL"])
-def test_env_file_is_not_read_where_the_environment_has_a_setting(offline_project: Project, name: str) -> None:
+def test_env_file_is_ignored_if_the_environment_has_a_setting(offline_project: Project, name: str) -> None:
     (offline_project.folder / ".env").write_text("DB_HOST=from-the-file\n")
     value = {"DATABASE_URL": "postgresql://me@127.0.0.1:1/x"}.get(name, "127.0.0.1")
     result = offline_project.alembic("upgrade", "head", "--sql", **{"DATABASE_URL": None, name: value})
@@ -81,17 +81,17 @@ def test_env_file_is_not_read_where_the_environment_has_a_setting(offline_projec
     assert result.stderr == f"HH:MM:SS INFO ignoring .env because {name} is set\n"
 
 
-def test_an_env_file_that_is_no_text_is_one_clear_line(offline_project: Project) -> None:
+def test_an_env_file_that_is_not_utf_8_is_one_clear_line(offline_project: Project) -> None:
     (offline_project.folder / ".env").write_bytes("DB_PASSWORD=für\n".encode("latin-1"))
     result = offline_project.alembic("current", DATABASE_URL=None)
     assert (result.returncode, result.failure) == (255, ".env is not UTF-8; write it as UTF-8, see .env.example")
 
 
-@pytest.mark.parametrize("where", ["..", "migrations"])
-def test_env_file_is_read_at_the_root_only(offline_project: Project, where: str) -> None:
-    (offline_project.folder / where / ".env").write_text("DB_HOST=from-the-file\n")
+@pytest.mark.parametrize("folder", ["..", "migrations"])
+def test_env_file_is_read_only_at_the_root(offline_project: Project, folder: str) -> None:
+    (offline_project.folder / folder / ".env").write_text("DB_HOST=from-the-file\n")
     arguments = ("-c", str(offline_project.folder / "alembic.ini"), "upgrade", "head", "--sql")
-    result = offline_project.start(*arguments, cwd=offline_project.folder / where, DATABASE_URL=None).wait()
+    result = offline_project.start(*arguments, cwd=offline_project.folder / folder, DATABASE_URL=None).wait()
     assert (result.returncode, result.stderr) == (0, "")
 
 
@@ -146,7 +146,7 @@ def test_a_password_in_the_env_file_may_look_like_a_variable(offline_project: Pr
         ),
     ],
 )
-def test_a_wrong_database_url_is_one_clear_line(offline_project: Project, url: str, message: str) -> None:
+def test_an_invalid_database_url_is_one_clear_line(offline_project: Project, url: str, message: str) -> None:
     result = offline_project.alembic("upgrade", "head", DATABASE_URL=url.format(CANARY))
     assert (result.returncode, result.failure) == (255, message)
 
@@ -175,8 +175,8 @@ def test_a_wrong_database_url_is_one_clear_line(offline_project: Project, url: s
         ({"DB_NAME": ""}, "DB_NAME is ''; set it, or unset it for the default 'unifieddevdb', see .env.example"),
         (
             {"DB_HOST": "db:5432"},
-            "DB_HOST is 'db:5432', which contains a port; set DB_HOST to the host alone and DB_PORT to the port, see"
-            " .env.example",
+            "DB_HOST is 'db:5432', which contains a port; set DB_HOST to the host alone and DB_PORT to the port,"
+            " see .env.example",
         ),
         (
             {"DB_HOST": "jdbc:postgresql://db:5432/x"},
@@ -184,8 +184,8 @@ def test_a_wrong_database_url_is_one_clear_line(offline_project: Project, url: s
         ),
         (
             {"DB_HOST": "[::1]:5432"},
-            "DB_HOST is '[::1]:5432', which contains a port; set DB_HOST to the host alone and DB_PORT to the port, see"
-            " .env.example",
+            "DB_HOST is '[::1]:5432', which contains a port; set DB_HOST to the host alone and DB_PORT to the port,"
+            " see .env.example",
         ),
         (
             {"DB_HOST": "postgresql://u@db/x"},
@@ -207,12 +207,12 @@ def test_a_wrong_database_url_is_one_clear_line(offline_project: Project, url: s
     ],
     ids=lambda value: " ".join(value)[:30] if isinstance(value, dict) else "",
 )
-def test_a_wrong_setting_is_one_clear_line(offline_project: Project, variables: dict, message: str) -> None:
+def test_an_invalid_setting_is_one_clear_line(offline_project: Project, variables: dict, message: str) -> None:
     result = offline_project.alembic("upgrade", "head", **{"DATABASE_URL": None, "DB_PASSWORD": CANARY} | variables)
     assert (result.returncode, result.failure) == (255, message)
 
 
-def test_a_password_that_is_no_text_is_one_clear_line(offline_project: Project) -> None:
+def test_a_password_that_is_not_utf_8_is_one_clear_line(offline_project: Project) -> None:
     password = os.fsdecode(b"\xff" + CANARY.encode())
     result = offline_project.alembic("upgrade", "head", DATABASE_URL=None, DB_PASSWORD=password)
     assert (result.returncode, result.failure) == (255, "DB_PASSWORD is not UTF-8; set it as UTF-8, see .env.example")

@@ -1,4 +1,4 @@
-"""Signals: a run ends at once, says where, and leaves nothing half done."""
+"""Signals: a run stops within seconds, reports its position, and leaves no revision partly applied."""
 
 import signal
 import sys
@@ -9,25 +9,37 @@ import pytest
 from tests.support.database import Database
 from tests.support.programs import Result
 from tests.support.project import Project
-from tests.support.revisions import AGAIN, BLOCK, BUILD, FILE, KILLED, SLEEP, audit, audited, building, idle, sleeping
+from tests.support.revisions import (
+    AGAIN,
+    BLOCK,
+    BUILD,
+    FILE,
+    KILLED,
+    SLEEP,
+    audit,
+    audited,
+    building,
+    edit,
+    idle,
+    sleeping,
+)
 from tests.support.waiting import until
 
 STOPS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 stops = pytest.mark.parametrize(("number", "code"), STOPS, ids=["SIGTERM", "SIGINT"])
 
-
-DEAF = """while True:
+IGNORES_EXCEPTIONS = """while True:
     try:
-        open("begun", "w")
+        open("started", "w")
         time.sleep(60)
     except BaseException:
         pass
 """
 
 
-def interrupted(result: Result, seconds: float, number: signal.Signals, code: int, where: str) -> None:
+def interrupted(result: Result, seconds: float, number: signal.Signals, code: int, position: str) -> None:
     assert result.returncode == code, result
-    assert result.failure == f"interrupted by {number.name}{where}; {AGAIN}"
+    assert result.failure == f"interrupted by {number.name}{position}; {AGAIN}"
     assert seconds < 3
 
 
@@ -38,18 +50,18 @@ def during(result: Result, revision: str, rest: str) -> str:
 
 @pytest.mark.fault(
     "Process and pod",
-    fault="SIGTERM (drain, deadline, deleted Job) or SIGINT in a revision",
+    fault="SIGTERM (drain, deadline, deleted Job) or SIGINT during a revision",
     sees="Within 2 s `interrupted by SIGTERM in revision 004 (...) after N s; rolled back; the database is at"
     " revision 003; run again to resume; ...`, exit 143 (130)",
-    state="Finished revisions stay, this one is rolled back",
-    do="Deploy again; where the time was up, raise `job.activeDeadlineSeconds` and Helm's `--timeout`",
+    state="Finished revisions are kept, this one is rolled back",
+    do="Deploy again; if the deadline was exceeded, raise `job.activeDeadlineSeconds` and Helm's `--timeout`",
 )
 @stops
 @pytest.mark.parametrize(
-    ("body", "begun"),
+    ("body", "statement"),
     [
         (SLEEP, "pg_sleep"),
-        ('op.execute("CREATE TABLE begun ()")\ntime.sleep(60)', "CREATE TABLE begun"),
+        ('op.execute("CREATE TABLE started ()")\ntime.sleep(60)', "CREATE TABLE started"),
         (
             'try:\n    op.execute("SELECT pg_sleep(60)")\nexcept Exception:\n    pass\ntime.sleep(60)',
             "pg_sleep",
@@ -58,12 +70,12 @@ def during(result: Result, revision: str, rest: str) -> str:
     ids=["in a statement", "in Python", "in a statement whose errors are caught"],
 )
 def test_a_signal_in_a_revision_rolls_it_back(
-    project_at_002: Project, database: Database, number: signal.Signals, code: int, body: str, begun: str
+    project_at_002: Project, database: Database, number: signal.Signals, code: int, body: str, statement: str
 ) -> None:
     project_at_002.add("003", audited("003"))
     project_at_002.add("004", audited("004", body))
     running = project_at_002.start("upgrade", "head")
-    until(lambda: any(begun in row for row in database.activity()))
+    until(lambda: any(statement in row for row in database.activity()))
     result, seconds = running.stop(number)
     interrupted(result, seconds, number, code, during(result, "004", "rolled back; the database is at revision 003"))
     idle(database)
@@ -88,7 +100,7 @@ def test_a_signal_while_waiting_for_the_database(offline_project: Project, numbe
     "Process and pod",
     fault="SIGTERM or SIGINT while the run waits for another run",
     sees="`interrupted by SIGTERM; the database is at revision 002; ...`, exit 143 (130)",
-    state="The other run's work",
+    state="Only the other run's changes",
     do="Nothing",
 )
 @stops
@@ -107,9 +119,9 @@ def test_a_signal_while_waiting_for_another_run(
 @pytest.mark.fault(
     "Process and pod",
     fault="SIGTERM or SIGINT while the run waits for a locked table",
-    sees="`interrupted by SIGTERM in revision 003 (...) after N s; rolled back; the database is at revision 002;"
-    " ...`, exit 143 (130)",
-    state="Finished revisions stay, this one is rolled back",
+    sees="`interrupted by SIGTERM in revision 003 (...) after N s; rolled back;"
+    " the database is at revision 002; ...`, exit 143 (130)",
+    state="Finished revisions are kept, this one is rolled back",
     do="Deploy again",
 )
 @stops
@@ -128,13 +140,13 @@ def test_a_signal_while_waiting_for_a_table(
 @pytest.mark.fault(
     "Partial work",
     fault="SIGTERM or SIGINT while an index is built concurrently",
-    sees="`interrupted by SIGTERM in ...; left INVALID: public.slow; drop with: DROP INDEX "
-    "CONCURRENTLY public.slow; ...`, exit 143 (130)",
-    state="An INVALID index; finished revisions",
-    do="Run the statement that the line shows, deploy again",
+    sees="`interrupted by SIGTERM in ...; left INVALID: public.slow; drop with: DROP INDEX"
+    " CONCURRENTLY public.slow; ...`, exit 143 (130)",
+    state="An INVALID index; finished revisions are kept",
+    do="Run the statement in the message, deploy again",
 )
 @stops
-def test_a_signal_while_an_index_is_built_concurrently_names_what_is_left(
+def test_a_signal_while_an_index_is_built_concurrently_names_the_invalid_index(
     project_at_002: Project, database: Database, number: signal.Signals, code: int
 ) -> None:
     project_at_002.add("003", BLOCK + BUILD)
@@ -143,8 +155,10 @@ def test_a_signal_while_an_index_is_built_concurrently_names_what_is_left(
         running = project_at_002.start("upgrade", "head")
         until(lambda: building(database))
         result, seconds = running.stop(number)
-    left = "left INVALID: public.slow; drop with: DROP INDEX CONCURRENTLY public.slow; the database is at revision 002"
-    interrupted(result, seconds, number, code, during(result, "003", left))
+    invalid = (
+        "left INVALID: public.slow; drop with: DROP INDEX CONCURRENTLY public.slow; the database is at revision 002"
+    )
+    interrupted(result, seconds, number, code, during(result, "003", invalid))
     database.execute("DROP INDEX CONCURRENTLY public.slow")
     assert project_at_002.alembic("upgrade", "head").returncode == 0
 
@@ -159,8 +173,8 @@ def test_a_signal_while_an_index_is_rebuilt_concurrently_names_the_new_one(
         running = project_at_002.start("upgrade", "head")
         until(lambda: building(database))
         result, _ = running.stop(signal.SIGTERM)
-    left = "left INVALID: public.slow_ccnew; drop with: DROP INDEX CONCURRENTLY public.slow_ccnew"
-    assert (result.returncode, left in result.failure) == (143, True), result.failure
+    invalid = "left INVALID: public.slow_ccnew; drop with: DROP INDEX CONCURRENTLY public.slow_ccnew"
+    assert (result.returncode, invalid in result.failure) == (143, True), result.failure
     database.execute("DROP INDEX CONCURRENTLY public.slow_ccnew")
     assert project_at_002.alembic("upgrade", "head").returncode == 0
 
@@ -168,11 +182,11 @@ def test_a_signal_while_an_index_is_rebuilt_concurrently_names_the_new_one(
 @pytest.mark.fault(
     "Process and pod",
     fault="Forty signals at once",
-    sees="One line, as for one signal",
-    state="Finished revisions stay, this one is rolled back",
+    sees="One message, as for one signal",
+    state="Finished revisions are kept, this one is rolled back",
     do="Deploy again",
 )
-def test_many_signals_are_as_good_as_one(project_at_002: Project, database: Database) -> None:
+def test_repeated_signals_are_handled_once(project_at_002: Project, database: Database) -> None:
     project_at_002.add("003", audited("003", SLEEP))
     running = project_at_002.start("upgrade", "head")
     until(lambda: sleeping(database))
@@ -188,18 +202,16 @@ def test_many_signals_are_as_good_as_one(project_at_002: Project, database: Data
 
 @pytest.mark.fault(
     "Process and pod",
-    fault="SIGTERM in a revision that ignores all exceptions",
+    fault="SIGTERM during a revision that ignores all exceptions",
     sees="Within 2 s `interrupted by SIGTERM; did not stop in time and was killed; the database was at revision 002"
     " before: check with 'alembic current'; run again to resume`, exit 143",
-    state="Finished revisions stay, this one is rolled back",
+    state="Finished revisions are kept, this one is rolled back",
     do="Deploy again",
 )
-def test_a_revision_that_ignores_the_interruption_does_not_keep_the_run(
-    project_at_002: Project, database: Database
-) -> None:
-    project_at_002.add("003", audited("003", DEAF))
+def test_a_revision_that_ignores_the_interruption_is_killed(project_at_002: Project, database: Database) -> None:
+    project_at_002.add("003", audited("003", IGNORES_EXCEPTIONS))
     running = project_at_002.start("upgrade", "head")
-    until((project_at_002.folder / "begun").exists)
+    until((project_at_002.folder / "started").exists)
     result, seconds = running.stop(signal.SIGTERM)
     assert (result.returncode, result.failure) == (143, KILLED)
     assert seconds < 3
@@ -208,32 +220,32 @@ def test_a_revision_that_ignores_the_interruption_does_not_keep_the_run(
 
 
 @pytest.mark.parametrize(
-    ("before", "told"),
+    ("before", "message"),
     [
         ("", "check for changes made outside its transaction"),
         (audited("003"), "committed outside the transaction and not rolled back: INSERT INTO audit"),
     ],
     ids=["nothing before", "a statement before"],
 )
-def test_a_revision_that_ignores_the_interruption_outside_its_transaction_is_told_as_one(
-    project_at_002: Project, before: str, told: str
+def test_a_revision_that_ignores_the_interruption_outside_its_transaction_is_reported(
+    project_at_002: Project, before: str, message: str
 ) -> None:
-    project_at_002.add("003", before + BLOCK + DEAF.replace("\n", "\n    "))
+    project_at_002.add("003", before + BLOCK + IGNORES_EXCEPTIONS.replace("\n", "\n    "))
     running = project_at_002.start("upgrade", "head")
-    until((project_at_002.folder / "begun").exists)
+    until((project_at_002.folder / "started").exists)
     result, seconds = running.stop(signal.SIGTERM)
     assert (result.returncode, result.failure) == (
         143,
-        f"{KILLED.removesuffix('; run again to resume')}; {told}; run again to resume",
+        f"{KILLED.removesuffix('; run again to resume')}; {message}; run again to resume",
     )
     assert seconds < 3
 
 
 @pytest.mark.fault(
     "Process and pod",
-    fault="SIGKILL (out of memory, a lost node) in a revision",
-    sees="Nothing of the run itself, exit 137",
-    state="Finished revisions stay, this one is rolled back; session and lock are gone within seconds",
+    fault="SIGKILL (out of memory, a lost node) during a revision",
+    sees="No message from the run, exit 137",
+    state="Finished revisions are kept, this one is rolled back; the session ends and releases its lock within seconds",
     do="Deploy again",
 )
 def test_a_killed_run_leaves_no_lock_and_the_next_one_finishes(project_at_002: Project, database: Database) -> None:
@@ -242,7 +254,7 @@ def test_a_killed_run_leaves_no_lock_and_the_next_one_finishes(project_at_002: P
     until(lambda: sleeping(database))
     running.kill()
     idle(database)  # its statement would have taken a minute
-    path.write_text(path.read_text().replace("pg_sleep(60)", "1"))
+    edit(path, "pg_sleep(60)", "1")
     result = project_at_002.alembic("upgrade", "head")
     assert (result.returncode, database.at, audit(database)) == (0, ["003"], ["003"]), result
 

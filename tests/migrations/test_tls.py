@@ -1,4 +1,4 @@
-"""TLS to the database. The embedded server has none, so it stands before it, as a cloud provider's proxy does."""
+"""TLS to the database. The embedded server has none, so a proxy terminates it, as a cloud provider's does."""
 
 import shutil
 import socket
@@ -18,7 +18,7 @@ from tools.postgres import dsn
 
 
 class Tls:
-    """A TLS end before a PostgreSQL: speaks its SSLRequest, then passes bytes on. Its certificate is for localhost."""
+    """A TLS-terminating proxy with a certificate for localhost: accepts PostgreSQL's SSLRequest, then forwards."""
 
     def __init__(self, folder: Path, server: URL) -> None:
         self.server = server
@@ -52,11 +52,11 @@ class Tls:
         except OSError:
             return
         self.encrypted += 1
-        back = threading.Thread(target=self._pass, args=(upstream, client), daemon=True)
+        back = threading.Thread(target=self._forward, args=(upstream, client), daemon=True)
         back.start()
-        self._pass(client, upstream)
+        self._forward(client, upstream)
 
-    def _pass(self, source: socket.socket, target: socket.socket) -> None:
+    def _forward(self, source: socket.socket, target: socket.socket) -> None:
         try:
             while data := source.recv(65536):
                 target.sendall(data)
@@ -70,9 +70,9 @@ class Tls:
 def tls(tmp_path: Path, server: URL) -> Iterator[Tls]:
     if not shutil.which("openssl"):
         pytest.skip("openssl is missing: install it (Debian: apt-get install openssl)")
-    end = Tls(tmp_path, server)
-    yield end
-    end.listener.close()
+    proxy = Tls(tmp_path, server)
+    yield proxy
+    proxy.listener.close()
 
 
 @pytest.mark.parametrize("form", ["query", "PG variables"])
@@ -92,14 +92,14 @@ def test_a_server_with_the_right_certificate_is_trusted(
 
 @pytest.mark.fault(
     "Network",
-    fault="The server's certificate is not trusted, or for another name",
-    sees="`cannot connect to database ...: ... certificate ...; set PGSSLROOTCERT to the CA's file, and the host "
-    "to a name in the certificate`, at once, exit 255",
+    fault="The server's certificate is not trusted, or is for another host",
+    sees="`cannot connect to database ...: ... certificate ...; set PGSSLROOTCERT to the CA's file, and the host to"
+    " a name in the certificate`, at once, exit 255",
     state="Nothing was changed",
-    do="What the line says",
+    do="Follow the message",
 )
 @pytest.mark.parametrize(
-    ("host", "ca", "said"),
+    ("host", "ca", "message"),
     [
         ("localhost", "wrong.crt", "SSL error: certificate verify failed"),
         ("127.0.0.1", "right.crt", 'does not match host name "127.0.0.1"'),
@@ -108,19 +108,18 @@ def test_a_server_with_the_right_certificate_is_trusted(
     ids=["wrong CA", "wrong host", "no CA file"],
 )
 def test_a_server_with_a_wrong_certificate_is_refused_at_once(
-    project: Project, database: Database, tls: Tls, tmp_path: Path, host: str, ca: str, said: str
+    project: Project, database: Database, tls: Tls, tmp_path: Path, host: str, ca: str, message: str
 ) -> None:
     url = database.url.set(host=host, port=tls.port)
     query = {"sslmode": "verify-full", "sslrootcert": str(tmp_path / ca)}
     result = project.alembic("upgrade", "head", DATABASE_URL=dsn(url.update_query_dict(query)))
     assert (result.returncode, database.relations) == (255, [])
-    where = f"cannot connect to database {database.name} at {host}:{tls.port}: "
-    assert result.failure.startswith(where)
-    assert said in result.failure
+    assert result.failure.startswith(f"cannot connect to database {database.name} at {host}:{tls.port}: ")
+    assert message in result.failure
     assert result.failure.endswith("; set PGSSLROOTCERT to the CA's file, and the host to a name in the certificate")
 
 
-def test_a_server_without_tls_is_refused_at_once_where_tls_is_asked_for(
+def test_a_server_without_tls_is_refused_at_once_if_tls_is_required(
     project: Project, request: pytest.FixtureRequest
 ) -> None:
     if request.config.getoption("--postgres-url"):
@@ -132,7 +131,7 @@ def test_a_server_without_tls_is_refused_at_once_where_tls_is_asked_for(
     )
 
 
-def test_a_misspelt_option_of_the_url_is_refused_at_once(project: Project, database: Database) -> None:
+def test_a_misspelled_option_in_the_url_is_refused_at_once(project: Project, database: Database) -> None:
     url = database.url.update_query_dict({"sslmod": "require"})
     result = project.alembic("upgrade", "head", DATABASE_URL=dsn(url))
     assert result.returncode == 255
@@ -141,16 +140,16 @@ def test_a_misspelt_option_of_the_url_is_refused_at_once(project: Project, datab
 
 @pytest.mark.fault(
     "Network",
-    fault="libpq refuses the client key for its mode (as a Secret's volume has it)",
+    fault="libpq rejects the client key because of its mode (as in a Secret volume)",
     sees="`cannot connect to database ...: ... has group or world access; ...; set the key's mode to 0600, or to 0640"
     " if root owns it (in the chart: 'defaultMode: 0440' of the volume)`, at once, exit 255",
     state="Nothing was changed",
-    do="What the line says",
+    do="Follow the message",
 )
-def test_a_client_key_that_libpq_refuses_fails_at_once(
+def test_a_client_key_that_libpq_rejects_fails_at_once(
     project: Project, database: Database, tls: Tls, tmp_path: Path
 ) -> None:
-    """A Secret's volume has 0644 by default."""
+    """The files of a Secret volume have mode 0644 by default."""
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=app"
     run([*command.split(), "-keyout", "client.key", "-out", "client.crt"], cwd=tmp_path, check=True)
     query = {"sslmode": "require", "sslcert": str(tmp_path / "client.crt"), "sslkey": str(tmp_path / "client.key")}

@@ -1,6 +1,6 @@
-"""Transactions are the runner's: a revision that ends its own is refused, whatever the way, and an honest one is not.
+"""The runner manages transactions: a revision that ends its own is refused, however it does so.
 
-The plan (--sql) must do to a database what the run does, or be refused as the run is.
+A plan (--sql) must have the same effect on a database as the run, or be refused like the run.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ import pytest
 
 from tests.support.database import Database
 from tests.support.project import Project
-from tests.support.revisions import BLOCK, FILE, FIX, TABLE
+from tests.support.revisions import BLOCK, FILE, FIX, TABLE, edit
 
 RAW = "raw = op.get_bind().connection.dbapi_connection\n"
 CURSOR = "cursor = op.get_bind().connection.cursor()\n"
 FAILS = 'op.execute("SELECT 1 / 0")'
 
-# What ends the transaction; which tables stay; which statements are listed to be checked.
-ENDERS = {
+# A body that ends the transaction, the tables that remain, the statements that are listed to be checked.
+ENDS_TRANSACTION = {
     "COMMIT": (TABLE + 'op.execute("COMMIT")', ["a"], "CREATE TABLE a; COMMIT"),
     "END": (TABLE + 'op.execute("end work")', ["a"], "CREATE TABLE a; end work"),
     "ROLLBACK": (TABLE + 'op.execute("ROLLBACK")', [], "CREATE TABLE a; ROLLBACK"),
@@ -66,12 +66,12 @@ ENDERS = {
         [],
         "CREATE TABLE a",
     ),
-    "a savepoint that is called like the runner's": (
+    "a savepoint with the name of the runner's": (
         TABLE + 'op.execute("COMMIT; BEGIN; SAVEPOINT migration_runner")',
         ["a"],
         "CREATE TABLE a; COMMIT; BEGIN; SAVEPOINT migration_runner",
     ),
-    "a cursor class of its own": (
+    "a custom cursor class": (
         TABLE
         + "import psycopg2.extras\ncursor = op.get_bind().connection.cursor(cursor_factory=psycopg2.extras.DictCursor)"
         '\ncursor.execute("COMMIT")',
@@ -91,14 +91,16 @@ ENDERS = {
 }
 
 
-@pytest.mark.parametrize("name", ENDERS)
+@pytest.mark.parametrize("name", ENDS_TRANSACTION)
 def test_a_revision_that_ends_its_transaction_is_refused(project: Project, database: Database, name: str) -> None:
-    body, stays, listed = ENDERS[name]
+    body, remaining, listed = ENDS_TRANSACTION[name]
     assert project.alembic("upgrade", "head").returncode == 0
     before = set(database.relations)
     project.add("002", body)
     result = project.alembic("upgrade", "head")
-    assert (result.returncode, database.at, sorted(set(database.relations) - before)) == (255, ["001"], stays), result
+    assert (result.returncode, database.at, sorted(set(database.relations) - before)) == (255, ["001"], remaining), (
+        result
+    )
     failure = result.failure.replace("/* x */ COMMIT -- y", "COMMIT")
     file = FILE.format("002")
     start = (
@@ -117,8 +119,8 @@ NESTED = "try:\n    with op.get_bind().begin_nested():\n        op.execute('SELE
 FUNCTION = "CREATE FUNCTION f() RETURNS int LANGUAGE plpgsql AS $$ BEGIN RETURN 1; END $$"
 LOCKED = 'op.execute("SET LOCAL lock_timeout = 100")\n'
 
-# What leaves the transaction alone; the tables that it makes.
-HONEST = {
+# A body that does not end the transaction, the tables that it creates.
+KEEPS_TRANSACTION = {
     "a savepoint of SQLAlchemy": (NESTED + TABLE, ["a"]),
     "a savepoint in SQL": (
         'op.execute("SAVEPOINT s; CREATE TABLE gone (); ROLLBACK TO s; RELEASE s")\n' + TABLE,
@@ -129,7 +131,7 @@ HONEST = {
         TABLE + "op.execute(\"DO 'BEGIN PERFORM 1 / 0; EXCEPTION WHEN OTHERS THEN NULL; END'\")",
         ["a"],
     ),
-    "the words in a comment and in a string": (
+    "COMMIT in a comment and in a string": (
         TABLE + "op.execute(\"SELECT 'x; COMMIT; ROLLBACK' -- COMMIT; CREATE INDEX CONCURRENTLY\\n/* ROLLBACK; */\")",
         ["a"],
     ),
@@ -157,9 +159,9 @@ HONEST = {
 }
 
 
-@pytest.mark.parametrize("name", HONEST)
-def test_an_honest_revision_is_recorded(project: Project, database: Database, name: str) -> None:
-    body, makes = HONEST[name]
+@pytest.mark.parametrize("name", KEEPS_TRANSACTION)
+def test_a_revision_that_keeps_its_transaction_is_applied(project: Project, database: Database, name: str) -> None:
+    body, created = KEEPS_TRANSACTION[name]
     database.execute(f"CREATE ROLE other_{database.role} ROLE {database.role}")
     try:
         project.add("002", body.replace("{role}", database.role))
@@ -167,14 +169,12 @@ def test_an_honest_revision_is_recorded(project: Project, database: Database, na
         before = set(database.relations)
         result = project.alembic("upgrade", "head")
         assert (result.returncode, database.at) == (0, ["002"]), result
-        assert sorted(set(database.relations) - before) == makes
+        assert sorted(set(database.relations) - before) == created
     finally:
         database.execute(f"DROP ROLE other_{database.role}")
 
 
-def test_a_failure_after_an_honest_block_says_what_stays_and_not_rolled_back(
-    project: Project, database: Database
-) -> None:
+def test_a_failure_after_an_autocommit_block_lists_what_was_committed(project: Project, database: Database) -> None:
     assert project.alembic("upgrade", "head").returncode == 0
     project.add("002", f'{TABLE}{BLOCK}op.execute("CREATE TABLE b ()")\nop.execute("CREATE TABLE c ()")\n{FAILS}')
     result = project.alembic("upgrade", "head")
@@ -186,7 +186,7 @@ def test_a_failure_after_an_honest_block_says_what_stays_and_not_rolled_back(
     )
 
 
-def test_an_error_that_a_revision_swallows_is_the_revisions_failure(project: Project, database: Database) -> None:
+def test_an_error_that_a_revision_swallows_fails_the_revision(project: Project, database: Database) -> None:
     assert project.alembic("upgrade", "head").returncode == 0
     project.add("002", f"{TABLE}try:\n    {FAILS}\nexcept Exception:\n    pass")
     result = project.alembic("upgrade", "head")
@@ -199,7 +199,7 @@ def test_an_error_that_a_revision_swallows_is_the_revisions_failure(project: Pro
 
 
 def state(database: Database) -> tuple[list[str], str, list[tuple], dict[str, list[tuple]]]:
-    """What a run or a plan made of the database: revision, schema, INVALID indexes, rows."""
+    """The result of a run or a plan: revision, schema, INVALID indexes, rows."""
     indexes = "SELECT indexrelid::regclass::text, indisvalid FROM pg_index WHERE NOT indisvalid"
     tables = [name for (name,) in database.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")]
     rows = {name: database.execute(f"SELECT t::text FROM {name} t ORDER BY 1") for name in tables}
@@ -208,34 +208,32 @@ def state(database: Database) -> tuple[list[str], str, list[tuple], dict[str, li
 
 INDEX = f'{BLOCK}op.execute("CREATE UNIQUE INDEX CONCURRENTLY IF NOT EXISTS UX_Twice ON twice (x)")'
 PLANNED = {
-    **{name: body for name, (body, *_) in {**ENDERS, **HONEST}.items()},
+    **{name: body for name, (body, *_) in {**ENDS_TRANSACTION, **KEEPS_TRANSACTION}.items()},
     "a statement that fails": TABLE + FAILS,
     "an error in Python": TABLE + "1 / 0",
     "a colon that looks like a parameter": "op.execute('SELECT $${\"days\":28}$$')",
     "an index that fails on duplicates": INDEX,
-    "an index that is INVALID already": f'op.execute("DELETE FROM twice")\n{INDEX}',
-    "a search_path that is not put back": 'op.execute("CREATE SCHEMA s; SET search_path = s; CREATE TABLE a ()")',
-    "a role that is not put back": 'op.execute("SET ROLE other_{role}")',
+    "an index that is already INVALID": f'op.execute("DELETE FROM twice")\n{INDEX}',
+    "a search_path that is not reset": 'op.execute("CREATE SCHEMA s; SET search_path = s; CREATE TABLE a ()")',
+    "a role that is not reset": 'op.execute("SET ROLE other_{role}")',
     "a concurrent index in the transaction": 'op.execute("CREATE INDEX CONCURRENTLY x ON twice (x)")',
     "a parameter": "import sqlalchemy as sa\nop.get_bind().execute(sa.text('INSERT INTO twice VALUES (:x)'), {'x': 3})",
-    "backslashes and bytes": "import sqlalchemy as sa\nt = op.create_table('a', sa.Column('x', sa.Text,"
-    " comment='e\\\\f'),"
-    " sa.Column('b', sa.LargeBinary))\nop.bulk_insert(t, [{'x': 'C:\\\\dir', 'b': b'\\\\x41\\xff'}])",
-    "a default of Python's": "import sqlalchemy as sa\nt = op.create_table('a', sa.Column('x', sa.Integer,"
-    " default=lambda: 7))"
-    "\nop.bulk_insert(t, [{}])",
+    "backslashes and bytes": "import sqlalchemy as sa\n"
+    "t = op.create_table('a', sa.Column('x', sa.Text, comment='e\\\\f'), sa.Column('b', sa.LargeBinary))\n"
+    "op.bulk_insert(t, [{'x': 'C:\\\\dir', 'b': b'\\\\x41\\xff'}])",
+    "a default computed in Python": "import sqlalchemy as sa\n"
+    "t = op.create_table('a', sa.Column('x', sa.Integer, default=lambda: 7))\nop.bulk_insert(t, [{}])",
     "an insert without values": "import sqlalchemy as sa\nop.execute(sa.table('twice', sa.column('x')).insert())",
-    "a question whose refusal is caught": "import sqlalchemy as sa\ntry:\n    x ="
-    " op.get_bind().execute(sa.text('SELECT 5'))"
-    ".scalar()\nexcept Exception:\n    x = 0\nop.execute(f'INSERT INTO twice VALUES ({x})')",
-    "a look at the connection": "name = 'a' if hasattr(op.get_bind(), 'in_transaction') else 'b'\n"
+    "a query whose refusal is caught": "import sqlalchemy as sa\n"
+    "try:\n    x = op.get_bind().execute(sa.text('SELECT 5')).scalar()\nexcept Exception:\n    x = 0\n"
+    "op.execute(f'INSERT INTO twice VALUES ({x})')",
+    "an attribute of the connection": "name = 'a' if hasattr(op.get_bind(), 'in_transaction') else 'b'\n"
     "op.execute(f'CREATE TABLE {name} ()')",
     "two percent signs for the driver": "op.get_bind().exec_driver_sql(\"CREATE TABLE a AS SELECT '50%%' AS x\")",
-    "a block that an error of Python leaves": f"try:\n    {BLOCK}    op.execute('CREATE TABLE a ()')\n       "
-    f" raise ValueError"
-    "\nexcept ValueError:\n    pass",
+    "a block that a Python error ends": f"try:\n    {BLOCK}    op.execute('CREATE TABLE a ()')\n"
+    "        raise ValueError\nexcept ValueError:\n    pass",
     "two statements in a block": f"{BLOCK}op.execute('INSERT INTO twice VALUES (3); SELECT 1 / 0')",
-    "others' INVALID index, already": f'{BLOCK}op.execute("CREATE INDEX CONCURRENTLY mine ON twice (x)")',
+    "another index that is already INVALID": f'{BLOCK}op.execute("CREATE INDEX CONCURRENTLY mine ON twice (x)")',
     "a percent sign": "op.execute(\"CREATE TABLE a AS SELECT format('100%% of %s', 1) AS x\")",
 }
 
@@ -245,15 +243,12 @@ del PLANNED["an autocommit_block whose error is caught"]
 
 
 @pytest.mark.parametrize("name", PLANNED)
-def test_the_plan_does_what_the_run_does_or_is_refused_as_the_run_is(
-    project: Project, database: Database, name: str
-) -> None:
+def test_a_plan_has_the_same_effect_as_the_run_or_is_refused(project: Project, database: Database, name: str) -> None:
     database.execute(f"CREATE ROLE other_{database.role} ROLE {database.role}")
     try:
         assert project.alembic("upgrade", "head").returncode == 0
-        database.execute(
-            f"CREATE TABLE twice AS SELECT 1 AS x FROM generate_series(1, 2);ALTER TABLE twice OWNER TO {database.role}"
-        )
+        database.execute("CREATE TABLE twice AS SELECT 1 AS x FROM generate_series(1, 2)")
+        database.execute(f"ALTER TABLE twice OWNER TO {database.role}")
         if "already" in name:
             with pytest.raises(Exception, match="could not create unique index"):
                 database.execute("CREATE UNIQUE INDEX CONCURRENTLY UX_Twice ON twice (x)")
@@ -270,31 +265,34 @@ def test_the_plan_does_what_the_run_does_or_is_refused_as_the_run_is(
             plan = project.alembic("upgrade", "001:head", "--sql")
             run = project.alembic("upgrade", "head")
             assert run.returncode in (0, 255)
-            if plan.returncode == 255:  # nothing to apply; the run may do what cannot be planned, or is refused, too
+            if plan.returncode == 255:  # nothing to apply; the run may do what cannot be planned, or is also refused
                 assert plan.stdout == ""
                 assert run.returncode == 255 or "it cannot be planned" in plan.failure, (plan, run)
                 return
-            done = copy.psql(plan.stdout)
-            assert (done.returncode == 0, state(copy)) == (run.returncode == 0, state(database)), (plan, done, run)
+            applied = copy.psql(plan.stdout)
+            assert (applied.returncode == 0, state(copy)) == (run.returncode == 0, state(database)), (
+                plan,
+                applied,
+                run,
+            )
         finally:
             database.execute(f"DROP DATABASE {copy.name} WITH (FORCE)")
     finally:
         database.execute(f"DROP OWNED BY other_{database.role}; DROP ROLE other_{database.role}")
 
 
-def test_a_command_error_of_a_revision_is_the_revisions_failure(project: Project, database: Database) -> None:
+def test_a_command_error_in_a_revision_is_reported_as_its_failure(project: Project, database: Database) -> None:
     assert project.alembic("upgrade", "head").returncode == 0
     path = project.add("002", f"{TABLE}from alembic.util import CommandError\nraise CommandError('two\\nlines')")
     result = project.alembic("upgrade", "head")
     assert (result.returncode, result.failure) == (
         255,
-        f"revision 002 ({path.name}) failed: alembic.util.exc.CommandError: two lines, at {path.name}, line 9;"
-        f" rolled back;"
-        f" the database is at revision 001; {FIX}",
+        f"revision 002 ({path.name}) failed: alembic.util.exc.CommandError: two lines, at {path.name}, line 9; rolled"
+        f" back; the database is at revision 001; {FIX}",
     )
 
 
-def test_after_a_concurrent_build_that_failed_the_limit_is_as_before(project: Project, database: Database) -> None:
+def test_lock_timeout_is_restored_after_a_failed_concurrent_build(project: Project, database: Database) -> None:
     body = f"""
 {BLOCK}try:
         op.execute("CREATE INDEX CONCURRENTLY x ON gone (y)")
@@ -312,13 +310,15 @@ PARTIAL = "op.execute(\"DO 'BEGIN INSERT INTO a VALUES (1); COMMIT; PERFORM 1 / 
 
 @pytest.mark.fault(
     "Partial work",
-    fault="A `DO` block or procedure in an `autocommit_block` fails after a COMMIT of its own",
+    fault="A `DO` block or procedure in an `autocommit_block` fails after its own COMMIT",
     sees="`revision 002 (...) failed: ...; committed outside the transaction and not rolled back: ...; check what was"
     " committed by: DO; the database is at revision 001; ...`, exit 255",
-    state="What it committed; finished revisions",
-    do="Undo or finish it, fix the revision, deploy again",
+    state="What it committed; finished revisions are kept",
+    do="Undo or complete it, fix the revision, deploy again",
 )
-def test_a_statement_that_commits_on_its_way_is_not_called_rolled_back(project: Project, database: Database) -> None:
+def test_a_statement_that_commits_before_it_fails_is_not_reported_as_rolled_back(
+    project: Project, database: Database
+) -> None:
     project.add("002", f"{BLOCK}{TABLE}    {PARTIAL}")
     result = project.alembic("upgrade", "head")
     assert (result.returncode, database.execute("SELECT x FROM a")) == (255, [(1,)])
@@ -329,15 +329,16 @@ def test_a_statement_that_commits_on_its_way_is_not_called_rolled_back(project: 
 @pytest.mark.parametrize(
     "body",
     [
-        "import psycopg2.extras\n    raw.cursor(cursor_factory=psycopg2.extras.DictCursor).execute('CREATE TABLE a"
-        " ()')",
-        "import io\n    raw.cursor().execute('CREATE TABLE a (x int)')\n   "
-        " raw.cursor().copy_from(io.StringIO('1\\n'), 'a')",
+        "import psycopg2.extras\n"
+        "    raw.cursor(cursor_factory=psycopg2.extras.DictCursor).execute('CREATE TABLE a ()')",
+        "import io\n"
+        "    raw.cursor().execute('CREATE TABLE a (x int)')\n"
+        "    raw.cursor().copy_from(io.StringIO('1\\n'), 'a')",
         "from psycopg2.extensions import AsIs\n    raw.cursor().execute('CREATE %s', (AsIs('TABLE a ()'),))",
     ],
     ids=["DictCursor", "copy_from", "AsIs"],
 )
-def test_no_cursor_goes_unseen(project: Project, database: Database, body: str) -> None:
+def test_the_statements_of_any_cursor_are_listed(project: Project, database: Database, body: str) -> None:
     project.add("002", f"{BLOCK}raw = op.get_bind().connection.dbapi_connection\n    {body}\n    raise ValueError")
     result = project.alembic("upgrade", "head")
     assert (result.returncode, "a" in database.relations) == (255, True), result
@@ -346,14 +347,14 @@ def test_no_cursor_goes_unseen(project: Project, database: Database, body: str) 
 
 @pytest.mark.fault(
     "Partial work",
-    fault="A revision commits something on a second connection, and fails",
+    fault="A revision commits on a second connection, and fails",
     sees="`revision 003 (...) failed: ...; check for changes committed on the revision's second connection; the"
-    " database is at revision 002; ...`, exit 255, without a retry",
-    state="What it committed there; finished revisions",
-    do="Undo it, use op.get_bind() alone, deploy again",
+    " database is at revision 002; ...`, exit 255, not retried",
+    state="What it committed there; finished revisions are kept",
+    do="Undo it, use only `op.get_bind()`, deploy again",
 )
 @pytest.mark.parametrize("error", ["SELECT 1 / 0", "LOCK TABLE hcm_report_metadata"], ids=["error", "lock timeout"])
-def test_what_a_second_connection_did_is_not_called_rolled_back_nor_repeated(
+def test_a_commit_on_a_second_connection_is_neither_reported_as_rolled_back_nor_retried(
     project: Project, database: Database, error: str
 ) -> None:
     project.add("002", f'{BLOCK}op.execute("CREATE TABLE a (x int)")')
@@ -371,9 +372,7 @@ def test_what_a_second_connection_did_is_not_called_rolled_back_nor_repeated(
 
 
 @pytest.mark.parametrize("close", ["dbapi_connection.close()", "invalidate()"])
-def test_a_connection_that_the_revision_closes_is_not_waited_for(
-    project: Project, database: Database, close: str
-) -> None:
+def test_a_connection_that_the_revision_closes_is_not_retried(project: Project, database: Database, close: str) -> None:
     project.add("002", f'op.get_bind().connection.{close}\nop.execute("SELECT 1")')
     result = project.alembic("upgrade", "head")
     assert (result.returncode, database.at) == (255, ["001"])
@@ -381,7 +380,7 @@ def test_a_connection_that_the_revision_closes_is_not_waited_for(
     assert result.failure
 
 
-def test_a_stamp_that_fails_keeps_what_it_purges(project: Project, database: Database) -> None:
+def test_a_failed_stamp_rolls_back_its_purge(project: Project, database: Database) -> None:
     assert project.alembic("upgrade", "head").returncode == 0
     database.execute(
         "CREATE FUNCTION nope() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION ''nope''; END';"
@@ -402,7 +401,7 @@ def test_any_exception_is_one_line(project: Project, database: Database, error: 
     assert "rolled back; the database is at revision 001" in result.failure
 
 
-def test_settings_of_a_session_end_with_the_revision(project: Project, database: Database) -> None:
+def test_session_characteristics_are_reset_after_the_revision(project: Project, database: Database) -> None:
     project.add("002", 'op.execute("SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY")')
     project.add("003", TABLE)
     assert project.alembic("upgrade", "head").returncode == 0
@@ -411,14 +410,14 @@ def test_settings_of_a_session_end_with_the_revision(project: Project, database:
 
 def test_a_message_of_a_revision_forges_no_line(project: Project) -> None:
     path = project.add("002", "pass")
-    path.write_text(path.read_text().replace('"""add"""', '"""add\nFAILED: forged \\x1b[31m"""'))
+    edit(path, '"""add"""', '"""add\nFAILED: forged \\x1b[31m"""')
     result = project.alembic("upgrade", "head")
     assert result.returncode == 0
     assert not any(line.startswith("FAILED") for line in result.lines)
     assert "\x1b" not in result.stderr
 
 
-def test_quiet_is_not_silent_about_a_failure(project: Project) -> None:
+def test_quiet_still_reports_a_failure(project: Project) -> None:
     project.add("002", FAILS)
     result = project.alembic("-q", "upgrade", "head")
     assert result.returncode == 255
@@ -429,15 +428,15 @@ def test_quiet_is_not_silent_about_a_failure(project: Project) -> None:
     ("body", "partial"),
     [
         (
-            "cursor = op.get_bind().connection.cursor()\n    cursor.executemany('INSERT INTO a SELECT 1 / %s',"
-            " [(1,), (0,)])",
+            "cursor = op.get_bind().connection.cursor()\n"
+            "    cursor.executemany('INSERT INTO a SELECT 1 / %s', [(1,), (0,)])",
             "INSERT INTO a SELECT",
         ),
         ("op.execute('CREATE TABLE b AS SELECT pg_terminate_backend(pg_backend_pid())')", "CREATE TABLE b"),
     ],
-    ids=["rows one by one", "a lost answer"],
+    ids=["row by row", "lost response"],
 )
-def test_what_may_be_committed_in_a_block_is_to_be_checked(
+def test_statements_that_a_block_may_have_committed_are_listed_to_be_checked(
     project: Project, database: Database, body: str, partial: str
 ) -> None:
     project.add("002", TABLE)
@@ -447,13 +446,13 @@ def test_what_may_be_committed_in_a_block_is_to_be_checked(
     assert f"; check what was committed by: {partial}; the database is at revision 002; " in result.failure
 
 
-def test_the_real_cause_is_named_where_the_revision_closed_its_connection(project: Project) -> None:
-    path = project.add("002", "op.get_bind().close()\nraise ValueError('the real cause')")
+def test_the_root_cause_is_named_if_the_revision_closed_its_connection(project: Project) -> None:
+    path = project.add("002", "op.get_bind().close()\nraise ValueError('the root cause')")
     result = project.alembic("upgrade", "head")
-    assert f"failed: ValueError: the real cause, at {path.name}, line 8; " in result.failure
+    assert f"failed: ValueError: the root cause, at {path.name}, line 8; " in result.failure
 
 
-def test_savepoints_and_autocommit_blocks_are_a_revisions_own(project: Project, database: Database) -> None:
+def test_a_revision_may_use_savepoints_and_autocommit_blocks(project: Project, database: Database) -> None:
     project.add("002", "with op.get_bind().begin_nested():\n    op.execute('CREATE TABLE a (x int)')")
     block = f"{BLOCK}op.execute('CREATE INDEX CONCURRENTLY b ON a (x)')\n"
     project.add("003", f"op.execute('INSERT INTO a VALUES (1)')\n{block}op.execute('INSERT INTO a VALUES (2)')")

@@ -1,4 +1,4 @@
-"""Databases that are not what the run expects: ahead of the code, another project's, read-only, not granted."""
+"""Unsuitable databases: ahead of the code, of another project, read-only, or without the privileges."""
 
 import pytest
 
@@ -6,14 +6,14 @@ from tests.support.database import Database
 from tests.support.project import Project
 from tests.support.revisions import AUDIT, FIX, audit, audited
 
-TROUBLE = "see 'Troubleshooting' in README.md"
+SEE_TROUBLESHOOTING = "see 'Troubleshooting' in README.md"
 
 
 @pytest.mark.fault(
     "Code and settings",
     fault="The database is ahead of the code (after `helm rollback`)",
-    sees="`the database is at 002, which this code (head 001) does not know; deploy the code that knows it ...`, "
-    "exit 255",
+    sees="`the database is at 002, which this code (head 001) does not know;"
+    " deploy the code that knows it ...`, exit 255",
     state="Nothing was changed",
     do="Deploy the newer code, or downgrade with it first",
 )
@@ -26,19 +26,21 @@ def test_a_database_ahead_of_the_code_is_refused(project: Project, database: Dat
     assert (result.returncode, database.at) == (255, ["002"])
     assert result.failure == (
         "the database is at 002, which this code (head 001) does not know; deploy the code that knows it or, if the"
-        f" version table is another project's, set ALEMBIC_VERSION_TABLE or DB_SCHEMA; {TROUBLE}"
+        f" version table is another project's, set ALEMBIC_VERSION_TABLE or DB_SCHEMA; {SEE_TROUBLESHOOTING}"
     )
 
 
 @pytest.mark.fault(
     "Code and settings",
     fault="Another project's `alembic_version` in the schema",
-    sees="`the database is at a1b2c3, which this code (head 001) does not know; ... set ALEMBIC_VERSION_TABLE or "
-    "DB_SCHEMA`, exit 255",
+    sees="`the database is at a1b2c3, which this code (head 001) does not know; ... set"
+    " ALEMBIC_VERSION_TABLE or DB_SCHEMA`, exit 255",
     state="Nothing was changed",
     do="Set `ALEMBIC_VERSION_TABLE` or `DB_SCHEMA`, deploy again",
 )
-def test_another_projects_version_table_is_left_alone_under_another_name(project: Project, database: Database) -> None:
+def test_another_projects_version_table_is_refused_and_another_name_avoids_it(
+    project: Project, database: Database
+) -> None:
     database.execute("CREATE TABLE alembic_version (version_num varchar(32)); GRANT ALL ON alembic_version TO PUBLIC")
     database.execute("INSERT INTO alembic_version VALUES ('a1b2c3')")
     result = project.alembic("upgrade", "head")
@@ -51,12 +53,12 @@ def test_another_projects_version_table_is_left_alone_under_another_name(project
 @pytest.mark.fault(
     "Database",
     fault="`default_transaction_read_only` is on",
-    sees="`cannot execute CREATE TABLE in a read-only transaction (the server is read-only ...): set DB_HOST to the "
-    "primary)`, exit 255",
+    sees="`cannot execute CREATE TABLE in a read-only transaction (the server is read-only ...):"
+    " set DB_HOST to the primary)`, exit 255",
     state="Nothing was changed",
     do="Set the host to the primary's address, or fix the role",
 )
-def test_a_server_that_only_reads_is_named(project: Project, database: Database) -> None:
+def test_a_read_only_server_is_named(project: Project, database: Database) -> None:
     database.execute(f"ALTER ROLE {database.role} SET default_transaction_read_only = on")
     result = project.alembic("upgrade", "head")
     assert (result.returncode, result.failure) == (
@@ -70,12 +72,12 @@ def test_a_server_that_only_reads_is_named(project: Project, database: Database)
 @pytest.mark.fault(
     "Database",
     fault="No CREATE privilege on the schema (PostgreSQL 15's `public`)",
-    sees="`permission denied for schema public (grant what is missing, see 'Minimum privileges' in README.md)`,"
-    " exit 255",
+    sees="`permission denied for schema public"
+    " (grant what is missing, see 'Minimum privileges' in README.md)`, exit 255",
     state="Nothing was changed",
     do="Grant it, deploy again",
 )
-def test_a_role_that_may_not_create_is_named(project: Project, database: Database) -> None:
+def test_a_missing_create_privilege_is_named(project: Project, database: Database) -> None:
     database.execute("ALTER SCHEMA public OWNER TO postgres; REVOKE ALL ON SCHEMA public FROM PUBLIC")
     database.execute(f"GRANT USAGE ON SCHEMA public TO {database.role}")
     result = project.alembic("upgrade", "head")
@@ -88,12 +90,12 @@ def test_a_role_that_may_not_create_is_named(project: Project, database: Databas
 
 @pytest.mark.fault(
     "Database",
-    fault="`statement_timeout`, `idle_in_transaction_session_timeout` and others are set on the role",
-    sees="The same as without",
-    state="All done",
+    fault="`statement_timeout`, `idle_in_transaction_session_timeout` and other timeouts are set on the role",
+    sees="No visible effect",
+    state="Complete",
     do="Nothing",
 )
-def test_time_limits_of_the_role_do_not_end_a_migration(project: Project, database: Database) -> None:
+def test_timeouts_of_the_role_do_not_cancel_a_migration(project: Project, database: Database) -> None:
     for name in ("statement_timeout", "idle_in_transaction_session_timeout", "idle_session_timeout", "lock_timeout"):
         database.execute(f"ALTER ROLE {database.role} SET {name} = '1s'")
     if database.scalar("SELECT current_setting('server_version_num')::int") >= 170000:

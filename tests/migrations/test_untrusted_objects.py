@@ -1,4 +1,4 @@
-"""What another role put in the way: no function, operator, table or schema of its is obeyed, and the line names it."""
+"""Objects of untrusted roles: the run uses none of their functions, operators, tables or schemas, and names them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tests.support.project import Project
 from tests.support.revisions import AUDIT, audited
 from tools.postgres import execute
 
-TROUBLE = "fix that, or set ALEMBIC_VERSION_TABLE or DB_SCHEMA; see 'Troubleshooting' in README.md"
-CREATES = "WARNING untrusted roles may CREATE in public ({}), and revisions may call what they create there: see"
+FIX_OR_SET = "fix that, or set ALEMBIC_VERSION_TABLE or DB_SCHEMA; see 'Troubleshooting' in README.md"
+CREATE_WARNING = "WARNING untrusted roles may CREATE in public ({}), and revisions may call what they create there: see"
 
 
 @pytest.fixture
 def other(database: Database) -> Iterator[Callable[..., None]]:
-    """Run statements as another role, which may CREATE in public, as everybody may before PostgreSQL 15."""
+    """Run statements as another role, which may CREATE in public, as every role may before PostgreSQL 15."""
     role = f"other_{database.role}"
     database.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'unused'; GRANT CREATE ON SCHEMA public TO {role}")
     url: URL = database.admin.set(username=role, password="unused")  # noqa: S106
@@ -32,15 +32,15 @@ def other(database: Database) -> Iterator[Callable[..., None]]:
     database.execute(f"DROP OWNED BY {role} CASCADE; DROP ROLE {role}")
 
 
-LOOT = "CREATE TABLE loot (what text, who text); GRANT INSERT ON loot TO PUBLIC"
+CALLS = "CREATE TABLE calls (function text, caller text); GRANT INSERT ON calls TO PUBLIC"
 
 
 def trap(signature: str, returns: str, value: str) -> str:
-    """A function that fits the runner's own calls better than PostgreSQL's, and leaves a trace of who called it."""
+    """A function that matches the runner's own calls better than PostgreSQL's, and records its caller."""
     name = signature.split("(")[0]
     return (
         f"CREATE FUNCTION public.{signature} RETURNS {returns} LANGUAGE plpgsql AS $f$ BEGIN"
-        f" INSERT INTO public.loot VALUES ('{name}', current_user); RETURN {value}; END $f$"
+        f" INSERT INTO public.calls VALUES ('{name}', current_user); RETURN {value}; END $f$"
     )
 
 
@@ -64,17 +64,17 @@ TRAPS = [
 
 @pytest.mark.fault(
     "Database",
-    fault="Another role has put functions or operators in a schema of the role's search_path",
+    fault="Another role has created functions or operators in a schema of the role's search_path",
     sees="`WARNING untrusted roles may CREATE in public (...), and revisions may call what they create there: see"
     " 'Minimum privileges' in README.md`",
-    state="All done; none of them was called by the run itself",
+    state="Complete; the run itself called none of them",
     do="`REVOKE CREATE ON SCHEMA public FROM PUBLIC`",
 )
 @pytest.mark.parametrize("path", ['"$user", public', "public, pg_catalog"])
-def test_functions_and_operators_of_others_are_not_called(
+def test_functions_and_operators_of_other_roles_are_not_called(
     project: Project, database: Database, other: Callable[..., None], path: str
 ) -> None:
-    other(LOOT, *TRAPS, "CREATE TABLE twice AS SELECT 1 AS x FROM generate_series(1, 2)")
+    other(CALLS, *TRAPS, "CREATE TABLE twice AS SELECT 1 AS x FROM generate_series(1, 2)")
     with pytest.raises(psycopg2.Error, match="could not create unique index"):
         other("CREATE UNIQUE INDEX CONCURRENTLY theirs ON twice (x)")  # an INVALID index to be listed
     database.execute(f"ALTER ROLE {database.role} SET search_path = {path}")
@@ -82,36 +82,35 @@ def test_functions_and_operators_of_others_are_not_called(
     for arguments in (("current",), ("upgrade", "head"), ("downgrade", "001"), ("upgrade", "+1"), ("history", "-i")):
         result = project.alembic(*arguments)
         assert result.returncode == 0, result
-        assert CREATES.format(f"other_{database.role}") in result.stderr
-    assert database.execute("SELECT * FROM loot") == []
+        assert CREATE_WARNING.format(f"other_{database.role}") in result.stderr
+    assert database.execute("SELECT * FROM calls") == []
     assert database.at == ["002"]
 
 
-VERSIONS = "CREATE TABLE public.alembic_version (version_num varchar(32) PRIMARY KEY)"
+VERSION_TABLE = "CREATE TABLE public.alembic_version (version_num varchar(32) PRIMARY KEY)"
 TRIGGER = "CREATE FUNCTION public.theirs() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN new; END'"
 CHECK = "CREATE FUNCTION public.theirs(text) RETURNS boolean LANGUAGE sql AS 'SELECT true'"
 
 
 @pytest.mark.fault(
     "Database",
-    fault="The version table is another role's, a view, or runs another role's code",
-    sees="`the version table public.alembic_version is owned by ...; fix that, or set ALEMBIC_VERSION_TABLE or"
-    " DB_SCHEMA;"
-    " ...`, exit 255",
-    state="Nothing was changed, and nothing of it was run",
-    do="Find out who made it; give it to the role, or set another",
+    fault="The version table is owned by another role, is a view, or runs another role's code",
+    sees="`the version table public.alembic_version is owned by ...; fix that,"
+    " or set ALEMBIC_VERSION_TABLE or DB_SCHEMA; ...`, exit 255",
+    state="Nothing was changed, and that code was not run",
+    do="Find out who created it; transfer it to the role, or set another table",
 )
 @pytest.mark.parametrize(
-    ("theirs", "admins", "problem"),
+    ("other_statements", "admin_statements", "problem"),
     [
-        ([VERSIONS], [], "is owned by {other}"),
+        ([VERSION_TABLE], [], "is owned by {other}"),
         (
             ["CREATE VIEW public.alembic_version AS SELECT '001'::varchar AS version_num"],
             ["ALTER VIEW public.alembic_version OWNER TO {role}"],
             "is a view, not an ordinary table",
         ),
         (
-            [VERSIONS, TRIGGER],
+            [VERSION_TABLE, TRIGGER],
             [
                 "ALTER TABLE alembic_version OWNER TO {role}",
                 "CREATE TRIGGER t BEFORE INSERT ON alembic_version FOR EACH ROW EXECUTE FUNCTION theirs()",
@@ -119,7 +118,7 @@ CHECK = "CREATE FUNCTION public.theirs(text) RETURNS boolean LANGUAGE sql AS 'SE
             "runs the function public.theirs(), which is owned by {other}",
         ),
         (
-            [VERSIONS, CHECK],
+            [VERSION_TABLE, CHECK],
             [
                 "ALTER TABLE alembic_version OWNER TO {role}",
                 "ALTER TABLE alembic_version ADD CHECK (theirs(version_num))",
@@ -127,7 +126,7 @@ CHECK = "CREATE FUNCTION public.theirs(text) RETURNS boolean LANGUAGE sql AS 'SE
             "runs the function public.theirs(text), which is owned by {other}",
         ),
         (
-            [VERSIONS, CHECK],
+            [VERSION_TABLE, CHECK],
             [
                 "ALTER TABLE alembic_version OWNER TO {role}",
                 "CREATE RULE r AS ON INSERT TO alembic_version WHERE theirs(new.version_num) DO ALSO SELECT 1",
@@ -135,7 +134,7 @@ CHECK = "CREATE FUNCTION public.theirs(text) RETURNS boolean LANGUAGE sql AS 'SE
             "runs the function public.theirs(text), which is owned by {other}",
         ),
         (
-            [VERSIONS, CHECK],
+            [VERSION_TABLE, CHECK],
             [
                 "ALTER TABLE alembic_version OWNER TO {role}; ALTER TABLE alembic_version FORCE ROW LEVEL SECURITY",
                 "CREATE POLICY p ON alembic_version USING (theirs(version_num))",
@@ -146,36 +145,36 @@ CHECK = "CREATE FUNCTION public.theirs(text) RETURNS boolean LANGUAGE sql AS 'SE
     ids=["owner", "view", "trigger", "check", "rule", "policy"],
 )
 @pytest.mark.parametrize("arguments", [("current",), ("upgrade", "head")], ids=" ".join)
-def test_a_version_table_of_others_is_refused(
+def test_an_untrusted_version_table_is_refused(
     project: Project,
     database: Database,
     other: Callable[..., None],
-    theirs: list[str],
-    admins: list[str],
+    other_statements: list[str],
+    admin_statements: list[str],
     problem: str,
     arguments: tuple[str, ...],
 ) -> None:
-    other(*theirs)
+    other(*other_statements)
     names = {"role": database.role, "other": f"other_{database.role}"}
-    for statement in admins:
+    for statement in admin_statements:
         database.execute(statement.format(**names))
     result = project.alembic(*arguments)
     assert (result.returncode, result.failure) == (
         255,
-        f"the version table public.alembic_version {problem.format(**names)}; {TROUBLE}",
+        f"the version table public.alembic_version {problem.format(**names)}; {FIX_OR_SET}",
     )
     assert "hcm_report_metadata" not in database.relations
 
 
 @pytest.mark.fault(
     "Database",
-    fault="A schema that is called as the role, made by somebody else, comes first by `$user`",
+    fault="A schema with the role's name, created by another role, comes first because of `$user`",
     sees="`the schema ... comes first only because it has the role's name, and it is owned by ...; set DB_SCHEMA to"
     " the schema of the tables`, exit 255",
     state="Nothing was changed",
-    do="What the line says",
+    do="Follow the message",
 )
-def test_a_schema_of_others_that_is_called_as_the_role_is_refused(
+def test_a_schema_with_the_roles_name_and_another_owner_is_refused(
     project: Project, database: Database, server: URL, other: Callable[..., None]
 ) -> None:
     assert project.alembic("upgrade", "head").returncode == 0
@@ -190,26 +189,26 @@ def test_a_schema_of_others_that_is_called_as_the_role_is_refused(
     assert project.alembic("upgrade", "head", DB_SCHEMA="public").returncode == 0
 
 
-def test_a_schema_of_its_own_that_is_called_as_the_role_is_used(project: Project, database: Database) -> None:
+def test_a_schema_with_the_roles_name_that_the_role_owns_is_used(project: Project, database: Database) -> None:
     database.execute(f"CREATE SCHEMA {database.role} AUTHORIZATION {database.role}")
     assert project.alembic("upgrade", "head").returncode == 0
     assert database.scalar(f"SELECT version_num FROM {database.role}.alembic_version") == "001"
 
 
-@pytest.mark.parametrize("owner", ["itself", "a role granted to it", "a superuser"])
-def test_an_audit_trigger_of_ones_own_stays_possible(project: Project, database: Database, owner: str) -> None:
+@pytest.mark.parametrize("owner", ["the role", "a role granted to it", "a superuser"])
+def test_an_audit_trigger_of_a_trusted_role_is_allowed(project: Project, database: Database, owner: str) -> None:
     project.add("002", AUDIT)
     assert project.alembic("upgrade", "head").returncode == 0
     database.execute(
-        "CREATE FUNCTION seen() RETURNS trigger LANGUAGE plpgsql AS"
+        "CREATE FUNCTION log_version() RETURNS trigger LANGUAGE plpgsql AS"
         " 'BEGIN INSERT INTO audit VALUES (''now at '' || new.version_num); RETURN NULL; END';"
-        "CREATE TRIGGER seen AFTER UPDATE ON alembic_version FOR EACH ROW EXECUTE FUNCTION seen()"
+        "CREATE TRIGGER log_version AFTER UPDATE ON alembic_version FOR EACH ROW EXECUTE FUNCTION log_version()"
     )
     group = f"group_{database.role}"
-    if owner == "itself":
-        database.execute(f"ALTER FUNCTION seen() OWNER TO {database.role}")
+    if owner == "the role":
+        database.execute(f"ALTER FUNCTION log_version() OWNER TO {database.role}")
     elif owner == "a role granted to it":
-        database.execute(f"CREATE ROLE {group} ROLE {database.role}; ALTER FUNCTION seen() OWNER TO {group}")
+        database.execute(f"CREATE ROLE {group} ROLE {database.role}; ALTER FUNCTION log_version() OWNER TO {group}")
     try:
         project.add("003", audited("003"))
         result = project.alembic("upgrade", "head")
@@ -238,10 +237,10 @@ def test_an_audit_trigger_of_ones_own_stays_possible(project: Project, database:
             " WHERE a.version_num = b.version_num AND a.ctid > b.ctid",
         ),
     ],
-    ids=["integer", "bytea", "array", "another column", "NULL", "twice"],
+    ids=["integer", "bytea", "array", "wrong column", "NULL", "duplicate"],
 )
 @pytest.mark.parametrize("arguments", [("current",), ("upgrade", "head"), ("stamp", "head")], ids=" ".join)
-def test_a_version_table_that_is_not_alembics_is_one_line(
+def test_an_invalid_version_table_is_one_line(
     project: Project, database: Database, column: str, rows: str, problem: str, arguments: tuple[str, ...]
 ) -> None:
     database.execute(f"CREATE TABLE alembic_version ({column}); GRANT ALL ON alembic_version TO PUBLIC")
@@ -249,7 +248,7 @@ def test_a_version_table_that_is_not_alembics_is_one_line(
     result = project.alembic(*arguments)
     assert (result.returncode, result.failure) == (
         255,
-        f"the version table public.alembic_version {problem}; {TROUBLE}",
+        f"the version table public.alembic_version {problem}; {FIX_OR_SET}",
     )
 
 

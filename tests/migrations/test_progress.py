@@ -1,4 +1,4 @@
-"""Long work shows progress: what runs, how far it is, whom it waits for, and who waits for it."""
+"""Long-running revisions log progress: the statement, its phase, the sessions it waits for or blocks."""
 
 import re
 import signal
@@ -22,9 +22,9 @@ def progress(result: Result) -> list[str]:
 
 @pytest.mark.fault(
     "Database",
-    fault="A statement takes long",
-    sees="After 10 s, and every 10 s in the first minute: `revision 003 (...) still running after N s: SELECT"
-    " pg_sleep`",
+    fault="A statement runs for a long time",
+    sees="After 10 s, and every 10 s in the first minute:"
+    " `revision 003 (...) still running after N s: SELECT pg_sleep`",
     state="-",
     do="Nothing",
 )
@@ -40,14 +40,15 @@ def test_a_long_statement_is_named_without_its_values(project_at_002: Project, d
 
 @pytest.mark.fault(
     "Database",
-    fault="An index that is built concurrently waits for others, or takes long",
-    sees="`revision 003 (...) still running after N s: CREATE INDEX CONCURRENTLY slow ON audit; waiting for"
-    " writers before"
-    " build; waiting for pid N, report as postgres`",
+    fault="A concurrent index build waits for other sessions, or runs for a long time",
+    sees="`revision 003 (...) still running after N s: CREATE INDEX CONCURRENTLY slow ON audit; waiting for writers"
+    " before build; waiting for pid N, report as postgres`",
     state="-",
-    do="End that session, or wait",
+    do="Terminate that session, or wait",
 )
-def test_a_concurrent_build_tells_its_phase_and_for_whom_it_waits(project_at_002: Project, database: Database) -> None:
+def test_a_concurrent_build_logs_its_phase_and_the_session_it_waits_for(
+    project_at_002: Project, database: Database
+) -> None:
     project_at_002.add("003", BLOCK + BUILD)
     with database.session() as writer:
         writer.execute("INSERT INTO audit VALUES ('writer')")
@@ -67,11 +68,11 @@ def test_a_concurrent_build_tells_its_phase_and_for_whom_it_waits(project_at_002
 
 @pytest.mark.fault(
     "Concurrency",
-    fault="A revision uses a second connection, which waits for the first one",
+    fault="A revision opens a second connection, which waits for the first one",
     sees="`revision 003 (...) still running after N s: no statement is running; pid N, hcm-db-migrations as ..., a"
     " connection opened by the revision waits for this run`, and the same in the last line",
-    state="Finished revisions stay, this one is rolled back but for what its own connection committed",
-    do="Use op.get_bind() alone",
+    state="Finished revisions are kept, this one is rolled back except what its second connection committed",
+    do="Use only `op.get_bind()`",
 )
 def test_a_second_connection_that_waits_for_the_first_is_named(project_at_002: Project, database: Database) -> None:
     body = """
@@ -88,14 +89,13 @@ with op.get_bind().engine.begin() as other:
     assert line.endswith(f": no statement is running; {own} waits for this run")
     assert result.returncode == 143
     assert (
-        f"; waiting for this run: {own}; check for changes committed on the revision's second connection; the"
-        f" database is at"
-        " revision 002; "
+        f"; waiting for this run: {own}; check for changes committed on the revision's second connection; the database"
+        " is at revision 002; "
     ) in result.failure
     assert seconds < 3
 
 
-def test_who_waits_for_the_run_is_named(project_at_002: Project, database: Database) -> None:
+def test_a_session_that_waits_for_the_run_is_named(project_at_002: Project, database: Database) -> None:
     project_at_002.add("003", audited("003", f'op.execute("LOCK TABLE hcm_report_metadata")\n{SLEEP}'))
     running = project_at_002.start("upgrade", "head")
     until(lambda: sleeping(database))
@@ -113,7 +113,7 @@ def test_who_waits_for_the_run_is_named(project_at_002: Project, database: Datab
     assert line.endswith(" waits for this run")
 
 
-def test_short_work_says_nothing_more(project_at_002: Project) -> None:
+def test_a_short_revision_logs_no_progress(project_at_002: Project) -> None:
     project_at_002.add("003", audited("003", "time.sleep(3)"))
     start = time.monotonic()
     result = project_at_002.alembic("upgrade", "head")
