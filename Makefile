@@ -40,7 +40,7 @@ test-e2e: venv ## run the tests that install the chart on a real cluster
 	@$(BIN)/pytest -n 4 tests/e2e
 
 soak: venv ## 1,000 rounds of ten concurrent runs with random kills (about 17 minutes; ROUNDS=n for another number)
-	@$(BIN)/pytest -s tests/faults/test_concurrency.py --rounds $(ROUNDS)
+	@$(BIN)/pytest -s tests/faults/test_random_kills.py --rounds $(ROUNDS)
 
 bench: venv ## compare with stock Alembic (about two minutes; REVISIONS=n for another number than 1,000)
 	@$(BIN)/python -m bench.stock_alembic --revisions $(REVISIONS)
@@ -60,7 +60,7 @@ lint: venv ## run only the linters (they are tests as well)
 lock: venv ## compile every requirements*.in into its .txt (UPGRADE=--upgrade upgrades all pins)
 	@for name in requirements requirements-dev tools/checkov/requirements; do $(UV_COMPILE) $(UPGRADE) $$name.in -o $$name.txt || exit; done
 
-docs: venv ## write the generated documents: the chart's README, docs/failures.md
+docs: venv ## write what is generated: the chart's README and defaults.json, docs/failures.md
 	@$(BIN)/python -m tools.docs
 
 clean: ## delete .venv and the tests' caches in the tree

@@ -32,12 +32,12 @@ class Incomplete(Exception):
     """A revision finished, but an index that it built is INVALID."""
 
 
-# Transient SQLSTATEs: deadlock and serialization failure, resources (except a configured limit, 534), a lock, a server
-# that is shutting down.
+# Transient: 40001 and 40P01 (serialization failure, deadlock), 53000 to 533xx (resources, except 53400, a configured
+# limit), 55P03 (lock not available), 57P01 to 57P05 (a server that is shutting down or starting).
 TRANSIENT_SQLSTATES = re.compile("40|53[0-3]|55P03|57P0[1235]")
 
-# For these, the time before the error was the revision's own work.
-RETRY_CLOCK_STOPS = re.compile("40|55P03")
+# For these, the time before the error was the revision's own work, and does not count as waiting.
+WORK_BEFORE_ERROR = re.compile("40|55P03")
 
 HINTS = {
     "25006": "the server is read-only (a standby, or default_transaction_read_only): set DB_HOST to the primary",

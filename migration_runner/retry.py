@@ -7,9 +7,15 @@ import time
 
 log = logging.getLogger("migration_runner")
 
+MIN_DELAY, MAX_DELAY = 0.25, 10.0  # seconds between two attempts
+LOG_INTERVAL = 10  # seconds
+
 
 class RetryBudget:
-    """The total seconds that a run may wait; the clock starts with the first wait, as work does not count."""
+    """The seconds that a run may wait until its first revision has finished, and again until each further one.
+
+    The clock starts with the first wait, as work does not count.
+    """
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -18,7 +24,7 @@ class RetryBudget:
     def reset(self) -> None:
         """Start over, after a finished revision."""
         self.end: float | None = None
-        self.delay = 0.25
+        self.delay = MIN_DELAY
         self.last_logged = (0.0, "")
 
     def extend(self, seconds: float) -> None:
@@ -26,14 +32,14 @@ class RetryBudget:
         if self.end is not None:
             self.end += seconds
 
-    def wait(self, reason: str, max_delay: float = 10) -> bool:
-        """Sleep a little longer than the last time, logging why every 10 s; False if the budget is used up."""
+    def wait(self, reason: str, max_delay: float = MAX_DELAY) -> bool:
+        """Sleep twice as long as the last time, logging the reason; False if the budget is used up."""
         now, (at, logged) = time.monotonic(), self.last_logged
         self.end = now + self.seconds if self.end is None else self.end
         left = self.end - now
         if left <= 0:
             return False
-        if logged != reason or now - at > 10:
+        if logged != reason or now - at > LOG_INTERVAL:
             self.last_logged = (now, reason)
             log.info("waiting, up to %.0f s more: %s", left, reason)
         time.sleep(min(self.delay, left))

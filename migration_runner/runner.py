@@ -20,7 +20,7 @@ from migration_runner import catalog, revisions
 from migration_runner.command import Command, Needs
 from migration_runner.database import Database
 from migration_runner.errors import (
-    RETRY_CLOCK_STOPS,
+    WORK_BEFORE_ERROR,
     Interrupted,
     OwnTransaction,
     RetriesExhausted,
@@ -126,7 +126,7 @@ class Runner:
 
     def _wait_or_raise(self, error: BaseException) -> None:
         step = self.attempt.step if self.attempt else None
-        if step and RETRY_CLOCK_STOPS.match(sqlstate(error) or ""):
+        if step and WORK_BEFORE_ERROR.match(sqlstate(error) or ""):
             self.budget.extend(step.elapsed)
         outcome = self._outcome(error)
         lost = self.attempt is None or self.attempt.lost

@@ -66,7 +66,7 @@ class Demo:
 
         heading("The Job's script installs the pinned requirements and migrates")
         self.migrate("upgrade", "head")
-        # Later runs use the installed requirements, as an image with baked-in dependencies does.
+        # Later runs use the installed requirements, as an image with pre-installed dependencies does.
         self.environment |= {"REQUIREMENTS": "", "PATH": f"{self.folder}/venv/bin:{self.environment['PATH']}"}
 
         heading("The table and its indexes")

@@ -336,4 +336,4 @@ def test_the_schema_knows_exactly_the_values(helm4: Helm) -> None:
                 yield f"{path}{key}"
 
     assert set(known(definitions["values"], values, "")) - {"enabled"} == set(there(values, ""))
-    assert set(definitions["noOther"]["properties"]) - {"global", "enabled"} == set(values)
+    assert set(definitions["closed"]["properties"]) - {"global", "enabled"} == set(values)

@@ -16,10 +16,10 @@ from tests.support.kubernetes import (
     Api,
     SwitchedService,
     contacted,
-    in_002,
     kill_container,
     node,
-    release_gate,
+    open_gate,
+    sessions_in_revision_002,
 )
 from tests.support.programs import observed
 from tests.support.release import Release
@@ -45,16 +45,16 @@ def test_of_two_concurrent_releases_one_migrates_and_the_other_waits_for_it(
     releases: Callable[..., Release],
     namespaces: Callable[[], Api],
     api: Api,
-    audited: Repository,
+    audited_repository: Repository,
     database: Database,
     location: str,
 ) -> None:
     other = api if location == "one namespace" else namespaces()
-    both = [releases(api).upgrading(), releases(other, name="second").upgrading()]
+    both = [releases(api).start_upgrade(), releases(other, name="second").start_upgrade()]
     waiting = f"more: another migration is running (pid N, hcm-db-migrations as {database.role} from "
     jobs = [(api, FIRST_JOB), (other, "second-hcm-db-migration-1")]
     until(lambda: any(waiting in log for namespace, job in jobs for log in namespace.logs(job)))
-    release_gate(database)
+    open_gate(database)
     results = sorted([command.wait() for command in both], key=lambda result: waiting in result.text)
     assert [result.returncode for result in results] == [0, 0], [result.text for result in results]
     results[0].line("INFO now at 002 (head)")
@@ -70,14 +70,14 @@ def test_of_two_concurrent_releases_one_migrates_and_the_other_waits_for_it(
     do="Wait for the first",
 )
 def test_a_second_upgrade_of_a_release_is_rejected_while_the_first_one_runs(
-    release: Release, audited: Repository, database: Database
+    release: Release, audited_repository: Repository, database: Database
 ) -> None:
-    first = release.upgrading()
-    until(lambda: in_002(database))
+    first = release.start_upgrade()
+    until(lambda: sessions_in_revision_002(database))
     second = release.upgrade()
     assert second.returncode == 1
     second.line("another operation (install/upgrade/rollback) is in progress")
-    release_gate(database)
+    open_gate(database)
     result = first.wait()
     assert result.returncode == 0, result.text
     assert_applied_once(database)
@@ -106,12 +106,12 @@ def test_a_pod_that_is_killed_or_drained_during_a_revision_is_followed_by_one_th
     release: Release,
     api: Api,
     cluster: Cluster,
-    audited: Repository,
+    audited_repository: Repository,
     database: Database,
     interrupt: Callable[[Api, client.V1Pod], None],
 ) -> None:
-    upgrade = release.upgrading()
-    first = until(lambda: in_002(database))
+    upgrade = release.start_upgrade()
+    first = until(lambda: sessions_in_revision_002(database))
     (pod,) = api.pods(FIRST_JOB)
     arguments = ["logs", "--follow", pod.metadata.name, "-n", api.namespace, "--container=migrate"]
     with ThreadPoolExecutor() as pool:
@@ -121,8 +121,8 @@ def test_a_pod_that_is_killed_or_drained_during_a_revision_is_followed_by_one_th
         text = observed.add(log.result(60))
     if interrupt is _drain:  # a killed pod may or may not have logged it
         assert "FAILED: interrupted by SIGTERM in revision 002 " in text
-    until(lambda: in_002(database) != first)  # no orphaned session of the first pod continues
-    release_gate(database)
+    until(lambda: sessions_in_revision_002(database) != first)  # no orphaned session of the first pod continues
+    open_gate(database)
     result = upgrade.wait()
     assert result.returncode == 0, result.text
     result.line("INFO at 001 (the head is 002); to do: 1 (002 add)")
@@ -138,15 +138,15 @@ def test_a_pod_that_is_killed_or_drained_during_a_revision_is_followed_by_one_th
     do="Nothing",
 )
 def test_of_the_same_pod_twice_one_migrates_and_the_other_waits_for_it(
-    release: Release, api: Api, audited: Repository, database: Database
+    release: Release, api: Api, audited_repository: Repository, database: Database
 ) -> None:
-    upgrade = release.upgrading()
-    until(lambda: in_002(database))
+    upgrade = release.start_upgrade()
+    until(lambda: sessions_in_revision_002(database))
     (pod,) = api.pods(FIRST_JOB)
     pod.metadata = client.V1ObjectMeta(name="twin", annotations=pod.metadata.annotations)
     api.core.create_namespaced_pod(api.namespace, pod)
     until(lambda: "another migration is running" in api.log(pod))
-    release_gate(database)
+    open_gate(database)
     result = upgrade.wait()
     assert result.returncode == 0, result.text
     until(lambda: api.core.read_namespaced_pod("twin", api.namespace).status.phase == "Succeeded")
@@ -174,23 +174,23 @@ def test_a_pod_that_is_killed_before_it_contacts_the_database_is_followed_by_one
 ) -> None:
     """The server for this stage accepts connections and does not respond, until the first pod is killed."""
     release = releases(api)
-    gate = SwitchedService(api)
-    gate.route_to(unresponsive_pod, 8080)
+    service = SwitchedService(api)
+    service.route_to(unresponsive_pod, 8080)
     repository.revision("002", "CREATE TABLE once AS SELECT 1")
     repository.push()
     if stage == "clone":
-        values, container, text = {"git": {"repo": f"http://{gate.host}/git/{repository.name}.git"}}, "git-sync", "{"
+        values, container, text = {"git": {"repo": f"http://{service.host}/git/{repository.name}.git"}}, "git-sync", "{"
     else:
         index = [
-            {"name": "PIP_INDEX_URL", "value": f"http://{gate.host}/simple/"},
-            {"name": "PIP_TRUSTED_HOST", "value": gate.host},
+            {"name": "PIP_INDEX_URL", "value": f"http://{service.host}/simple/"},
+            {"name": "PIP_TRUSTED_HOST", "value": service.host},
         ]
         values, container, text = {**with_pip, "extraEnv": index}, "migrate", "code: repository"
-    upgrade = release.upgrading(values)
+    upgrade = release.start_upgrade(values)
     until(lambda: any(text in api.log(pod, container) for pod in api.pods(FIRST_JOB)))
     (pod,) = api.pods(FIRST_JOB)
     (server,) = api.core.list_namespaced_pod("hcm-fixtures", label_selector="app=server").items
-    gate.route_to(server, 80)
+    service.route_to(server, 80)
     kill_container(cluster, pod, container)
     until(lambda: api.pods(FIRST_JOB)[0].status.phase == "Failed")
     assert not contacted(cluster, database)
@@ -235,10 +235,10 @@ def test_a_revision_that_needs_more_memory_than_the_limit_is_rolled_back_and_pas
 )
 @pytest.mark.disruptive
 def test_a_run_survives_a_restart_of_kubelet(
-    release: Release, api: Api, cluster: Cluster, audited: Repository, database: Database
+    release: Release, api: Api, cluster: Cluster, audited_repository: Repository, database: Database
 ) -> None:
-    upgrade = release.upgrading()
-    until(lambda: in_002(database))
+    upgrade = release.start_upgrade()
+    until(lambda: sessions_in_revision_002(database))
     before = node(cluster, "systemctl", "show", "--property=MainPID", "kubelet")
     node(cluster, "systemctl", "restart", "kubelet")
     until(lambda: node(cluster, "systemctl", "is-active", "kubelet") == "active\n")
@@ -248,7 +248,7 @@ def test_a_run_survives_a_restart_of_kubelet(
 
     def released() -> bool:
         try:
-            release_gate(database)
+            open_gate(database)
         except psycopg2.OperationalError:  # the new kubelet has not yet marked the database's pod as ready
             return False
         return True

@@ -73,7 +73,7 @@ def test_a_secret_that_is_created_late_is_used_by_the_second_attempt(
 ) -> None:
     secret = api.core.read_namespaced_secret("db", api.namespace)
     api.core.delete_namespaced_secret("db", api.namespace)
-    upgrade = release.upgrading()
+    upgrade = release.start_upgrade()
     until(lambda: any("FAILED: no value for DB_USER" in log for log in api.logs(FIRST_JOB)))
     secret.metadata = {"name": "db"}
     api.core.create_namespaced_secret(api.namespace, secret)
@@ -94,34 +94,34 @@ def test_a_wrong_password_ends_the_job_at_once_and_is_not_shown(release: Release
 
 
 @pytest.fixture
-def gate(api: Api) -> SwitchedService:
+def service(api: Api) -> SwitchedService:
     """The database's host in the ConfigMap: a Service without an endpoint yet."""
-    gate = SwitchedService(api, 5432)
-    api.core.patch_namespaced_config_map("egov-config", api.namespace, {"data": {"db-host": gate.host}})
-    return gate
+    service = SwitchedService(api, 5432)
+    api.core.patch_namespaced_config_map("egov-config", api.namespace, {"data": {"db-host": service.host}})
+    return service
 
 
 def test_a_database_that_is_not_up_yet_is_waited_for(
-    release: Release, api: Api, database: Database, gate: SwitchedService
+    release: Release, api: Api, database: Database, service: SwitchedService
 ) -> None:
-    upgrade = release.upgrading()
-    waiting = f'INFO waiting, up to 90 s more: connection to server at "{gate.host}"'
+    upgrade = release.start_upgrade()
+    waiting = f'INFO waiting, up to 90 s more: connection to server at "{service.host}"'
     until(lambda: any(waiting in log for log in api.logs(FIRST_JOB)))
     (pod,) = api.core.list_namespaced_pod("hcm-fixtures", label_selector="app=postgres").items
-    gate.route_to(pod, 5432)
+    service.route_to(pod, 5432)
     result = upgrade.wait()
     assert (result.returncode, database.at) == (0, ["001"]), result.text
     result.line(waiting, "Connection refused")
 
 
-def test_waiting_for_a_database_that_stays_down_times_out(release: Release, api: Api, gate: SwitchedService) -> None:
+def test_waiting_for_a_database_that_stays_down_times_out(release: Release, api: Api, service: SwitchedService) -> None:
     wait = {"name": "MIGRATION_WAIT_SECONDS", "value": "2"}
     values = {"extraEnv": [*release.values["extraEnv"], wait], "job": {"backoffLimit": 0}}
     result = release.upgrade(values)
     assert (result.returncode, api.seconds_to_failure(FIRST_JOB) < 30) == (1, True)
     result.line(
         "FAILED: could not connect to database ",
-        f" at {gate.host}:5432 ",
+        f" at {service.host}:5432 ",
         " within 2 s: ",
         "Connection refused",
         "; check that the server is up and DB_HOST, DB_PORT and the network, or raise MIGRATION_WAIT_SECONDS",

@@ -85,7 +85,7 @@ def test_ct_install_installs_and_tests_every_file_in_ci(
     images = cluster.image_values()
     for name, image in {"git.image": images.get("git", {}).get("image", {}), "image": images.get("image", {})}.items():
         values |= {f"{name}.{key}": value for key, value in image.items()}
-    if shared.baked_image:
+    if shared.preinstalled_image:
         values |= {f"image.{key}": value for key, value in OWN_IMAGE.items()} | {"requirements": ""}
     sets = " ".join(f"--set={key}={value}" for key, value in values.items())
     chart = "charts/hcm-db-migrations"

@@ -6,7 +6,7 @@ import pytest
 from kubernetes import client
 
 from tests.support.database import Database
-from tests.support.kubernetes import FIRST_JOB, Api, SwitchedService, contacted, release_gate
+from tests.support.kubernetes import FIRST_JOB, Api, SwitchedService, contacted, open_gate
 from tests.support.release import Release
 from tests.support.repository import Repository
 from tests.support.waiting import until
@@ -26,7 +26,7 @@ def test_a_revision_that_exceeds_the_deadline_is_rolled_back_and_helm_shows_whic
     release: Release,
     api: Api,
     database: Database,
-    audited: Repository,
+    audited_repository: Repository,
 ) -> None:
     result = release.upgrade({"job": {"activeDeadlineSeconds": 25, "backoffLimit": 0}})
     assert result.returncode == 1
@@ -50,12 +50,12 @@ def test_a_revision_that_exceeds_the_deadline_is_rolled_back_and_helm_shows_whic
     do="Deploy again, with a `--timeout` above `job.activeDeadlineSeconds`",
 )
 def test_a_helm_timeout_does_not_stop_the_job(
-    release: Release, api: Api, database: Database, audited: Repository
+    release: Release, api: Api, database: Database, audited_repository: Repository
 ) -> None:
     result = release.upgrade({}, "--timeout", "15s")
     assert (result.returncode, release.status()) == (1, "failed"), result.text
     result.line("Error: ", f"Job/{api.namespace}/{FIRST_JOB} not ready. status: InProgress")
-    release_gate(database)
+    open_gate(database)
     until(lambda: "Complete" in api.conditions(FIRST_JOB))
     assert database.at == ["002"]
     again = release.upgrade()
@@ -73,9 +73,9 @@ def test_a_helm_timeout_does_not_stop_the_job(
 def test_a_git_server_that_hangs_is_reported_before_the_deadline(
     release: Release, api: Api, cluster: Cluster, database: Database, unresponsive_pod: client.V1Pod
 ) -> None:
-    gate = SwitchedService(api)
-    gate.route_to(unresponsive_pod, 8080)
-    address = f"http://{gate.host}/schema.git"
+    service = SwitchedService(api)
+    service.route_to(unresponsive_pod, 8080)
+    address = f"http://{service.host}/schema.git"
     result = release.upgrade({"git": {"repo": address}, "job": {"activeDeadlineSeconds": 45, "backoffLimit": 0}})
     assert (result.returncode, api.seconds_to_failure(FIRST_JOB) < 45) == (1, True)
     result.line(f'FAILED: no checkout of "main" from "{address}": ', "context deadline exceeded")

@@ -41,7 +41,7 @@ def test_a_run_uses_exactly_the_given_ref_and_folder(
     if kind == "commit":
         git["branch"] = commit
         repository.push("refs/heads/feature/chosen")
-    command = release.upgrading({"git": git})
+    command = release.start_upgrade({"git": git})
     result = command.wait()
     assert result.returncode == 0, result.text
     assert f"ref {git['branch']}, commit {commit}, path {git.get('path', '.')}" in command.output
@@ -63,7 +63,7 @@ def test_a_moved_tag_shows_in_the_logged_commit(release: Release, repository: Re
         if number == "002":
             repository.revision("002", "CREATE TABLE moved ()")
         commit = repository.push("refs/tags/v1.0")
-        command = release.upgrading(values)
+        command = release.start_upgrade(values)
         assert command.wait().returncode == 0, command.output
         assert f"ref v1.0, commit {commit}, path ." in command.output
         assert database.at == [number]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.support.database import Database
-from tests.support.kubernetes import JOB, NOTHING_TO_DO, TABLE, Api, contacted, in_002, release_gate
+from tests.support.kubernetes import JOB, NOTHING_TO_DO, TABLE, Api, contacted, open_gate, sessions_in_revision_002
 from tests.support.release import Release
 from tests.support.repository import Repository
 from tests.support.waiting import until
@@ -18,7 +18,7 @@ def test_install_migrates_an_empty_database_shows_the_log_and_leaves_no_job(
     release: Release, api: Api, cluster: Cluster, repository: Repository, database: Database, with_pip: dict
 ) -> None:
     commit = repository.git("rev-parse", "HEAD")
-    command = release.upgrading(with_pip)
+    command = release.start_upgrade(with_pip)
     result = command.wait()
     assert result.returncode == 0, result.text
     assert f"commit {commit}" in command.output
@@ -175,10 +175,10 @@ def test_wait_succeeds_and_a_failed_upgrade_is_rolled_back_to_the_previous_relea
 
 def _kill_helm(release: Release, database: Database) -> None:
     """Kill Helm while the Job runs revision 002, then wait until the Job has applied it, as in the README."""
-    upgrade = release.upgrading()
-    until(lambda: in_002(database))
+    upgrade = release.start_upgrade()
+    until(lambda: sessions_in_revision_002(database))
     upgrade.kill()
-    release_gate(database)
+    open_gate(database)
     until(lambda: database.at == ["002"])
 
 
@@ -190,9 +190,9 @@ def _kill_helm(release: Release, database: Database) -> None:
     do="Wait for the Job, then `helm rollback` to the last deployed revision, and deploy again",
 )
 def test_a_release_stuck_in_pending_upgrade_is_recovered_by_a_rollback(
-    release: Release, api: Api, audited: Repository, database: Database
+    release: Release, api: Api, audited_repository: Repository, database: Database
 ) -> None:
-    first = audited.git("rev-parse", "HEAD~1")
+    first = audited_repository.git("rev-parse", "HEAD~1")
     assert release.upgrade({"git": {"branch": first}}).returncode == 0
     assert database.at == ["001"]
     _kill_helm(release, database)
@@ -216,7 +216,7 @@ def test_a_release_stuck_in_pending_upgrade_is_recovered_by_a_rollback(
     do="Wait for the Job, then `helm uninstall`, which leaves the schema, and deploy again",
 )
 def test_a_release_stuck_in_pending_install_is_recovered_by_an_uninstall(
-    release: Release, api: Api, audited: Repository, database: Database
+    release: Release, api: Api, audited_repository: Repository, database: Database
 ) -> None:
     _kill_helm(release, database)
     assert release.status() == "pending-install"

@@ -11,7 +11,7 @@ from kubernetes import client
 
 from tests.support.canary import CANARY, PASSWORD, assert_no_secret
 from tests.support.database import Database
-from tests.support.kubernetes import FIRST_JOB, Api, in_002, in_node, node, release_gate
+from tests.support.kubernetes import FIRST_JOB, Api, in_node, node, open_gate, sessions_in_revision_002
 from tests.support.programs import start
 from tests.support.release import Release
 from tests.support.repository import Repository
@@ -55,21 +55,21 @@ def test_password_and_token_are_in_no_log_event_description_manifest_or_process_
     api: Api,
     cluster: Cluster,
     database: Database,
-    audited: Repository,
+    audited_repository: Repository,
 ) -> None:
     api.secret("git-https", username="git", password=cluster.passwords["TOKEN"])
     api.config_map("git-ca", **{"ca.crt": cluster.server_file("ca.crt")})
-    address = f"https://server.hcm-fixtures/git/{audited.name}.git"
+    address = f"https://server.hcm-fixtures/git/{audited_repository.name}.git"
     git = {"repo": address, "httpsSecretName": "git-https", "ca": {"configMapName": "git-ca"}}
     with watched(cluster) as processes:
-        upgrade = release.upgrading({"git": git}, "--debug")
-        until(lambda: in_002(database))
+        upgrade = release.start_upgrade({"git": git}, "--debug")
+        until(lambda: sessions_in_revision_002(database))
         (pod,) = api.pods(FIRST_JOB)
         described = [cluster.kubectl("describe", kind, "-n", api.namespace) for kind in ("pods", "jobs", "events")]
         logs = [api.log(pod, container) for container in ("git-sync", "migrate")]
         events = cluster.kubectl("get", "events", "-n", api.namespace, "-o", "yaml")
         pods = cluster.kubectl("get", "pods,jobs", "-n", api.namespace, "-o", "yaml")
-        release_gate(database)
+        open_gate(database)
         result = upgrade.wait()
     assert result.returncode == 0, result.text
     stored = [release.run("get", what, release.name).text for what in ("manifest", "hooks", "values", "notes")]
@@ -78,7 +78,7 @@ def test_password_and_token_are_in_no_log_event_description_manifest_or_process_
     for text, part in [
         (described[0], "git-https"),
         (described[1], FIRST_JOB),
-        (logs[0], audited.name),
+        (logs[0], audited_repository.name),
         (logs[1], database.name),
         (events, FIRST_JOB),
         (pods, FIRST_JOB),

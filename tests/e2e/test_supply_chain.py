@@ -9,7 +9,7 @@ import urllib.request
 import pytest
 
 from tests.support.database import Database
-from tests.support.kubernetes import FIRST_JOB, Api, in_002, node, release_gate, sessions
+from tests.support.kubernetes import FIRST_JOB, Api, node, open_gate, sessions, sessions_in_revision_002
 from tests.support.pod_scripts import make_wheel
 from tests.support.release import Release
 from tests.support.repository import Repository
@@ -25,7 +25,7 @@ from tools.cluster import Cluster
     do="Pin images by digest (`image.digest`, `git.image.digest`)",
 )
 def test_an_image_that_is_pinned_by_digest_is_the_one_that_runs(
-    release: Release, api: Api, cluster: Cluster, audited: Repository, database: Database
+    release: Release, api: Api, cluster: Cluster, audited_repository: Repository, database: Database
 ) -> None:
     """The tag points to another image. A node knows the digest of a pulled image, not of a loaded one."""
     ctr = ("ctr", "--namespace=k8s.io", "images")
@@ -35,11 +35,11 @@ def test_an_image_that_is_pinned_by_digest_is_the_one_that_runs(
     node(cluster, *ctr, "tag", "--force", name, f"{name.rpartition(':')[0]}@{digest}")
     other = next(found for found in listed.split() if "pause:" in found)
     node(cluster, *ctr, "tag", "--force", other, f"{name.rpartition(':')[0]}:moved")
-    upgrade = release.upgrading({"image": {"tag": "moved", "digest": digest}})
-    until(lambda: in_002(database))
+    upgrade = release.start_upgrade({"image": {"tag": "moved", "digest": digest}})
+    until(lambda: sessions_in_revision_002(database))
     # The pod's status is updated late.
     pod = until(lambda: next((pod for pod in api.pods(FIRST_JOB) if pod.status.container_statuses[0].image_id), None))
-    release_gate(database)
+    open_gate(database)
     assert upgrade.wait().returncode == 0
     assert pod.spec.containers[0].image.endswith(f":moved@{digest}")
     assert pod.status.container_statuses[0].image_id.endswith(digest)

@@ -24,7 +24,7 @@ def test_an_image_with_pre_installed_dependencies_needs_only_git_and_the_databas
     release: Release, api: Api, repository: Repository, database: Database, shared: Shared
 ) -> None:
     """pip would fail: there is no requirements.txt and no index. Not every network plugin enforces policies."""
-    if not shared.baked_image:
+    if not shared.preinstalled_image:
         pytest.skip("loads an image into the node, which requires a kind cluster of the tests: omit --kubeconfig")
     peers = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "hcm-fixtures"}}}
     names = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}}}
@@ -104,7 +104,7 @@ def test_an_umbrella_chart_runs_the_packaged_chart(
     assert package.returncode == 0, package.text
     values = {**release.values, "enabled": enabled}
     release.values = {"global": {"domain": "example.org"}, "egov-user": {"replicas": 1}, "hcm-db-migrations": values}
-    upgrade = release.upgrading()
+    upgrade = release.start_upgrade()
     if enabled:
         until(lambda: api.jobs() == ["digit-hcm-db-migration-1"])
     result = upgrade.wait()

@@ -13,7 +13,8 @@ from tests.support.database import Database
 from tests.support.fault_injection import namespace, pgbouncer, root_only
 from tests.support.programs import run
 from tests.support.project import Project
-from tests.support.revisions import AUDIT, FILE, audit, audited, sleeping, terminate
+from tests.support.revisions import AUDIT, FILE, audited
+from tests.support.runs import audit, sleeping, terminate
 from tests.support.waiting import until
 from tools.postgres import Postgres, dsn
 

@@ -17,8 +17,9 @@ from migration_runner import database as databases
 from migration_runner import settings as runner_settings
 from tests.support.canary import CANARY
 from tests.support.database import Database, parts
+from tests.support.messages import RULES
 from tests.support.project import Project
-from tests.support.revisions import FIRST, RULES
+from tests.support.revisions import FIRST
 from tools.postgres import dsn
 
 # An environment variable cannot contain NUL; a lone surrogate is not a character.

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests.support.fault_injection import namespace, root_only
+from tests.support.messages import KILLED
 from tests.support.programs import Program, run
 from tests.support.project import Project
-from tests.support.revisions import AUDIT, FILE, KILLED, SLEEP, audited
+from tests.support.revisions import AUDIT, FILE, SLEEP, audited
 from tests.support.waiting import until
 from tools.paths import BIN
 from tools.postgres import Postgres, dsn

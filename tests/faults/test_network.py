@@ -10,9 +10,11 @@ import pytest
 
 from tests.support.database import Database
 from tests.support.fault_injection import Proxy
+from tests.support.messages import KILLED
 from tests.support.programs import Program
 from tests.support.project import Project
-from tests.support.revisions import AUDIT, FILE, KILLED, SLEEP, audit, audited, idle, sleeping
+from tests.support.revisions import AUDIT, FILE, SLEEP, audited
+from tests.support.runs import audit, idle, sleeping
 from tests.support.waiting import until
 from tools.postgres import dsn
 

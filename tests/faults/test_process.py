@@ -5,20 +5,10 @@ import signal
 import pytest
 
 from tests.support.database import Database
+from tests.support.messages import AGAIN
 from tests.support.project import Project
-from tests.support.revisions import (
-    AGAIN,
-    AUDIT,
-    BLOCK,
-    BUILD,
-    SLEEP,
-    audit,
-    audited,
-    building,
-    idle,
-    sleeping,
-    terminate,
-)
+from tests.support.revisions import AUDIT, BLOCK, BUILD, SLEEP, audited
+from tests.support.runs import audit, building, idle, sleeping, terminate
 from tests.support.waiting import until
 
 EXIT_CODES = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)]

@@ -8,8 +8,9 @@ from alembic.script import ScriptDirectory
 
 from migration_runner import revisions
 from tests.support.database import Database
+from tests.support.messages import FIX, RULES
 from tests.support.project import Project
-from tests.support.revisions import FIRST, FIX, RULES, edit
+from tests.support.revisions import FIRST, edit
 
 
 def add_branch(project: Project) -> None:

@@ -8,7 +8,8 @@ import pytest
 
 from tests.support.database import Database
 from tests.support.project import Project
-from tests.support.revisions import AUDIT, FILE, SLEEP, audit, audited, sleeping, terminate
+from tests.support.revisions import AUDIT, FILE, SLEEP, audited
+from tests.support.runs import audit, sleeping, terminate
 from tests.support.waiting import until
 from tools.postgres import Postgres, dsn
 

@@ -5,8 +5,10 @@ import signal
 import pytest
 
 from tests.support.database import Database
+from tests.support.messages import FIX
 from tests.support.project import Project
-from tests.support.revisions import AUDIT, BLOCK, BUILD, FILE, FIX, SLEEP, audit, audited, idle, sleeping
+from tests.support.revisions import AUDIT, BLOCK, BUILD, FILE, SLEEP, audited
+from tests.support.runs import audit, idle, sleeping
 from tests.support.waiting import until
 
 

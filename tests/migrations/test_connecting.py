@@ -12,8 +12,8 @@ import pytest
 
 from tests.support.canary import PASSWORD
 from tests.support.database import Database, parts
+from tests.support.messages import target
 from tests.support.project import Project
-from tests.support.revisions import target
 from tools.postgres import Postgres, dsn
 
 

@@ -5,8 +5,10 @@ import time
 import pytest
 
 from tests.support.database import Database
+from tests.support.messages import FIX
 from tests.support.project import Project
-from tests.support.revisions import AUDIT, BLOCK, FILE, FIX, TABLE, audit, audited, building, edit, follow
+from tests.support.revisions import AUDIT, BLOCK, FILE, TABLE, audited, edit
+from tests.support.runs import audit, building, follow
 from tests.support.waiting import until
 
 

@@ -6,8 +6,10 @@ import psycopg2
 import pytest
 
 from tests.support.database import Database
+from tests.support.messages import FIX
 from tests.support.project import Project
-from tests.support.revisions import AUDIT, BLOCK, FILE, FIX, audit, audited, follow, sleeping
+from tests.support.revisions import AUDIT, BLOCK, FILE, audited
+from tests.support.runs import audit, follow, sleeping
 from tests.support.waiting import until
 
 UNIQUE = 'CREATE UNIQUE INDEX CONCURRENTLY {}"Only" ON audit (revision)'

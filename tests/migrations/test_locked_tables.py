@@ -12,7 +12,8 @@ from migration_runner.session import open_session
 from migration_runner.settings import Settings
 from tests.support.database import Database
 from tests.support.project import Project
-from tests.support.revisions import AUDIT, BLOCK, FILE, SLEEP, audit, audited, sleeping
+from tests.support.revisions import AUDIT, BLOCK, FILE, SLEEP, audited
+from tests.support.runs import audit, sleeping
 from tests.support.waiting import until
 
 

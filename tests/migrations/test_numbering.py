@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.database import Database
+from tests.support.messages import RULES
 from tests.support.project import Project
-from tests.support.revisions import FIRST, RULES, edit
+from tests.support.revisions import FIRST, edit
 
 
 def new_revision(project: Project, *arguments: str) -> Path:

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.support.database import Database
+from tests.support.messages import FIX
 from tests.support.programs import Program, Result, run
 from tests.support.project import Project
-from tests.support.revisions import FILE, FIX, SLEEP, edit, sleeping
+from tests.support.revisions import FILE, SLEEP, edit
+from tests.support.runs import sleeping
 from tests.support.waiting import until
 from tools.paths import BIN, ROOT
 from tools.postgres import dsn

@@ -10,7 +10,8 @@ import pytest
 from tests.support.database import Database
 from tests.support.programs import Result
 from tests.support.project import Project
-from tests.support.revisions import BLOCK, BUILD, FILE, SLEEP, audited, building, sleeping
+from tests.support.revisions import BLOCK, BUILD, FILE, SLEEP, audited
+from tests.support.runs import building, sleeping
 from tests.support.waiting import until
 
 NAME = f"revision 003 \\({FILE.format('003')}\\)".replace(".", "\\.")

@@ -8,8 +8,9 @@ import pytest
 from migration_runner import errors
 from tests.support.canary import CANARY
 from tests.support.database import Database
+from tests.support.messages import FIX
 from tests.support.project import Project
-from tests.support.revisions import BLOCK, FIX
+from tests.support.revisions import BLOCK
 
 PARAMETER = (
     "SQLAlchemy reads ':{}' in the statement as a bind parameter without a value; write a backslash before"

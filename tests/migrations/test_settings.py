@@ -4,11 +4,10 @@ import os
 
 import pytest
 
-from tests.support import revisions
 from tests.support.canary import CANARY, PASSWORD
 from tests.support.database import Database, parts
+from tests.support.messages import URL_FORMAT, target_and_user
 from tests.support.project import Project
-from tests.support.revisions import URL_FORMAT
 from tools.postgres import dsn
 
 CLOSED = {"MIGRATION_WAIT_SECONDS": "0", "DATABASE_URL": None}
@@ -16,7 +15,7 @@ CLOSED = {"MIGRATION_WAIT_SECONDS": "0", "DATABASE_URL": None}
 
 def logged(database: Database) -> str:
     """The test's database, as the first line of the log names it."""
-    return f"{revisions.target_and_user(database)}, schema public, PostgreSQL "
+    return f"{target_and_user(database)}, schema public, PostgreSQL "
 
 
 @pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg2"])

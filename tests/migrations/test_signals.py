@@ -7,22 +7,11 @@ from pathlib import Path
 import pytest
 
 from tests.support.database import Database
+from tests.support.messages import AGAIN, KILLED
 from tests.support.programs import Result
 from tests.support.project import Project
-from tests.support.revisions import (
-    AGAIN,
-    BLOCK,
-    BUILD,
-    FILE,
-    KILLED,
-    SLEEP,
-    audit,
-    audited,
-    building,
-    edit,
-    idle,
-    sleeping,
-)
+from tests.support.revisions import BLOCK, BUILD, FILE, SLEEP, audited, edit
+from tests.support.runs import audit, building, idle, sleeping
 from tests.support.waiting import until
 
 STOPS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]

@@ -11,9 +11,9 @@ import pytest
 from sqlalchemy import URL
 
 from tests.support.database import Database, parts
+from tests.support.messages import URL_FORMAT
 from tests.support.programs import run
 from tests.support.project import Project
-from tests.support.revisions import URL_FORMAT
 from tools.postgres import dsn
 
 

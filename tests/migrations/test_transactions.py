@@ -8,8 +8,9 @@ from __future__ import annotations
 import pytest
 
 from tests.support.database import Database
+from tests.support.messages import FIX
 from tests.support.project import Project
-from tests.support.revisions import BLOCK, FILE, FIX, TABLE, edit
+from tests.support.revisions import BLOCK, FILE, TABLE, edit
 
 RAW = "raw = op.get_bind().connection.dbapi_connection\n"
 CURSOR = "cursor = op.get_bind().connection.cursor()\n"

@@ -3,8 +3,10 @@
 import pytest
 
 from tests.support.database import Database
+from tests.support.messages import FIX
 from tests.support.project import Project
-from tests.support.revisions import AUDIT, FIX, audit, audited
+from tests.support.revisions import AUDIT, audited
+from tests.support.runs import audit
 
 SEE_TROUBLESHOOTING = "see 'Troubleshooting' in README.md"
 

@@ -5,16 +5,18 @@ canary             the secrets of the tests
 chart              plugin: the chart, rendered with Helm 3 and 4
 cluster            plugin: the Kubernetes cluster; a namespace, a git repository and releases for each test
 database           plugin: the PostgreSQL server; a database and a role for each test
-fault_injection    plugin: toxiproxy, PgBouncer, network namespaces, small disks
+fault_injection    plugin: toxiproxy, PgBouncer, mount and network namespaces
 fault_marks        plugin: the mark `fault`, compared with what its test prints
 git                git, isolated from the user's settings
 kubernetes         the API server and the node of the cluster
+messages           expected parts of the runner's messages
 pod_scripts        plugin: the scripts of both containers, run without a cluster
 programs           running a program; everything that a test observed
 project            plugin: a copy of this project to add revisions to
 release            releases of the chart, installed with Helm
 repository         git repositories on the cluster's server
-revisions          revision files, and queries about the runs
+revisions          revision files, and what the tests' revisions do
+runs               what the server shows of the runs
 suite              plugin: options, cleanup, serialization, no skips in CI
 waiting            waiting for a condition
 """

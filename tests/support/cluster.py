@@ -36,7 +36,7 @@ class Shared:
     """The data that every pytest-xdist worker receives: the cluster as plain data, and paths as text."""
 
     cluster: dict[str, Any] | None = None
-    baked_image: bool = False  # OWN_IMAGE, which has the dependencies pre-installed, is in the cluster
+    preinstalled_image: bool = False  # OWN_IMAGE, which has the dependencies pre-installed, is in the cluster
     helms: list[str] = field(default_factory=list)  # Helm 3 and Helm 4
     unavailable: str = "not started"  # why there is no cluster
 
@@ -62,13 +62,13 @@ def _start(config: pytest.Config) -> Shared:
         cluster = get_or_create(named, owner=os.getpid())
         if cluster.owner:
             config.add_cleanup(lambda: delete(cluster.owner))
-        baked_image = cluster.kind is not ClusterKind.EXISTING  # in a user's cluster, pip runs
-        if baked_image:
+        preinstalled_image = cluster.kind is not ClusterKind.EXISTING  # in a user's cluster, pip runs
+        if preinstalled_image:
             tag = f"{OWN_IMAGE['repository']}:{OWN_IMAGE['tag']}"
             cluster.build_image(tag, ROOT, f"--build-arg=PYTHON={cluster.images['python']}")
     except UnavailableError as error:
         return Shared(unavailable=str(error))
-    return Shared(cluster.to_dict(), baked_image, [str(BIN / "helm"), str(find_or_build("helm"))])
+    return Shared(cluster.to_dict(), preinstalled_image, [str(BIN / "helm"), str(find_or_build("helm"))])
 
 
 def describe_cluster(config: pytest.Config) -> str:
@@ -141,7 +141,7 @@ def repository(cluster: Cluster, api: Api, tmp_path: Path) -> Repository:
 
 
 @pytest.fixture
-def audited(repository: Repository, database: Database) -> Repository:
+def audited_repository(repository: Repository, database: Database) -> Repository:
     """Revision 002 records that it ran, and waits while the table `gate` has a row."""
     database.execute("CREATE TABLE gate AS SELECT 1")
     database.execute("CREATE TABLE audit (revision text)")
@@ -163,22 +163,24 @@ def with_pip(cluster: Cluster) -> dict[str, Any]:
 
 
 @pytest.fixture
-def baked_image_values(shared: Shared, with_pip: dict[str, Any]) -> dict[str, Any]:
+def preinstalled_image_values(shared: Shared, with_pip: dict[str, Any]) -> dict[str, Any]:
     """Values for a run in an image with the dependencies pre-installed; with pip if there is no such image."""
-    return {**with_pip, "image": OWN_IMAGE, "requirements": "", "extraEnv": []} if shared.baked_image else with_pip
+    return (
+        {**with_pip, "image": OWN_IMAGE, "requirements": "", "extraEnv": []} if shared.preinstalled_image else with_pip
+    )
 
 
 @pytest.fixture
 def releases(
-    shared: Shared, cluster: Cluster, repository: Repository, baked_image_values: dict[str, Any], tmp_path: Path
+    shared: Shared, cluster: Cluster, repository: Repository, preinstalled_image_values: dict[str, Any], tmp_path: Path
 ) -> Iterator[Callable[..., Release]]:
     """Creates releases of the chart for the test's repository, not installed yet; with Helm 4 by default."""
     created: list[Release] = []
 
     def create(api: Api, version: int = 4, **options: Any) -> Release:
-        git = {**baked_image_values.get("git", {}), "repo": repository.url, "branch": "main", "path": "."}
+        git = {**preinstalled_image_values.get("git", {}), "repo": repository.url, "branch": "main", "path": "."}
         helm = Path(shared.helms[version - 3])
-        values = {**baked_image_values, "namespace": api.namespace, "git": git}
+        values = {**preinstalled_image_values, "namespace": api.namespace, "git": git}
         created.append(Release(helm, cluster, api.namespace, tmp_path, values, **options))
         return created[-1]
 

@@ -104,14 +104,14 @@ def contacted(cluster: Cluster, database: Database) -> bool:
     return sessions(cluster, database) > 0
 
 
-def in_002(database: Database) -> list[int]:
-    """The pids of the sessions that are in revision 002 of the fixture `audited`."""
+def sessions_in_revision_002(database: Database) -> list[int]:
+    """The pids of the sessions that are in revision 002 of the fixture `audited_repository`."""
     query = "SELECT pid FROM pg_stat_activity WHERE query LIKE %s AND application_name = 'hcm-db-migrations'"
     return [pid for (pid,) in database.execute(query + " AND datname = current_database()", "%FROM gate%")]
 
 
-def release_gate(database: Database) -> None:
-    """Let revision 002 of the fixture `audited` continue."""
+def open_gate(database: Database) -> None:
+    """Let revision 002 of the fixture `audited_repository` continue."""
     database.execute("DELETE FROM gate")
 
 

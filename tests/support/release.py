@@ -64,7 +64,7 @@ class Release:
     def run(self, *arguments: str | Path) -> Result:
         return self.start(*arguments).wait()
 
-    def upgrading(self, values: dict[str, Any] | None = None, *options: str | Path) -> HelmProgram:
+    def start_upgrade(self, values: dict[str, Any] | None = None, *options: str | Path) -> HelmProgram:
         """Start `helm upgrade --install`, with `values` merged over the release's."""
         self.upgrades += 1
         file = self.home / f"{self.namespace}-{self.name}-{self.upgrades}.yaml"
@@ -72,7 +72,7 @@ class Release:
         return self.start("upgrade", "--install", self.name, self.chart, "-f", file, *options)
 
     def upgrade(self, values: dict[str, Any] | None = None, *options: str | Path) -> Result:
-        return self.upgrading(values, *options).wait()
+        return self.start_upgrade(values, *options).wait()
 
     def status(self) -> str:
         """Such as `deployed`."""

@@ -1,4 +1,4 @@
-"""The images that cannot be pulled, built for the private engine under honest names (`hcm-local/...`).
+"""The images that cannot be pulled, built for the private engine under names that show it (`hcm-local/...`).
 
 They are built from Debian packages, and the kind node also from the programs that `tools.binaries` builds. They stay in
 the engine's data folder in the cache.

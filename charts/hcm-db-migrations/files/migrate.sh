@@ -2,7 +2,7 @@
 # with "$@". The working directory is the pod's volume, where git-sync left ./git/code or ./git-error.
 # NAMESPACE, GIT_REPO, GIT_REF, GIT_PATH and REQUIREMENTS are the chart's values. REQUIRED has a line "<variable> <source>"
 # for each variable that must have a value. EXPECTED, if set, must be in Alembic's output.
-# Exit status: Alembic's own; 255 (Alembic's, too) for a failure that is not retryable; 143 after SIGTERM; else 1.
+# Exit status: Alembic's; of this script, 255 (as Alembic's) for a failure that is not retryable, 143 after SIGTERM, else 1.
 set -u
 exec 2>&1 # a container's log may interleave two streams, and the reason would not be the last line
 workspace=$PWD child='' stopped='' interrupted='' stage='starting' effect='the database was not contacted'
