@@ -1,6 +1,6 @@
 """What the tests and `make` need: a PostgreSQL server, a kind cluster, command line tools, generated documents.
 
-- `tools.steps`: long steps: one at a time, progress, a timeout, no partial results.
+- `tools.steps`: long steps: one at a time, progress, waiting with a timeout, no partial results.
 - `tools.paths`: where the checkout, the chart, the virtual environment and the cache are.
 - `tools.network`: free loopback ports.
 - `tools.postgres`: a temporary PostgreSQL server on loopback.
@@ -11,4 +11,6 @@
 - `tools.offline_cluster`: a private container engine and local images, when no image can be pulled; see its README.md.
 - `tools.demo`: `make demo`.
 - `tools.docs`: `make docs`: the generated documents.
+
+The folders helm, kube-score, toxiproxy and checkov hold only the pinned versions of these tools.
 """

@@ -1,4 +1,4 @@
-"""Long steps: one at a time, with progress on standard error and a timeout, and no partial results."""
+"""Long steps: one at a time, with progress on standard error, and no partial results; waiting with a timeout."""
 
 from __future__ import annotations
 
