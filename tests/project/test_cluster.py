@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.programs import run
 from tools import cluster
+from tools.binaries import pinned_version
 from tools.cluster import Cluster, ClusterKind
 from tools.offline_cluster import engine
 from tools.paths import ROOT
@@ -139,3 +140,13 @@ def test_an_existing_cluster_requires_both_options(option: list[str]) -> None:
     assert result.returncode == pytest.ExitCode.USAGE_ERROR
     message = "to use your own cluster, set both options: --cluster-type existing --kubeconfig FILE"
     assert message in result.stderr
+
+
+def test_the_page_of_the_offline_cluster_names_its_kubernetes_and_files_that_exist() -> None:
+    folder = ROOT / "tools" / "offline_cluster"
+    page = (folder / "README.md").read_text()
+    assert f"`kubernetes/go.mod` (now {pinned_version('kubelet')})" in page
+    table = page.split("## Versions")[0] + page.split("## Versions")[1].split("##")[0]
+    names = re.findall(r"`((?:[\w-]+/)*[\w-]+\.(?:py|toml|mod)|[\w-]+/[\w-]*)`", table)
+    assert len(names) > 10
+    assert [name for name in names if not (folder / name).exists() and not (ROOT / name).exists()] == []
