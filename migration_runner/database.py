@@ -171,7 +171,7 @@ class SideConnection:
         self.raw = raw(connection)
         try:
             self.raw.autocommit = True
-            # Give up early: the table may be locked.
+            # A table may be locked: these queries are not worth waiting for.
             self.raw.query("SET search_path = pg_catalog; SET lock_timeout = '1s'; SET statement_timeout = '5s'")
         except BaseException:
             self.__exit__()

@@ -24,12 +24,11 @@ FILL = "op.execute(\"CREATE TABLE filled AS SELECT repeat('x', 1000) FROM genera
 @pytest.fixture
 def small_disk() -> Iterator[tuple[Path, list[str]]]:
     """A folder with 16 MB of disk space, in a mount namespace, and the command that enters the namespace."""
-    folder = Path(tempfile.mkdtemp(prefix="hcm-disk-"))
-    with namespace("mount", f"mount -t tmpfs -o size=16m,mode=700,uid=nobody tmpfs {folder}") as enter:
-        try:
-            yield folder, enter
-        finally:
-            folder.rmdir()
+    with (
+        tempfile.TemporaryDirectory(prefix="hcm-disk-") as name,
+        namespace("mount", f"mount -t tmpfs -o size=16m,mode=700,uid=nobody tmpfs {name}") as enter,
+    ):
+        yield Path(name), enter
 
 
 def enlarge(disk: tuple[Path, list[str]]) -> None:

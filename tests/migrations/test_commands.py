@@ -1,7 +1,6 @@
 """Every Alembic command that README.md names, run from the repository's root."""
 
 import re
-import threading
 import time
 from pathlib import Path
 
@@ -181,12 +180,11 @@ def test_a_plan_that_builds_an_index_concurrently_waits_for_all_transactions(
     with database.session() as report:
         report.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         report.execute("SELECT count(*) FROM pg_class")
-        thread = threading.Thread(target=database.psql, args=(plan,))
-        thread.start()
+        psql = database.start_psql(plan)
         time.sleep(4)  # lock_timeout is 3 s
-        assert thread.is_alive()
+        assert psql.running
         report.connection.commit()
-        thread.join()
+        assert psql.wait().returncode == 0
     assert database.at == ["002"]
     assert database.scalar("SELECT indisvalid FROM pg_index WHERE indexrelid = 'idx_tenant'::regclass") is True
     assert database.execute("TABLE after") == [("3s",)]

@@ -6,12 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import fault_marks
 from tests.support.programs import Result, run
 from tools.paths import ROOT
 
 MARK = '@pytest.mark.fault("Network", fault="a fire", sees={!r}, state="ashes", do="water")\n'
+# Another program exits with 0, and one is killed after the test.
 PRINTS = """def {name}():
     run(["sh", "-c", "echo 'FAILED: no water; after 3.2 s; x.py is missing'; exit 7"])
+    run(["echo", "another"])
+    start(["sleep", "60"])
 """
 PARAMETRIZED = """@pytest.mark.parametrize("text", ["one", "two"])
 def {name}(text):
@@ -23,7 +27,7 @@ def pytest_on(folder: Path, tests: dict[str, tuple[str, str]], *options: str) ->
     """Run pytest on a file with these tests: {name: (`sees`, test)}."""
     path = folder / "test_x.py"
     marked = [MARK.format(sees) + test.format(name=name) for name, (sees, test) in tests.items()]
-    path.write_text("\n\n".join(["import pytest\nfrom tests.support.programs import run", *marked]))
+    path.write_text("\n\n".join(["import pytest\nfrom tests.support.programs import run, start", *marked]))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.conftest", f"--rootdir={ROOT}", *options]
     return run([*command, "-c", ROOT / "pyproject.toml", path], cwd=ROOT)
 
@@ -40,18 +44,29 @@ def test_a_row_without_all_cells_is_refused(tmp_path: Path) -> None:
     assert message in refused.text
 
 
+@pytest.mark.parametrize("sees", ["`a`, exit 143/130", "exit code 1", "exits 1", "`...`", "`N`"])
+def test_a_claim_that_would_not_be_checked_is_malformed(sees: str) -> None:
+    assert fault_marks.malformed(sees)
+
+
+@pytest.mark.parametrize("sees", ["`a ...`, exit 143 (130)", "No visible effect", "`a <b>`, exit 1; then `c`, exit 0."])
+def test_a_claim_that_is_checked_is_not_malformed(sees: str) -> None:
+    assert fault_marks.malformed(sees) == ""
+
+
 def test_a_test_must_print_what_its_row_claims(tmp_path: Path) -> None:
     printed = ["`FAILED: no ...; after N s`, exit 7", "`<a file> is missing`"]
     missing = {
         "`FAILED: no fire`": "FAILED: no fire",
-        "`FAILED: no ...`, exit 8": "exit 8",
+        "`FAILED: no ...`, exit 0": "exit 0",
+        "`FAILED: no ...`, exit 137": "exit 137",
         "`FAILED: no ...`, exit 7 (8)": "exit 8",
     }
     tests = {f"test_{number}": (sees, PRINTS) for number, sees in enumerate([*printed, *missing])}
     result = pytest_on(tmp_path, tests)
     assert result.returncode == pytest.ExitCode.TESTS_FAILED
-    assert re.findall(r"^ERROR .*::(\w+)", result.text, re.M) == ["test_2", "test_3", "test_4"]
-    claims = re.findall(r"^the fault mark claims \['(.*)'\], which is not printed;", result.text, re.M)
+    assert re.findall(r"^ERROR .*::(\w+)", result.text, re.M) == ["test_2", "test_3", "test_4", "test_5"]
+    claims = re.findall(r"^the fault mark claims \['(.*)'\], which is not printed:", result.text, re.M)
     assert claims == list(missing.values())
 
 

@@ -8,6 +8,7 @@ from tools.paths import ROOT
 
 CONTRIBUTING, TABLE = (ROOT / "CONTRIBUTING.md").read_text().split("| We write | not |\n")
 # Third-party text, and files that are never edited after a release.
+BETWEEN = r"[\s#_*>\"'-]+"
 EXEMPT = re.compile(r".*\.sum|.*requirements[\w-]*\.txt|LICENSE|migrations/versions/.*")
 
 
@@ -17,23 +18,26 @@ def _rules() -> dict[str, str]:
 
 
 def _texts() -> Iterator[tuple[str, str]]:
-    listed = run(["git", "ls-files"], cwd=ROOT, verbatim=True, check=True).stdout
-    for name in listed.splitlines():
+    """(name, its name and text) of every file that git tracks or would track."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = run(command, cwd=ROOT, verbatim=True, check=True).stdout
+    for name in listed.split("\0"):
         if name == "CONTRIBUTING.md":
             yield name, CONTRIBUTING
         elif not EXEMPT.fullmatch(name) and (ROOT / name).is_file():
             text = (ROOT / name).read_text()
-            yield name, re.split(r"\n## \[\d", text)[0] if name == "CHANGELOG.md" else text
+            yield name, name + "\n" + (re.split(r"\n## \[\d", text)[0] if name == "CHANGELOG.md" else text)
 
 
 def test_every_file_uses_the_terms_of_the_glossary() -> None:
     rules = _rules()
-    # A phrase may be wrapped, even in a comment, or be part of a test's name.
-    phrases = "|".join(r"[\s#_]+".join(map(re.escape, old.split())) for old in rules)
+    # A phrase may be wrapped, even in a comment or a string, or be part of a test's name.
+    phrases = "|".join(rf"{BETWEEN}".join(map(re.escape, re.split("[ -]", old))) for old in rules)
     found = [
-        f"{name}:{text.count(chr(10), 0, match.start()) + 1}: '{old}'; write: {rules[old.lower()]}"
+        f"{name}:{text.count(chr(10), 0, match.start())}: '{match[0]}'; write: {term}"
         for name, text in _texts()
         for match in re.finditer(rf"(?<![^\W_])(?:{phrases})(?![^\W_])", text, re.I)
-        for old in [re.sub(r"[\s#_]+", " ", match[0])]
+        for old in [re.sub(BETWEEN, " ", match[0]).lower()]
+        for term in [next(term for rule, term in rules.items() if rule.replace("-", " ") == old)]
     ]
     assert not found, "\n".join(found)

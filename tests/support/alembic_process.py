@@ -37,25 +37,24 @@ class AlembicProcess:
     ) -> None:
         parameters = (folder, streams, dict(environment), list(arguments))
         self._process = _forks.Process(target=_main, args=parameters, daemon=True)
+        self._returncode: int | None = None
         with _polling:
             self._process.start()
-
-    @property
-    def pid(self) -> int:
-        pid = self._process.pid
-        assert pid is not None
-        return pid
+            assert self._process.pid is not None
+            self.pid = self._process.pid
 
     def poll(self) -> int | None:
         """None while it runs, minus the signal's number if a signal ended it."""
         with _polling:
-            return self._process.exitcode
+            if self._returncode is None and (code := self._process.exitcode) is not None:
+                self._returncode = code
+                self._process.close()  # two descriptors each, of thousands of processes
+        return self._returncode
 
     def send_signal(self, sig: int) -> None:
-        with _polling:
-            if self._process.exitcode is None:
-                with suppress(ProcessLookupError):  # it has just ended
-                    os.kill(self.pid, sig)
+        if self.poll() is None:
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(self.pid, sig)
 
     def wait(self, timeout: float | None = None) -> int:
         end = time.monotonic() + (timeout or 0)

@@ -18,7 +18,7 @@ from kubernetes_validate.utils import schema_contents
 from referencing import Registry, Resource
 from typing_extensions import TypedDict, Unpack
 
-from tests.support.programs import Result, run
+from tests.support.programs import Result, observed, start
 from tools.binaries import find_or_build
 from tools.paths import BIN, CHART
 from tools.steps import UnavailableError
@@ -51,7 +51,8 @@ class Helm:
 
     def run(self, *command: str | Path, stdin: str = "") -> Result:
         environment = {"PATH": os.environ["PATH"], "HOME": str(self.home), "KUBECONFIG": str(self.home / "no-cluster")}
-        return run([self.path, *command], stdin=stdin, env=environment, verbatim=True)
+        # What is rendered, scripts among it, is no evidence of what they print.
+        return start([self.path, *command], stdin=stdin, env=environment, is_evidence=False).wait(verbatim=True)
 
     def render(self, values: dict[str, Any] | None = None, *options: str | Path, **target: Unpack[Target]) -> Objects:
         """Return the objects rendered from `values` (merged over MINIMAL), each valid in every supported Kubernetes.
@@ -82,7 +83,10 @@ class Helm:
         chart: Path = CHART,
     ) -> Result:
         command = ("template", release, chart, "-n", namespace, "-f", "-", *options)
-        return _cached(self, command, json.dumps(values, ensure_ascii=False))
+        result = _cached(self, command, json.dumps(values, ensure_ascii=False))
+        if result.returncode:
+            observed.add(result.stderr, result.returncode)  # also of a test that finds it in the cache
+        return result
 
 
 @functools.cache

@@ -7,6 +7,7 @@ deleted after the last.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -96,7 +97,7 @@ def shared(request: pytest.FixtureRequest) -> Shared:
 @pytest.fixture(scope="session")
 def cluster(shared: Shared) -> Cluster:
     found = Cluster.from_dict(shared.cluster or {})
-    SECRETS.add(found.passwords["TOKEN"])
+    SECRETS.update(map(str, found.passwords.values()))
     return found
 
 
@@ -116,17 +117,21 @@ def namespaces(cluster: Cluster, database: Database) -> Iterator[Callable[[], Ap
         return api
 
     yield create
-    for api in created:
-        try:
-            for text in [
-                *(api.log(pod, name) for pod in api.pods() for name in ("git-sync", "migrate")),
-                *api.events(),
-                *map(str, api.pods()),
-                str(api.batch.list_namespaced_job(api.namespace)),
-            ]:
-                assert_no_secret(text)
-        finally:
-            api.core.delete_namespace(api.namespace)
+    with contextlib.ExitStack() as stack:
+        for api in created:
+            stack.callback(api.core.delete_namespace, api.namespace)
+            stack.callback(_assert_no_secret_in, api)
+
+
+def _assert_no_secret_in(api: Api) -> None:
+    pods = api.pods()
+    for text in [
+        *(api.log(pod, name) for pod in pods for name in ("git-sync", "migrate")),
+        *api.events(),
+        *map(str, pods),
+        str(api.batch.list_namespaced_job(api.namespace)),
+    ]:
+        assert_no_secret(text)
 
 
 @pytest.fixture
@@ -186,7 +191,9 @@ def releases(
 
     yield create
     for release in created:
-        release.run("get", "all", release.name)  # everything that Helm stored: values, manifests, hooks, notes
+        release.start(
+            "get", "all", release.name, is_evidence=False
+        ).wait()  # everything that Helm stored: values, manifests, hooks, notes
 
 
 @pytest.fixture

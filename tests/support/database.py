@@ -12,8 +12,8 @@ import psycopg2
 import pytest
 from sqlalchemy import URL, make_url
 
-from tests.support.canary import PASSWORD
-from tests.support.programs import Result, run
+from tests.support.canary import PASSWORD, SECRETS
+from tests.support.programs import Program, Result, start
 from tools.postgres import Postgres, dsn, execute, programs
 
 
@@ -54,19 +54,22 @@ class Database:
             connection.close()
 
     def dump(self) -> str:
-        dump = self._run("pg_dump", "--schema-only", "--restrict-key=test")
+        dump = self._start("pg_dump", "--schema-only", "--restrict-key=test").wait(verbatim=True)
         assert dump.returncode == 0, dump.text
         return dump.stdout
 
-    def psql(self, script: str) -> Result:
+    def start_psql(self, script: str) -> Program:
         """Run a script as the role; stop at the first error."""
-        return self._run("psql", "--no-psqlrc", "--quiet", "--set=ON_ERROR_STOP=1", stdin=script)
+        return self._start("psql", "--no-psqlrc", "--quiet", "--set=ON_ERROR_STOP=1", stdin=script)
 
-    def _run(self, program: str, *arguments: str, stdin: str = "") -> Result:
+    def psql(self, script: str) -> Result:
+        return self.start_psql(script).wait(verbatim=True)
+
+    def _start(self, program: str, *arguments: str, stdin: str = "") -> Program:
         url = self.url  # passed in the environment, because everyone can read the process list
         environment = {"PGHOST": str(url.host), "PGPORT": str(url.port or 5432), "PGDATABASE": self.name}
         environment |= {"PGUSER": self.role, "PGPASSWORD": PASSWORD}
-        return run([programs() / program, *arguments], env=environment, stdin=stdin, verbatim=True)
+        return start([programs() / program, *arguments], env=environment, stdin=stdin)
 
     def activity(self) -> list[str]:
         """State and query of the runs' sessions: `active: SELECT pg_sleep(60)`; a starting session has no state."""
@@ -111,6 +114,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[URL]:
         yield make_url(external).set(drivername="postgresql")
         return
     with Postgres() as postgres:
+        SECRETS.add(postgres.password)
         yield postgres.url
 
 
@@ -124,4 +128,5 @@ def database(server: URL) -> Iterator[Database]:
 def own_server() -> Iterator[Postgres]:
     """A server that the test may kill."""
     with Postgres() as postgres:
+        SECRETS.add(postgres.password)
         yield postgres

@@ -1,8 +1,8 @@
 """A plugin: the mark `fault` defines a row of docs/failures.md; its `sees` is checked against what the test prints.
 
 In `sees`, back-quoted text is output: `...` matches any text within a line, `N` a number, `<a name>` what it names.
-`exit N` is an exit code. The test must observe every text and code; of a parametrized test, each variant must observe
-at least one, and each must be observed by a variant.
+`exit N` is the exit code of a program or container that printed one of the texts. The test must observe every text and
+code; of a parametrized test, each variant must observe at least one text, and each must be observed by a variant.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Generator
 
 import pytest
 
+from tests.support.programs import Output
 from tests.support.suite import OUTPUT
 from tools.docs import GROUPS
 
@@ -31,27 +32,45 @@ def function_id(item_id: str) -> str:
     return item_id.partition("[")[0]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     variants = Counter(function_id(item.nodeid) for item in items)
+    complete = not any("[" in argument for argument in config.args)
     for item in items:
         for mark in item.iter_markers("fault"):
             if len(mark.args) != 1 or mark.args[0] not in GROUPS or set(mark.kwargs) != KEYS:
                 usage = "mark it as fault(group, fault=, sees=, state=, do=) with one of these groups"
                 raise pytest.UsageError(f"{item.nodeid}: {usage}: {', '.join(GROUPS)}")
-            item.user_properties.append(("variants", variants[function_id(item.nodeid)]))
+            if not_a_claim := malformed(mark.kwargs["sees"]):
+                raise pytest.UsageError(f"{item.nodeid}: write exit codes as 'exit N' or 'exit N (M)': {not_a_claim}")
+            item.user_properties.append(("variants", variants[function_id(item.nodeid)] if complete else 0))
 
 
-def claims(sees: str) -> list[str]:
-    """The claims of `sees`: the back-quoted texts, and exit codes as `exit N`."""
-    prose = re.sub(r"`[^`]*`", "", sees)
-    codes = re.findall(r"\bexit (\d+)(?: \((\d+)\))?", prose)
-    return [*re.findall(r"`([^`]*)`", sees), *(f"exit {code}" for pair in codes for code in pair if code)]
+EXIT = re.compile(r"\bexit (\d+)(?: \((\d+)\))?(?![\d/])")
 
 
-def pattern(claim: str) -> re.Pattern[str]:
-    """`claim` as a pattern for output."""
-    parts = re.split(r"( ?\.\.\.|<[^<>]+>|\bN\b)", claim)
-    return re.compile("".join(_part_pattern(part) for part in parts))
+def prose(sees: str) -> str:
+    return re.sub(r"`[^`]*`", "", sees)
+
+
+def malformed(sees: str) -> str:
+    """What looks like a claim of an exit code and is none, or a text that any output has; or ''."""
+    found = re.search(r"\bexit.{0,12}", EXIT.sub("", prose(sees)))
+    empty = [text for text in texts_of(sees) if not re.search(r"\w", re.sub(r"<[^<>]+>|\bN\b", "", text))]
+    return found[0] if found else "".join(empty)
+
+
+def texts_of(sees: str) -> list[str]:
+    return re.findall(r"`([^`]*)`", sees)
+
+
+def codes_of(sees: str) -> list[int]:
+    return [int(code) for pair in EXIT.findall(prose(sees)) for code in pair if code]
+
+
+def pattern(text: str) -> re.Pattern[str]:
+    """A text of `sees` as a pattern for output."""
+    text = re.sub(r"^\.\.\. ?| ?\.\.\.$", "", text)
+    return re.compile("".join(_part_pattern(part) for part in re.split(r"( ?\.\.\.|<[^<>]+>|\bN\b)", text)))
 
 
 def _part_pattern(part: str) -> str:
@@ -60,31 +79,33 @@ def _part_pattern(part: str) -> str:
     return ".*" if part.endswith("...") or part.startswith("<") else re.escape(part)
 
 
-def is_seen(claim: str, texts: list[str], codes: set[int]) -> bool:
-    if code := re.fullmatch(r"exit (\d+)", claim):
-        return bool({int(code[1]), 128 - int(code[1])} & codes)  # subprocess has -9 for a shell's 137
-    found = pattern(claim)
-    return any(found.search(text) for text in texts)
+def seen_in(sees: str, outputs: list[Output]) -> tuple[list[str], list[str]]:
+    """The texts, and the exit codes as `exit N`, of `sees` that are in the outputs."""
+    texts = {text: [output for output in outputs if pattern(text).search(output.text)] for text in texts_of(sees)}
+    printed = [output for found in texts.values() for output in found] if texts else outputs
+    codes = {137 if output.code == -9 else output.code for output in printed}  # subprocess has -9 for a shell's 137
+    return [text for text, found in texts.items() if found], [
+        f"exit {code}" for code in codes_of(sees) if code in codes
+    ]
 
 
-@pytest.hookimpl(wrapper=True)
+@pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, None, None]:
     """Runs after the teardown of the fixtures, which may still print."""
     yield
-    marks = list(item.iter_markers("fault"))
-    if OUTPUT not in item.stash or not marks or not item.stash.get(PASSED, False):
+    if not item.stash.get(PASSED, False):
         return
-    texts, codes = item.stash[OUTPUT]
-    for mark in marks:
-        claimed = claims(mark.kwargs["sees"])
-        seen = [claim for claim in claimed if is_seen(claim, texts, codes)]
-        missing = [claim for claim in claimed if claim not in seen]
-        parametrized = dict(item.user_properties)["variants"] != 1
-        if missing and not (parametrized and seen):
-            listed = "\n".join(texts)
-            pytest.fail(f"the fault mark claims {missing}, which is not printed; exit codes {codes}:\n{listed}", False)
+    for mark in item.iter_markers("fault"):
+        sees, outputs = mark.kwargs["sees"], item.stash[OUTPUT]
+        claimed = [*texts_of(sees), *(f"exit {code}" for code in codes_of(sees))]
+        texts, codes = seen_in(sees, outputs)
+        missing = [claim for claim in claimed if claim not in (*texts, *codes)]
+        enough = hasattr(item, "callspec") and (texts or not texts_of(sees))
+        if missing and not enough:
+            listed = "\n".join(f"exit code {output.code}:\n{output.text}" for output in outputs if output.text)
+            pytest.fail(f"the fault mark claims {missing}, which is not printed:\n{listed}", False)
         item.user_properties.append(("claimed", claimed))
-        item.user_properties.append(("seen", seen))
+        item.user_properties.append(("seen", [*texts, *codes]))
 
 
 PASSED = pytest.StashKey[bool]()

@@ -65,8 +65,7 @@ class Api:
         for pod in found:
             for status in (*(pod.status.init_container_statuses or ()), *(pod.status.container_statuses or ())):
                 if status.state.terminated:
-                    observed.codes.add(status.state.terminated.exit_code)
-                    observed.add(status.state.terminated.reason or "")
+                    observed.add(status.state.terminated.reason or "", status.state.terminated.exit_code)
         return sorted(found, key=lambda pod: pod.metadata.creation_timestamp)
 
     def log(self, pod: client.V1Pod, container: str = "migrate") -> str:
@@ -77,7 +76,9 @@ class Api:
             if error.status in (400, 404, 500):  # 500: kubelet is down
                 return ""
             raise
-        return observed.add(log)
+        found = [*(pod.status.init_container_statuses or ()), *(pod.status.container_statuses or ())]
+        ended = [status.state.terminated for status in found if status.name == container and status.state.terminated]
+        return observed.add(log, ended[0].exit_code if ended else None)
 
     def logs(self, job: str) -> list[str]:
         """The log of each pod of the Job, oldest first."""

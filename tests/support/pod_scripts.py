@@ -53,7 +53,7 @@ class Volume:
         values = {name: value for name, value in environment(container).items() if isinstance(value, str)}
         here = {"PATH": f"{self.bin}:{os.environ['PATH']}", "HOME": str(self.folder), "TMPDIR": str(self.folder)}
         command = [shell, *container["command"][1:], *container["args"]]
-        return start(command, cwd=self.folder, env=values | here | references, one_stream=True, new_group=True)
+        return start(command, cwd=self.folder, env=values | here | references, one_stream=True)
 
     def run(self, container: dict[str, Any], shell: str = "sh", **references: str) -> Result:
         """Run the container to its end; its log is `stdout`."""

@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Protocol
@@ -24,6 +24,10 @@ VARYING = [
     (r"\bpid \d+", "pid N"),
     (r"\b[0-9a-f]{40}\b", "<commit>"),
 ]
+
+
+def _joined(stdout: str, stderr: str) -> str:
+    return f"{stdout}\n{stderr}" if stdout and stderr and not stdout.endswith("\n") else stdout + stderr
 
 
 def normalize(text: str) -> str:
@@ -42,7 +46,7 @@ class Result:
 
     @property
     def text(self) -> str:
-        return self.stdout + self.stderr
+        return _joined(self.stdout, self.stderr)
 
     @property
     def lines(self) -> list[str]:
@@ -78,7 +82,9 @@ class Program:
 
     process: Process
     folder: tempfile.TemporaryDirectory[str]  # of stdout and stderr
-    leads_group: bool = False
+    leads_group: bool
+    is_evidence: bool = True  # whether a fault mark may claim what it prints
+    killed: bool = False  # by kill(), so its exit code says nothing
 
     @property
     def stdout(self) -> str:
@@ -91,7 +97,7 @@ class Program:
     @property
     def output(self) -> str:
         """Both streams so far, unchanged."""
-        return self.stdout + self.stderr
+        return _joined(self.stdout, self.stderr)
 
     def _read(self, stream: str) -> str:
         path = Path(self.folder.name, stream)
@@ -125,7 +131,8 @@ class Program:
         return self.wait(), time.monotonic() - start
 
     def kill(self) -> None:
-        """Kill the program, or its process group if it leads one."""
+        """Kill the program and what it started."""
+        self.killed = self.killed or self.running
         if self.leads_group:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -134,31 +141,48 @@ class Program:
         self.process.wait(30)
 
 
+@dataclass(frozen=True)
+class Output:
+    """A text that was printed, and the exit code of what printed it if that is known."""
+
+    text: str
+    code: int | None = None
+
+
 @dataclass
 class Observed:
-    """What a test observed: its programs, and texts and exit codes from elsewhere, such as a pod's log."""
+    """What a test observed: the programs that it started, and output from elsewhere, such as a pod's log."""
 
     programs: list[Program] = field(default_factory=list)
-    texts: dict[str, None] = field(default_factory=dict)  # a log that is polled counts once
-    codes: set[int] = field(default_factory=set)
+    elsewhere: dict[Output, None] = field(default_factory=dict)  # a log that is polled counts once
 
-    def add(self, text: str) -> str:
+    def add(self, text: str, code: int | None = None) -> str:
         """Record a text that was printed elsewhere, and return it."""
-        self.texts[text] = None
+        self.elsewhere[Output(text, code)] = None
         return text
 
-    def finish(self) -> tuple[list[str], set[int]]:
-        """Kill what still runs, return all texts and exit codes, and reset."""
-        programs, texts, codes = self.programs, list(self.texts), self.codes
-        self.programs, self.texts, self.codes = [], {}, set()
+    def kill_programs(self) -> None:
+        """Kill what is still running; all of it, also if one cannot be killed."""
+        with ExitStack() as stack:
+            for program in self.programs:
+                stack.callback(program.kill)
+
+    def finish(self) -> list[Output]:
+        """Kill what is still running, return all output, and reset. AssertionError if a secret was printed."""
+        programs, outputs = self.programs, list(self.elsewhere)
+        try:
+            self.kill_programs()
+        finally:
+            self.programs, self.elsewhere = [], {}
         for program in programs:
-            program.kill()
-            texts.append(program.output)
-            codes.add(program.process.wait(0))
+            code = None if program.killed else program.process.poll()
+            if program.is_evidence:
+                outputs += [Output(program.stdout, code), Output(program.stderr, code)]
+            assert_no_secret(program.output)
             program.folder.cleanup()
-        for text in texts:
-            assert_no_secret(text)
-        return texts, codes
+        for output in outputs:
+            assert_no_secret(output.text)
+        return outputs
 
 
 # For the current test: tests/support/suite.py resets it after each.
@@ -169,8 +193,7 @@ def output_folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="hcm-output-", ignore_cleanup_errors=True)
 
 
-def watch(process: Process, folder: tempfile.TemporaryDirectory[str], leads_group: bool = False) -> Program:
-    program = Program(process, folder, leads_group)
+def watch(program: Program) -> Program:
     observed.programs.append(program)
     return program
 
@@ -183,12 +206,11 @@ def start(
     stdin: str = "",
     stdout: IO[str] | None = None,
     one_stream: bool = False,
-    new_group: bool = False,
+    is_evidence: bool = True,
 ) -> Program:
-    """Start a program.
+    """Start a program in its own process group, which is killed at the end of the test.
 
-    `one_stream` merges standard error into standard output, in order; with `new_group` it leads a process group, which
-    is killed at the end of the test.
+    `one_stream` merges standard error into standard output, in order.
     """
     folder = output_folder()
     with (
@@ -205,9 +227,9 @@ def start(
             stdin=source,
             stdout=stdout or out,
             stderr=subprocess.STDOUT if one_stream else err,
-            start_new_session=new_group,
+            start_new_session=True,
         )
-    return watch(process, folder, new_group)
+    return watch(Program(process, folder, leads_group=True, is_evidence=is_evidence))
 
 
 def run(

@@ -53,7 +53,8 @@ class Project:
         """Start `alembic` as a forked process."""
         folder = output_folder()
         streams = (Path(folder.name, "stdout"), Path(folder.name, "stderr"))
-        return watch(AlembicProcess(self.folder, streams, self._variables(environment), arguments), folder)
+        process = AlembicProcess(self.folder, streams, self._variables(environment), arguments)
+        return watch(Program(process, folder, leads_group=False))
 
     def alembic(self, *arguments: str, **environment: str | None) -> Result:
         """Run `alembic` until it exits."""
@@ -89,7 +90,7 @@ def project(offline_project: Project, database: Database) -> Project:
 
 
 @pytest.fixture
-def project_at_002(project: Project, database: Database) -> Project:
+def project_at_002(project: Project) -> Project:
     """A database at 002, where 002 created the audit table."""
     project.add("002", AUDIT, 'op.execute("DROP TABLE audit")')
     assert project.alembic("upgrade", "head").returncode == 0

@@ -36,8 +36,10 @@ class HelmProgram:
 
     def wait(self) -> Result:
         """Wait for the program to exit; the result has the readable output."""
-        result = self.program.wait(240)
-        return Result(result.returncode, normalize(observed.add(readable(self.output))))
+        returncode, text = self.program.wait(240).returncode, readable(self.output)
+        if self.program.is_evidence:
+            observed.add(text, returncode)
+        return Result(returncode, normalize(text))
 
     def kill(self) -> None:
         self.program.kill()
@@ -56,10 +58,10 @@ class Release:
     chart: Path = CHART
     upgrades: int = 0
 
-    def start(self, *arguments: str | Path) -> HelmProgram:
+    def start(self, *arguments: str | Path, is_evidence: bool = True) -> HelmProgram:
         environment = {"PATH": os.environ["PATH"], "HOME": str(self.home), "KUBECONFIG": self.cluster.kubeconfig}
         command = [self.helm, *arguments, "-n", self.namespace]
-        return HelmProgram(start(command, cwd=ROOT, env=environment, one_stream=True))
+        return HelmProgram(start(command, cwd=ROOT, env=environment, one_stream=True, is_evidence=is_evidence))
 
     def run(self, *arguments: str | Path) -> Result:
         return self.start(*arguments).wait()

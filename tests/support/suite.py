@@ -2,11 +2,12 @@
 
 import fcntl
 import os
+import signal
 from collections.abc import Generator, Iterator
 
 import pytest
 
-from tests.support.programs import observed
+from tests.support.programs import Output, observed
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -19,6 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as with Ctrl-C: servers and folders are removed
     config.addinivalue_line("markers", "disruptive: disturbs other tests; runs last and alone")
 
 
@@ -26,14 +28,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("disruptive") is not None)
 
 
-@pytest.fixture(autouse=True)
-def _kill_remaining_programs(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Kill the programs that the test left running, and search all output for secrets."""
-    yield
-    request.node.stash[OUTPUT] = observed.finish()
+OUTPUT = pytest.StashKey[list[Output]]()
 
 
-OUTPUT = pytest.StashKey[tuple[list[str], set[int]]]()
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, None, None]:
+    """Kill the programs that the test left running before its fixtures end what they use, and search all output for
+    secrets after that.
+    """
+    observed.kill_programs()
+    try:
+        yield
+    finally:
+        item.stash[OUTPUT] = observed.finish()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish() -> None:
+    """After an interrupt, no test has had its teardown."""
+    observed.finish()
 
 
 @pytest.fixture(autouse=True)
