@@ -133,7 +133,7 @@ def test_a_server_without_a_free_connection_is_waited_for_until_one_is_free(offl
     "Database",
     fault="The host is a read-only standby",
     sees="`cannot execute ... in a read-only transaction (the server is read-only (a standby, or"
-    " default_transaction_read_only): set DB_HOST to the primary)`, exit 255; with nothing to do, exit 0",
+    " default_transaction_read_only): set DB_HOST to the primary)`, exit 255; otherwise `nothing to do`, exit 0",
     state="Nothing was changed",
     do="Set the host to the primary's address",
 )

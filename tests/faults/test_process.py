@@ -28,8 +28,8 @@ logging.getLogger("migration_runner").addFilter(filter)
 @pytest.mark.fault(
     "Process and pod",
     fault="SIGTERM, SIGINT or SIGKILL between two revisions, or after the last one before the exit",
-    sees="`FAILED: interrupted by SIGTERM; the database is at revision 003; run again to resume; ...`, exit 143 (130);"
-    " SIGKILL: no message, exit 137",
+    sees="`FAILED: interrupted by <signal>; the database is at revision <number>; run again to resume; ...`, exit 143"
+    " (130); SIGKILL: no message, exit 137",
     state="Finished revisions are kept, each applied once; no lock",
     do="Deploy again",
 )

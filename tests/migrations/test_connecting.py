@@ -187,8 +187,8 @@ def test_a_known_transient_error_is_waited_for(offline_project: Project, message
 @pytest.mark.fault(
     "Database",
     fault="The server, a pooler or a proxy rejects the connection with an unknown error",
-    sees="`cannot connect to database ...: <its message>; not a known transient error, so not retried: check the DB_*"
-    " and PG* variables, then retry`, at once, exit 255",
+    sees="`cannot connect to database ...: <its message>; ...`, mostly with `not a known transient error, so not"
+    " retried: check the DB_* and PG* variables, then retry`, at once, exit 255",
     state="Nothing was changed",
     do="Follow its message",
 )

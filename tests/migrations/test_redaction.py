@@ -21,7 +21,7 @@ PARAMETER = (
 @pytest.mark.fault(
     "Code and settings",
     fault="A colon in the SQL of `op.execute()` is read as a bind parameter",
-    sees="`revision 002 (...) failed: SQLAlchemy reads ':more' in the statement as a bind parameter without a value;"
+    sees="`revision 002 (...) failed: SQLAlchemy reads ':<name>' in the statement as a bind parameter without a value;"
     " write a backslash before a colon that is a part of the SQL (\\:), ...`, exit 255; also with --sql",
     state="Finished revisions are kept, this one is rolled back",
     do="Follow the message",

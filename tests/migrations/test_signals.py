@@ -40,7 +40,7 @@ def during(result: Result, revision: str, rest: str) -> str:
 @pytest.mark.fault(
     "Process and pod",
     fault="SIGTERM (drain, deadline, deleted Job) or SIGINT during a revision",
-    sees="Within 2 s `interrupted by SIGTERM in revision 004 (...) after N s; rolled back; the database is at"
+    sees="Within 2 s `interrupted by <signal> in revision 004 (...) after N s; rolled back; the database is at"
     " revision 003; run again to resume; ...`, exit 143 (130)",
     state="Finished revisions are kept, this one is rolled back",
     do="Deploy again; if the deadline was exceeded, raise `job.activeDeadlineSeconds` and Helm's `--timeout`",
@@ -74,7 +74,7 @@ def test_a_signal_in_a_revision_rolls_it_back(
 @pytest.mark.fault(
     "Process and pod",
     fault="SIGTERM or SIGINT while the run waits for the database",
-    sees="`interrupted by SIGTERM; nothing was changed; ...`, exit 143 (130)",
+    sees="`interrupted by <signal>; nothing was changed; ...`, exit 143 (130)",
     state="Nothing was changed",
     do="Deploy again",
 )
@@ -88,7 +88,7 @@ def test_a_signal_while_waiting_for_the_database(offline_project: Project, numbe
 @pytest.mark.fault(
     "Process and pod",
     fault="SIGTERM or SIGINT while the run waits for another run",
-    sees="`interrupted by SIGTERM; the database is at revision 002; ...`, exit 143 (130)",
+    sees="`interrupted by <signal>; the database is at revision 002; ...`, exit 143 (130)",
     state="Only the other run's changes",
     do="Nothing",
 )
@@ -108,7 +108,7 @@ def test_a_signal_while_waiting_for_another_run(
 @pytest.mark.fault(
     "Process and pod",
     fault="SIGTERM or SIGINT while the run waits for a locked table",
-    sees="`interrupted by SIGTERM in revision 003 (...) after N s; rolled back;"
+    sees="`interrupted by <signal> in revision 003 (...) after N s; rolled back;"
     " the database is at revision 002; ...`, exit 143 (130)",
     state="Finished revisions are kept, this one is rolled back",
     do="Deploy again",
@@ -129,7 +129,7 @@ def test_a_signal_while_waiting_for_a_table(
 @pytest.mark.fault(
     "Partial work",
     fault="SIGTERM or SIGINT while an index is built concurrently",
-    sees="`interrupted by SIGTERM in ...; left INVALID: public.slow; drop with: DROP INDEX"
+    sees="`interrupted by <signal> in ...; left INVALID: public.slow; drop with: DROP INDEX"
     " CONCURRENTLY public.slow; ...`, exit 143 (130)",
     state="An INVALID index; finished revisions are kept",
     do="Run the statement in the message, deploy again",
@@ -241,7 +241,7 @@ def test_a_killed_run_leaves_no_lock_and_the_next_one_finishes(project_at_002: P
     path = project_at_002.add("003", audited("003", SLEEP))
     running = project_at_002.start("upgrade", "head")
     until(lambda: sleeping(database))
-    running.kill()
+    running.stop(signal.SIGKILL)
     idle(database)  # its statement would have taken a minute
     edit(path, "pg_sleep(60)", "1")
     result = project_at_002.alembic("upgrade", "head")

@@ -95,8 +95,8 @@ CHECK = "CREATE FUNCTION public.theirs(text) RETURNS boolean LANGUAGE sql AS 'SE
 @pytest.mark.fault(
     "Database",
     fault="The version table is owned by another role, is a view, or runs another role's code",
-    sees="`the version table public.alembic_version is owned by ...; fix that,"
-    " or set ALEMBIC_VERSION_TABLE or DB_SCHEMA; ...`, exit 255",
+    sees="`the version table public.alembic_version ...; fix that, or set ALEMBIC_VERSION_TABLE or DB_SCHEMA; ...`,"
+    " exit 255",
     state="Nothing was changed, and that code was not run",
     do="Find out who created it; transfer it to the role, or set another table",
 )
