@@ -33,7 +33,8 @@ class Incomplete(Exception):
 
 
 # Transient: 40001 and 40P01 (serialization failure, deadlock), 53000 to 533xx (resources, except 53400, a configured
-# limit), 55P03 (lock not available), 57P01 to 57P05 (a server that is shutting down or starting).
+# limit), 55P03 (lock not available), 57P01, 57P02, 57P03 and 57P05 (a server that is shutting down or starting, an
+# idle session).
 TRANSIENT_SQLSTATES = re.compile("40|53[0-3]|55P03|57P0[1235]")
 
 # For these, the time before the error was the revision's own work, and does not count as waiting.
