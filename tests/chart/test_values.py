@@ -17,6 +17,7 @@ from tests.support.chart import (
     Read,
     environment,
     git_sync,
+    merged,
     migrate,
     nested,
     one,
@@ -178,11 +179,6 @@ def _leaves(values: dict[str, Any], path: str = "") -> Iterator[str]:
             yield f"{path}{key}"
 
 
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    both = {key: _merged(base[key], over[key]) for key in base.keys() & over.keys() if isinstance(base[key], dict)}
-    return {**base, **over, **both}
-
-
 def test_every_value_has_a_test_of_its_effect() -> None:
     assert list(EFFECTS) == list(_leaves(yaml.safe_load((CHART / "values.yaml").read_text())))
 
@@ -191,9 +187,9 @@ def test_every_value_has_a_test_of_its_effect() -> None:
 def test_a_value_has_its_effect(helm: Helm, name: str) -> None:
     value, read, expected = EFFECTS[name]
     others = WITH.get(name, {})
-    assert read(helm.render(_merged(nested(name, value), others))) == expected
+    assert read(helm.render(merged(nested(name, value), others))) == expected
     try:
-        by_default = read(helm.render(_merged(MINIMAL, others)))
+        by_default = read(helm.render(merged(MINIMAL, others)))
     except (KeyError, IndexError):  # nothing is there
         by_default = None
     assert by_default != expected
@@ -207,7 +203,7 @@ def test_every_value_has_the_same_effect_when_it_is_nested(helm: Helm, address: 
             "git.ca.secretName",
             *(("git.httpsSecretName", "git.ca.configMapName") if "@" in address else ()),
         ):
-            everything = _merged(everything, nested(name, value))
+            everything = merged(everything, nested(name, value))
     everything["git"]["repo"] = address
     assert helm.objects({"hcm-db-migrations": everything, "egov-user": {"replicas": 1}}) == helm.objects(everything)
 

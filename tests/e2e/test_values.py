@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft7Validator
 
-from tests.support.chart import TEXT
-from tests.support.release import Release, merged
+from tests.support.chart import TEXT, merged
+from tests.support.release import Release
 from tools.cluster import Cluster
 from tools.paths import CHART
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from tests.support.chart import merged
 from tests.support.programs import Program, Result, normalize, observed, run, start
 from tools.cluster import Cluster
 from tools.paths import CHART, ROOT
@@ -81,11 +82,3 @@ class Release:
         command = self.start("status", self.name, "--output", "json")
         command.wait()
         return str(json.loads(command.output)["info"]["status"])
-
-
-def merged(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
-    result = dict(base)
-    for key, value in overlay.items():
-        nested = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = merged(result[key], value) if nested else value
-    return result
