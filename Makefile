@@ -34,7 +34,7 @@ test: ## run every test, with a real PostgreSQL and a real Kubernetes
 	@start=$$(date +%s); $(MAKE) --no-print-directory test-fast && $(MAKE) --no-print-directory test-e2e && echo "all tests passed in $$(($$(date +%s) - start)) s"
 
 test-fast: venv ## run the tests that need no cluster
-	@$(BIN)/pytest -n $$(($$(nproc) + 1)) tests/project tests/chart tests/migrations tests/faults
+	@$(BIN)/pytest -n $$(($$(nproc) + 2)) tests/project tests/chart tests/migrations tests/faults
 
 test-e2e: venv ## run the tests that install the chart on a real cluster
 	@$(BIN)/pytest -n 4 tests/e2e
