@@ -24,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
@@ -149,6 +150,11 @@ class Cluster:
     def wheels_url(self) -> str:
         """PUT a wheel to `{wheels_url}/FILE` to add it to the package index."""
         return f"http://{self.address}:{self.ports['http']}/wheels"
+
+    def upload_wheel(self, wheel: Path) -> None:
+        """Add a wheel to the package index, or replace it."""
+        request = urllib.request.Request(f"{self.wheels_url}/{wheel.name}", wheel.read_bytes(), method="PUT")  # noqa: S310
+        urllib.request.urlopen(request, timeout=30).close()  # noqa: S310
 
     def postgres_url(self, database: str = "postgres") -> str:
         """A superuser's URL for libpq. Pods reach the server as postgres.hcm-fixtures."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import urllib.request
 
 import pytest
 
@@ -61,8 +60,7 @@ def test_a_package_that_is_replaced_in_the_index_is_rejected(
     def publish(text: str) -> str:
         """Upload the package's only wheel to the index, replacing an earlier one; return its hash."""
         wheel = make_wheel(repository.folder.parent, name, {f"{name}.py": text})
-        request = urllib.request.Request(f"{cluster.wheels_url}/{wheel.name}", wheel.read_bytes(), method="PUT")  # noqa: S310
-        urllib.request.urlopen(request, timeout=30).close()  # noqa: S310
+        cluster.upload_wheel(wheel)
         return hashlib.sha256(wheel.read_bytes()).hexdigest()
 
     with (repository.folder / "requirements.txt").open("a") as requirements:
