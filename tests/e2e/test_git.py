@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.database import Database
 from tests.support.kubernetes import FIRST_JOB, Api, contacted
+from tests.support.project import PARTS
 from tests.support.release import Release
 from tests.support.repository import Repository
 from tools.cluster import Cluster
@@ -31,7 +32,7 @@ def test_a_run_uses_exactly_the_given_ref_and_folder(
         git["path"] = "services/reports/schema"
         folder = repository.folder / git["path"]
         folder.mkdir(parents=True)
-        for name in ("alembic.ini", "migrations", "migration_runner", "requirements.txt"):
+        for name in (*PARTS, "requirements.txt"):
             shutil.move(repository.folder / name, folder)
     commit = repository.push("refs/heads/feature/chosen")
     if kind == "tag":

@@ -7,6 +7,7 @@ from pathlib import Path
 import grimp
 import pytest
 
+from tests.support.git import git
 from tests.support.programs import run
 from tools.paths import BIN, ROOT
 
@@ -17,8 +18,7 @@ ROWS = [line for line in PAGE.split("## Where to change what")[1].splitlines() i
 
 
 def _tracked() -> list[Path]:
-    listed = run(["git", "ls-files"], cwd=ROOT, verbatim=True, check=True).stdout
-    return [Path(line) for line in listed.splitlines()]
+    return [Path(line) for line in git(ROOT, "ls-files").splitlines()]
 
 
 def _imports(path: Path) -> set[str]:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 
-from tests.support.programs import run
+from tests.support.git import git
 from tools.paths import ROOT
 
 CONTRIBUTING, TABLE = (ROOT / "CONTRIBUTING.md").read_text().split("| We write | not |\n")
@@ -19,9 +19,7 @@ def _rules() -> dict[str, str]:
 
 def _texts() -> Iterator[tuple[str, str]]:
     """(name, its name and text) of every file that git tracks or would track."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    listed = run(command, cwd=ROOT, verbatim=True, check=True).stdout
-    for name in listed.split("\0"):
+    for name in git(ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0"):
         if name == "CONTRIBUTING.md":
             yield name, CONTRIBUTING
         elif not EXEMPT.fullmatch(name) and (ROOT / name).is_file():
