@@ -170,9 +170,9 @@ def with_pip(cluster: Cluster) -> dict[str, Any]:
 @pytest.fixture
 def preinstalled_image_values(shared: Shared, with_pip: dict[str, Any]) -> dict[str, Any]:
     """Values for a run in an image with the dependencies pre-installed; with pip if there is no such image."""
-    return (
-        {**with_pip, "image": OWN_IMAGE, "requirements": "", "extraEnv": []} if shared.preinstalled_image else with_pip
-    )
+    if not shared.preinstalled_image:
+        return with_pip
+    return {**with_pip, "image": OWN_IMAGE, "requirements": "", "extraEnv": []}
 
 
 @pytest.fixture
@@ -191,9 +191,8 @@ def releases(
 
     yield create
     for release in created:
-        release.start(
-            "get", "all", release.name, is_evidence=False
-        ).wait()  # everything that Helm stored: values, manifests, hooks, notes
+        # Everything that Helm stored: values, manifests, hooks, notes.
+        release.start("get", "all", release.name, is_evidence=False).program.wait(240)
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 In `sees`, back-quoted text is output: `...` matches any text within a line, `N` a number, `<a name>` what it names.
 `exit N` is the exit code of a program or container that printed one of the texts. The test must observe every text and
-code; of a parametrized test, each variant must observe at least one text, and each must be observed by a variant.
+code; of a parametrized test, each variant must observe at least one, and each must be observed by a variant.
 """
 
 from __future__ import annotations
@@ -79,16 +79,20 @@ def _part_pattern(part: str) -> str:
     return ".*" if part.endswith("...") or part.startswith("<") else re.escape(part)
 
 
-def seen_in(sees: str, outputs: list[Output]) -> tuple[list[str], list[str]]:
-    """The texts, and the exit codes as `exit N`, of `sees` that are in the outputs."""
-    texts = {text: [output for output in outputs if pattern(text).search(output.text)] for text in texts_of(sees)}
-    printed = [output for found in texts.values() for output in found] if texts else outputs
-    codes = {output.code for output in printed}
+def claims_of(sees: str) -> list[str]:
+    """The texts, and the exit codes as `exit N`."""
+    return [*texts_of(sees), *(f"exit {code}" for code in codes_of(sees))]
+
+
+def seen_in(sees: str, outputs: list[Output]) -> list[str]:
+    """The claims of `sees` that hold for the outputs."""
+    patterns = {text: pattern(text) for text in texts_of(sees)}
+    printed = {text: [output for output in outputs if found.search(output.text)] for text, found in patterns.items()}
+    codes = {output.code for found in (printed.values() if printed else [outputs]) for output in found}
     if any(output.code == -9 for output in outputs):  # of a shell 137; a killed program prints nothing more
         codes.add(137)
-    return [text for text, found in texts.items() if found], [
-        f"exit {code}" for code in codes_of(sees) if code in codes
-    ]
+    seen = {text for text, found in printed.items() if found} | {f"exit {code}" for code in codes}
+    return [claim for claim in claims_of(sees) if claim in seen]
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -98,15 +102,14 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, None, None]:
     if not item.stash.get(PASSED, False):
         return
     for mark in item.iter_markers("fault"):
-        sees, outputs = mark.kwargs["sees"], item.stash[OUTPUT]
-        claimed = [*texts_of(sees), *(f"exit {code}" for code in codes_of(sees))]
-        texts, codes = seen_in(sees, outputs)
-        missing = [claim for claim in claimed if claim not in (*texts, *codes)]
-        if missing and not (hasattr(item, "callspec") and (texts or codes)):
+        outputs, claimed = item.stash[OUTPUT], claims_of(mark.kwargs["sees"])
+        seen = seen_in(mark.kwargs["sees"], outputs)
+        missing = [claim for claim in claimed if claim not in seen]
+        if missing and not (hasattr(item, "callspec") and seen):
             listed = "\n".join(f"exit code {output.code}:\n{output.text}" for output in outputs if output.text)
             pytest.fail(f"the fault mark claims {missing}, which is not printed:\n{listed}", False)
         item.user_properties.append(("claimed", claimed))
-        item.user_properties.append(("seen", [*texts, *codes]))
+        item.user_properties.append(("seen", seen))
 
 
 PASSED = pytest.StashKey[bool]()

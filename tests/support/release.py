@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from tests.support.chart import merged
-from tests.support.programs import Program, Result, normalize, observed, run, start
+from tests.support.programs import Program, Result, normalize, observed, start
 from tools.cluster import Cluster
 from tools.paths import CHART, ROOT
 
@@ -21,7 +21,10 @@ def readable(output: str) -> str:
     """Helm's output, piped through the sed command of the chart's README."""
     script = re.search(r"helm upgrade \.\.\. 2>&1 \| sed '(.*)'", (CHART / "README.md").read_text())
     assert script
-    return run(["sed", script[1]], stdin=output, verbatim=True, check=True).stdout
+    # It prints what Helm printed, but with an exit code that is not Helm's.
+    result = start(["sed", script[1]], stdin=output, is_evidence=False).wait(verbatim=True)
+    assert result.returncode == 0, result.text
+    return result.stdout
 
 
 @dataclass
@@ -79,6 +82,5 @@ class Release:
 
     def status(self) -> str:
         """Such as `deployed`."""
-        command = self.start("status", self.name, "--output", "json")
-        command.wait()
-        return str(json.loads(command.output)["info"]["status"])
+        result = self.start("status", self.name, "--output", "json").program.wait(240, verbatim=True)
+        return str(json.loads(result.stdout)["info"]["status"])
