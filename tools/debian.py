@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 from collections.abc import Sequence
@@ -47,10 +48,9 @@ def extract(
 
 def codename() -> str:
     """The codename of this system's release, such as bookworm. Raises UnavailableError if it has none."""
-    found = re.search(r"^VERSION_CODENAME=(\w+)", Path("/etc/os-release").read_text(), re.M)
-    if not found:
-        raise UnavailableError("/etc/os-release has no VERSION_CODENAME: this needs a release of Debian")
-    return found[1]
+    if found := platform.freedesktop_os_release().get("VERSION_CODENAME"):
+        return found
+    raise UnavailableError("/etc/os-release has no VERSION_CODENAME: this needs a release of Debian")
 
 
 def sources_list(suite: str) -> str:

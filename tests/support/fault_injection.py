@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import pwd
-import re
 import shutil
 import tempfile
 import urllib.request
@@ -98,11 +98,10 @@ def _pgbouncer() -> tuple[Path, dict[str, str]]:
     """PgBouncer's program and environment: from PATH, else from Debian's package in the cache."""
     if path := shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin"):
         return Path(path), {}
-    release = Path("/etc/os-release").read_text()
-    name = "-".join(re.findall(r'^(?:ID|VERSION_ID)="?([^"\n]*)', release, re.M))
+    release = platform.freedesktop_os_release()
     try:
         folder = cached(
-            CACHE / f"pgbouncer-{name}",
+            CACHE / f"pgbouncer-{release.get('VERSION_ID', '')}-{release['ID']}",
             lambda partial: debian.extract(partial, ["pgbouncer"], "downloading PgBouncer's package into the cache"),
         )
     except (UnavailableError, RuntimeError) as error:

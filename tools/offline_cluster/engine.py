@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import ipaddress
 import os
+import platform
 import re
 import shutil
 import signal
@@ -30,7 +31,7 @@ PACKAGES = ["docker.io/trixie", "docker-cli/trixie", "iptables", "iproute2", "mm
 
 def check() -> None:
     """Raise UnavailableError if the engine cannot run here; the message says what is missing."""
-    release = dict(re.findall(r'^(\w+)="?([^"\n]*)', Path("/etc/os-release").read_text(), re.M))
+    release = platform.freedesktop_os_release()
     missing = []
     if os.geteuid() != 0:
         missing.append("root")
