@@ -66,18 +66,19 @@ def _requirement(folder: Path, package: str) -> tuple[str, str]:
 
 
 @cache
-def find_or_build(name: str) -> Path:
+def find_or_build(name: str, *, stamped: bool = True) -> Path:
     """Return the path of the tool `name`; build it first unless PATH has an accepted version.
 
+    Without its version stamped in, Helm reports what it reports to a program that embeds it, such as v4.3.
     Raises UnavailableError, with the fix, if it cannot be built, and KeyError if no go.mod names it.
     """
     folder, package = modules()[name]
-    if on_path := _on_path(name):
+    if stamped and (on_path := _on_path(name)):
         return on_path
     digest = hashlib.sha256((folder / "go.mod").read_bytes() + (folder / "go.sum").read_bytes()).hexdigest()[:12]
 
     def build(partial: Path) -> None:
-        flags = ["-v", "-buildvcs=false", "-trimpath", "-ldflags", _linker_flags(name)]
+        flags = ["-v", "-buildvcs=false", "-trimpath", "-ldflags", _linker_flags(name) if stamped else "-s -w"]
         what = f"building {name} {pinned_version(name)} from source, once"
         expected = EXPECTED_DURATION.get(name, "under 1 minute")
         command: list[str | Path] = [_go(folder), "build", *flags, "-o", partial, package]
@@ -87,7 +88,7 @@ def find_or_build(name: str) -> Path:
             log(f"retrying: {str(error).splitlines()[-1]}")
             run(command, what, expected, cwd=folder, env=_environment())
 
-    return cached(CACHE / "bin" / f"{folder.name}-{digest}" / name, build)
+    return cached(CACHE / "bin" / f"{folder.name}-{digest}" / (name if stamped else f"{name}-unstamped"), build)
 
 
 def source_folder(name: str) -> Path:

@@ -1,7 +1,7 @@
 """Write the generated files. `make docs` runs this; a test fails if the result differs from the committed files.
 
-From the chart's values.yaml: the table in its README.md, and files/defaults.json, because a template cannot read
-values.yaml. From the tests marked `fault`: docs/failures.md.
+From the chart's values.yaml: the table in its README.md, the descriptions in values.schema.json, which editors show,
+and files/defaults.json, because a template cannot read values.yaml. From the tests marked `fault`: docs/failures.md.
 
     python -m tools.docs              write them
     python -m tools.docs --check      only name the files that differ
@@ -82,10 +82,41 @@ def generated() -> dict[Path, str]:
     rows += [f"| `{name}` | `{json.dumps(default)}` | {prose} |" for name, default, prose in documented()]
     readme, table = CHART / "README.md", "\n".join(rows) + "\n"
     defaults = yaml.safe_load((CHART / "values.yaml").read_text())
+    schema = CHART / "values.schema.json"
     return {
         readme: TABLE.sub(lambda _: table, readme.read_text()),
+        schema: _formatted(_described(json.loads(schema.read_text()))) + "\n",
         CHART / "files" / "defaults.json": json.dumps(defaults, indent=2) + "\n",
     }
+
+
+def _described(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema, with every value's prose as its description. Raises KeyError for a value that it does not know."""
+    for name, _, prose in documented():
+        *parents, key = name.split(".")
+        of = schema["definitions"]["values"]
+        for parent in parents:
+            of = of["properties"][parent]
+        of["properties"][key] = {"description": prose.replace("`", "'")} | {
+            keyword: value for keyword, value in of["properties"][key].items() if keyword != "description"
+        }
+    return schema
+
+
+def _formatted(value: Any, indent: str = "", before: int = 0) -> str:
+    """JSON with each object and array in one line if that is at most 120 columns wide, `before` of which are used."""
+    line = json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, (dict, list)) or not value or len(indent) + before + len(line) < 120:
+        return line
+    inner = f"{indent}  "
+    if isinstance(value, list):
+        items, ends = [_formatted(item, inner) for item in value], "[]"
+    else:
+        keys = [f"{json.dumps(key)}: " for key in value]
+        items = [key + _formatted(item, inner, len(key)) for key, item in zip(keys, value.values(), strict=True)]
+        ends = "{}"
+    separator = f",\n{inner}"
+    return f"{ends[0]}\n{inner}{separator.join(items)}\n{indent}{ends[1]}"
 
 
 class _Collected:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tests.support.chart import MINIMAL, Helm, environment, git_sync, migrate, nested, one, pod
+from tools.binaries import find_or_build
 from tools.paths import CHART, ROOT
 
 GOLDEN = Path(__file__).with_name("unified-dev.golden")
@@ -58,6 +59,20 @@ def test_the_job_is_a_hook_that_keeps_a_failed_job(helm: Helm) -> None:
         "helm.sh/hook-delete-policy": "before-hook-creation,hook-succeeded",
         "helm.sh/hook-output-log-policy": "hook-succeeded,hook-failed",
     }
+
+
+def test_a_program_that_embeds_helm_gets_no_annotation_that_crashes_it(
+    helm4: Helm, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Flux's helm-controller has no writer for a hook's log."""
+    embedded = Helm(find_or_build("helm", stamped=False), tmp_path_factory.getbasetemp())
+    assert re.fullmatch(r"v4\.\d+", embedded.run("version", "--template={{.Version}}").stdout)
+    found = embedded.render()
+    assert "output-log" not in str(found)
+    expected = helm4.render()
+    for document in expected:
+        document["metadata"].get("annotations", {}).pop("helm.sh/hook-output-log-policy", None)
+    assert found == expected
 
 
 def test_the_deadlines_fit_below_helms_timeout(helm: Helm) -> None:
@@ -221,6 +236,21 @@ def test_the_record_changes_with_the_pod_and_with_nothing_else(helm: Helm) -> No
     assert digest(nested("git.branch", "next")) != digest({})
     assert digest({"args": ["downgrade", "001"]}) != digest({})
     assert digest({"job": {"backoffLimit": 0}}) == digest({})
+
+
+@pytest.mark.parametrize("hook", ["", "pre-install,pre-upgrade"])
+def test_no_digest_is_made_of_a_literal_of_extra_env(helm: Helm, hook: str) -> None:
+    """Everyone who can read the ConfigMap, or the name of the Job, could try out passwords otherwise."""
+
+    def digests(*entries: dict) -> tuple[str, str]:
+        found = helm.render({"hook": hook, "extraEnv": list(entries)})
+        return one(found, "ConfigMap")["data"]["digest"], one(found, "Job")["metadata"]["name"]
+
+    guess, right = ({"name": "KEY", "value": value} for value in ("guess", "right"))
+    assert digests(guess) == digests(right)
+    other = digests({"name": "OTHER", "value": "guess"})
+    reference = digests({"name": "KEY", "valueFrom": {"secretKeyRef": {"name": "a", "key": "b"}}})
+    assert len({digests()[0], digests(guess)[0], other[0], reference[0]}) == 4
 
 
 def test_an_ordinary_job_has_no_test_because_tools_without_hooks_would_run_it_too(helm: Helm) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.chart import MINIMAL, TEXT, Helm, nested
+from tests.support.chart import MINIMAL, TEXT, Helm, environment, migrate, nested
 from tools import docs
 from tools.paths import CHART
 
@@ -36,14 +36,48 @@ ABBREVIATED = (
     '"git.branch" is "0a1b2c3", which looks like an abbreviated commit SHA; git servers only accept full ones: set the '
     "full 40-character SHA (git rev-parse 0a1b2c3), or refs/heads/0a1b2c3 if it is a branch"
 )
-REPLAYED = (
-    '"args" is a downgrade and "hook" is "": helm rollback, or a tool that applies an older state, would run this Job '
-    'again: set "hook" to pre-install,pre-upgrade for this one upgrade'
+UNENCRYPTED = (
+    '"git.httpsSecretName" is set, but "git.repo" is an http:// URL, which would send the token unencrypted: set an '
+    "https:// URL"
 )
 DISABLED = (
     '"enabled" is false, which only works in an umbrella chart: add condition: hcm-db-migrations.enabled to the '
     "umbrella's Chart.yaml, or do not install this chart"
 )
+
+
+def _replayed(command: str) -> str:
+    return (
+        f'"args" is a {command} and "hook" is "": helm rollback, or a tool that applies an older state, would run this '
+        'Job again: set "hook" to pre-install,pre-upgrade for this one upgrade'
+    )
+
+
+def _unprintable(path: str, escaped: str) -> str:
+    return f'"{path}" contains the unprintable character "{escaped}": remove it'
+
+
+def _replaced(path: str) -> str:
+    return f'"{path}" contains $( or $$, which Kubernetes would replace: remove it'
+
+
+def _literals(*names: str) -> str:
+    return (
+        f'"extraEnv" sets secrets ({", ".join(names)}) as literals, which everyone who can read the release or the Job '
+        "would see: put each into a Secret and reference it\n\n    extraEnv:\n"
+        f"      - {{name: {names[0]}, valueFrom: {{secretKeyRef: {{name: <Secret>, key: <key>}}}}}}\n"
+    )
+
+
+def _hook_annotation(path: str, name: str) -> str:
+    return f'"{path}" contains "{name}", which the chart sets: set "hook" instead'
+
+
+def _owned(name: str) -> str:
+    return (
+        f'"extraPodSpec" contains "{name}", which the chart sets, or leaves unset for the pod\'s isolation: remove it, '
+        "or set the chart's value of that name"
+    )
 
 
 def _relative(value: str) -> str:
@@ -131,7 +165,53 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     (nested("hook", ","), [_hook("")]),
     (nested("hook", " "), [_hook(" ")]),
     (nested("hook", "pre-install, pre-upgrade"), [_hook(" pre-upgrade")]),
-    ({**MINIMAL, "hook": "", "args": ["downgrade", "001"]}, [REPLAYED]),
+    (nested("args", ["downgrade", "b@-1"]), [_relative("b@-1")]),
+    (nested("args", ["-x", "a=b", "upgrade", "001:+2", "--sql"]), [_relative("001:+2")]),
+    *(
+        ({**MINIMAL, "hook": "", "args": [*options, command, "001"]}, [_replayed(command)])
+        for command in ("downgrade", "stamp")
+        for options in ([], ["-x", "tenant=a"], ["--raiseerr"], ["-n", "other", "-c", "other.ini"])
+    ),
+    (nested("args", ["upgrade", "$(DB_PASSWORD)"]), [_replaced("args")]),
+    (nested("args", ["revision", "-m", "costs 5 $$"]), [_replaced("args")]),
+    (nested("git.repo", "https://git.example.org/$(DB_PASSWORD)"), [_replaced("git.repo")]),
+    (nested("git.branch", "$(DB_PASSWORD)"), [_replaced("git.branch")]),
+    (nested("git.path", "a/$(DB_PASSWORD)"), [_replaced("git.path")]),
+    (nested("requirements", "$(DB_PASSWORD).txt"), [_replaced("requirements")]),
+    (nested("git.path", "a\u2028b"), [_unprintable("git.path", "\\u2028")]),
+    (nested("git.path", "a\u00a0b"), [_unprintable("git.path", "\\u00a0")]),
+    (nested("git.branch", "ma\u202ein"), [_unprintable("git.branch", "\\u202e")]),
+    (nested("git.branch", "main\x01"), [_unprintable("git.branch", "\\x01")]),
+    (nested("git.repo", "https://git.example.org/a\u200bb"), [_unprintable("git.repo", "\\u200b")]),
+    (nested("requirements", "a\ufeff.txt"), [_unprintable("requirements", "\\ufeff")]),
+    ({"git": {"repo": "http://host/a", "branch": "main", "httpsSecretName": "token"}}, [UNENCRYPTED]),
+    *(
+        (nested("extraEnv", [{"name": "A", "value": "x"}, {"name": name, "value": value}]), [_literals(name)])
+        for name, value in [
+            ("DB_PASSWORD", "s3cret"),
+            ("PGPASSWORD", "s3cret"),
+            ("GIT_TOKEN", "s3cret"),
+            ("aws_secret_access_key", "s3cret"),
+            ("SMTP_PASS", "$(DB_USER)s3cret"),
+            ("DATABASE_URL", "postgresql://user:s3cret@host/db"),
+            ("DATABASE_URL", "postgresql://user:s3/cret@host:5432/db"),
+            ("DATABASE_URL", "postgresql://$(DB_USER):s3cret@host/db"),
+            ("DATABASE_URL", "postgresql://host:5432/db?sslmode=require&password=s3cret"),
+            ("PIP_INDEX_URL", "https://user:s3cret@mirror.example.org/simple"),
+            ("PIP_INDEX_URL", "https://s3cret@mirror.example.org/simple"),
+            ("https_proxy", "http://user:s3cret@proxy:3128"),
+        ]
+    ),
+    (
+        nested("extraEnv", [{"name": "PGPASSWORD", "value": "s3cret"}, {"name": "API_KEY", "value": "s3cret"}]),
+        [_literals("PGPASSWORD", "API_KEY")],
+    ),
+    (nested("commonAnnotations", {"helm.sh/hook": "x"}), [_hook_annotation("commonAnnotations", "helm.sh/hook")]),
+    (
+        nested("job.annotations", {"helm.sh/hook-weight": "1"}),
+        [_hook_annotation("job.annotations", "helm.sh/hook-weight")],
+    ),
+    *((nested("extraPodSpec", {name: []}), [_owned(name)]) for name in ("containers", "hostNetwork", "tolerations")),
     (nested("enabled", False), [DISABLED]),
     (
         {"git": {"path": ".."}, "hook": "x", "enabled": False},
@@ -166,6 +246,30 @@ def test_a_url_that_git_understands_is_accepted(helm: Helm, repo: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DB_PASSWORD", ""),
+        ("DB_PASSWORD", "$(OTHER)"),
+        ("PGPASSFILE", "/etc/pgpass/pgpass"),
+        ("DATABASE_URL", "postgresql://$(DB_USER):$(DB_PASSWORD)@$(DB_HOST):$(DB_PORT)/$(DB_NAME)?sslmode=require"),
+        ("DATABASE_URL", "postgresql://user@host:5432/db"),
+        ("PIP_INDEX_URL", "https://mirror.example.org:8443/@scope/simple"),
+        ("HTTPS_PROXY", "http://$(PROXY_USER):$(PROXY_PASSWORD)@proxy:3128"),
+        ("NO_PROXY", ".svc,.example.org,::1"),
+    ],
+)
+def test_a_literal_that_is_not_a_secret_is_accepted(helm: Helm, name: str, value: str) -> None:
+    found = helm.render({"extraEnv": [{"name": name, "value": value}]})
+    assert environment(migrate(found))[name] == value
+
+
+def test_a_secret_by_reference_is_accepted(helm: Helm) -> None:
+    reference = {"secretKeyRef": {"name": "migrations", "key": "password"}}
+    found = helm.render({"extraEnv": [{"name": "PGPASSWORD", "valueFrom": reference}]})
+    assert environment(migrate(found))["PGPASSWORD"] == reference
+
+
+@pytest.mark.parametrize(
     "branch", ["1234567", "deadbeef", "20251201", "v1.0", "release/1.0", "refs/heads/0a1b2c3", "0a" * 20]
 )
 def test_a_branch_a_tag_and_a_full_commit_are_accepted(helm: Helm, branch: str) -> None:
@@ -181,7 +285,7 @@ def test_a_branch_a_tag_and_a_full_commit_are_accepted(helm: Helm, branch: str) 
         ({"podLabels": {"a": "1"}}, {**MINIMAL, "podLabels": {"a": "2"}}, ["podLabels.a"]),
         ({"job": {"backoffLimit": 0}}, {**MINIMAL, "job": {"backoffLimit": 2}}, ["job.backoffLimit"]),
         (
-            {"job": {"ttlSecondsAfterFinished": 1}},
+            {"job": {"ttlSecondsAfterFinished": 60}},
             {**MINIMAL, "job": {"ttlSecondsAfterFinished": None}},
             ["job.ttlSecondsAfterFinished"],
         ),
@@ -268,7 +372,20 @@ def test_a_secret_that_is_set_twice_is_not_shown(helm: Helm) -> None:
         (nested("securityContext", {"seccompProfile": {"type": "Localhost"}}), "seccompProfile"),
         (nested("extraVolumeMounts", [{"name": "a", "mountPath": "/a", "readonly": True}]), "readonly"),
         (nested("extraVolumes", [{"name": "workspace"}]), "extraVolumes"),
-        (nested("extraVolumeMounts", [{"name": "a", "mountPath": "/workspace"}]), "extraVolumeMounts"),
+        *(
+            (nested("extraVolumeMounts", [{"name": "a", "mountPath": path}]), "mountPath")
+            for path in ("/workspace", "//workspace/", "/./workspace", "workspace", "/x/../workspace", "/x/..", "../x")
+        ),
+        *(
+            (nested(f"extraVolume{kind}", [{"name": name, "emptyDir": {}, "mountPath": "/x"}]), "name")
+            for name in ("git", "git-home", "workspace")
+            for kind in ("Mounts", "s")
+        ),
+        (nested("job.ttlSecondsAfterFinished", 0), "ttlSecondsAfterFinished"),
+        (nested("job.ttlSecondsAfterFinished", 59), "ttlSecondsAfterFinished"),
+        (nested("commonLabels", {"a": "b c"}), "commonLabels"),
+        (nested("job.annotations", {"a": 1}), "annotations"),
+        (nested("extraPodSpec", []), "extraPodSpec"),
     ],
 )
 def test_the_schema_names_the_key_of_what_it_refuses(helm: Helm, values: dict, key: str) -> None:

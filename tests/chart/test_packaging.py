@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,10 @@ def test_a_package_has_what_the_templates_read(helm: Helm, tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     (package,) = tmp_path.glob("*.tgz")
     assert helm.objects(MINIMAL, chart=package) == helm.render()
+    with tarfile.open(package) as archive:
+        packed = {name.removeprefix("hcm-db-migrations/") for name in archive.getnames()}
+    tracked = {str(path.relative_to(CHART)) for path in CHART.rglob("*") if path.is_file()}
+    assert packed == {name for name in tracked if not name.startswith("ci/")}
 
 
 def test_the_images_of_the_annotation_are_those_of_the_values() -> None:

@@ -62,6 +62,25 @@ def _sources(objects: Objects) -> list[dict[str, Any]]:
     return volume["projected"]["sources"][1:]
 
 
+OBJECTS = ["ConfigMap", "Pod", "Job", "the Job's pod"]
+
+
+def _metadata(objects: Objects) -> dict[str, dict[str, Any]]:
+    """The metadata of each object in OBJECTS."""
+    found = {document["kind"]: document["metadata"] for document in objects}
+    return found | {"the Job's pod": pod(objects)["metadata"]}
+
+
+def _label(objects: Objects, name: str) -> dict[str, str]:
+    return {of: each["labels"][name] for of, each in _metadata(objects).items() if name in each["labels"]}
+
+
+def _annotation(objects: Objects, name: str) -> dict[str, str]:
+    return {
+        of: each["annotations"][name] for of, each in _metadata(objects).items() if name in each.get("annotations", {})
+    }
+
+
 def _reference(kind: str, name: str, key: str) -> dict[str, Any]:
     return {f"{kind}KeyRef": {"name": name, "key": key, "optional": True}}
 
@@ -126,14 +145,18 @@ EFFECTS: dict[str, tuple[Any, Read, Any]] = {
         (600, 620, ["120s"]),
     ),
     "job.backoffLimit": (0, _job("backoffLimit"), 0),
-    "job.ttlSecondsAfterFinished": (0, _job("ttlSecondsAfterFinished"), 0),
+    "job.ttlSecondsAfterFinished": (60, _job("ttlSecondsAfterFinished"), 60),
+    "job.annotations": ({"a/b": "c"}, lambda o: _annotation(o, "a/b"), {"Job": "c"}),
     **_resources("resources", migrate),
+    "commonLabels": ({"team": "hcm"}, lambda o: _label(o, "team"), dict.fromkeys(OBJECTS, "hcm")),
+    "commonAnnotations": ({"a/b": "c"}, lambda o: _annotation(o, "a/b"), dict.fromkeys(OBJECTS, "c")),
     "podLabels": ({"team": "hcm"}, lambda o: pod(o)["metadata"]["labels"].get("team"), "hcm"),
     "podAnnotations": ({"a/b": "c"}, lambda o: pod(o)["metadata"]["annotations"].get("a/b"), "c"),
     "nodeSelector": ({"disk": "ssd"}, _spec("nodeSelector"), {"disk": "ssd"}),
     "tolerations": ([TOLERATION], _spec("tolerations"), [TOLERATION]),
     "affinity": (AFFINITY, _spec("affinity"), AFFINITY),
     "serviceAccountName": ("migrations", _spec("serviceAccountName"), "migrations"),
+    "extraPodSpec": ({"priorityClassName": "high"}, _spec("priorityClassName"), "high"),
     "podSecurityContext.runAsNonRoot": (False, lambda o: _spec("securityContext")(o)["runAsNonRoot"], False),
     "podSecurityContext.runAsUser": (1000680000, lambda o: _spec("securityContext")(o)["runAsUser"], 1000680000),
     "podSecurityContext.runAsGroup": (0, lambda o: _spec("securityContext")(o)["runAsGroup"], 0),
@@ -228,6 +251,57 @@ def test_a_digest_needs_no_tag(helm: Helm, path: str, name: str, tag: str | None
         assert f"{name}@{DIGEST}" in (migrate(found)["image"], git_sync(found)["image"])
 
 
+def test_the_charts_own_labels_and_annotations_take_precedence_over_the_common_ones(helm: Helm) -> None:
+    common = {"app.kubernetes.io/instance": "mine", "team": "hcm", "tier": "batch"}
+    found = helm.render(
+        {
+            "commonLabels": common,
+            "podLabels": {"tier": "pod"},
+            "commonAnnotations": {"kubectl.kubernetes.io/default-container": "git-sync", "a": "common", "b": "common"},
+            "podAnnotations": {"a": "pod"},
+            "job": {"annotations": {"a": "job"}},
+        }
+    )
+    assert set(_label(found, "app.kubernetes.io/instance").values()) == {"hcm-db-migrations"}
+    assert _label(found, "team") == dict.fromkeys(OBJECTS, "hcm")
+    assert _label(found, "tier") == {"ConfigMap": "batch", "Job": "batch", "Pod": "pod", "the Job's pod": "pod"}
+    assert _annotation(found, "a") == {"ConfigMap": "common", "Job": "job", "Pod": "pod", "the Job's pod": "pod"}
+    assert _annotation(found, "b") == dict.fromkeys(OBJECTS, "common")
+    for kind in ("Pod", "the Job's pod"):
+        assert _annotation(found, "kubectl.kubernetes.io/default-container")[kind] == "migrate"
+    assert one(found, "Job")["metadata"]["annotations"]["helm.sh/hook"] == "pre-install,pre-upgrade"
+
+
+def test_an_ordinary_job_may_have_annotations(helm: Helm) -> None:
+    found = helm.render({"hook": "", "job": {"annotations": {"a/b": "c"}}})
+    assert one(found, "Job")["metadata"]["annotations"] == {"a/b": "c"}
+
+
+@pytest.mark.parametrize(
+    ("ours", "git", "expected"),
+    [
+        ("1Gi", "1Gi", {"sizeLimit": "1Gi"}),
+        ("2Gi", "1Gi", {"sizeLimit": "2Gi"}),
+        ("999Mi", "1Gi", {"sizeLimit": "1Gi"}),
+        ("1G", "1Gi", {"sizeLimit": "1Gi"}),
+        ("1.5Gi", "1500M", {"sizeLimit": "1.5Gi"}),
+        (2e9, "1Gi", {"sizeLimit": 2000000000}),
+        ("5000000000000m", "1Gi", {"sizeLimit": "5000000000000m"}),
+        (None, "1Gi", {}),
+        ("1Gi", None, {}),
+        (None, None, {}),
+    ],
+)
+def test_a_volume_is_as_large_as_the_greater_limit_of_the_containers(
+    helm: Helm, ours: str | None, git: str | None, expected: dict
+) -> None:
+    limits = [{"limits": {"ephemeral-storage": limit}} for limit in (ours, git)]
+    found = helm.render(merged({"resources": limits[0]}, nested("git.resources", limits[1])))
+    for spec in (pod(found)["spec"], one(found, "Pod")["spec"]):
+        volumes = [volume["emptyDir"] for volume in spec["volumes"] if "emptyDir" in volume]
+        assert volumes == [expected] * len(volumes) != []
+
+
 def test_the_charts_own_labels_and_annotations_take_precedence(helm: Helm) -> None:
     mine = {"app.kubernetes.io/instance": "mine", "team": "hcm"}
     annotations = {"kubectl.kubernetes.io/default-container": "git-sync", "helm.sh/hook": "none", "team": "hcm"}
@@ -245,6 +319,7 @@ def test_the_charts_own_labels_and_annotations_take_precedence(helm: Helm) -> No
         *("resources", "podLabels", "podAnnotations", "nodeSelector", "tolerations", "affinity", "imagePullSecrets"),
         *("serviceAccountName", "podSecurityContext", "securityContext", "extraEnv", "extraVolumes"),
         *("extraVolumeMounts", "podSecurityContext.seccompProfile", "securityContext.capabilities", "git.resources"),
+        *("commonLabels", "commonAnnotations", "job.annotations", "extraPodSpec"),
     ],
 )
 @pytest.mark.parametrize("below", [False, True], ids=["top level", "nested"])
@@ -308,6 +383,30 @@ def test_every_value_is_documented_with_its_default() -> None:
     )
     written = {name: json.loads(default) for name, default in rows}
     assert written == {name: default for name, default, _ in docs.documented()}
+
+
+def test_the_schema_describes_every_value_for_editors() -> None:
+    """A description beside $ref is for people: JSON Schema ignores it."""
+    values = json.loads((CHART / "values.schema.json").read_text())["definitions"]["values"]
+    for name, _, prose in docs.documented():
+        of = values
+        for key in name.split("."):
+            of = of["properties"][key]
+        assert of["description"] == prose.replace("`", "'"), name
+
+
+def test_every_example_in_the_schema_is_a_valid_value(helm4: Helm) -> None:
+    values = json.loads((CHART / "values.schema.json").read_text())["definitions"]["values"]
+
+    def examples(of: dict, path: str) -> Iterator[tuple[str, Any]]:
+        for key, schema in of.get("properties", {}).items():
+            yield from ((f"{path}{key}", example) for example in schema.get("examples", []))
+            yield from examples(schema, f"{path}{key}.")
+
+    found = [(path, example) for path, example in examples(values, "") if "<owner>" not in str(example)]
+    assert len(found) > 8
+    for path, example in found:
+        assert helm4.render(nested(path, example)) != helm4.render() or example in ("main", ["upgrade", "head"])
 
 
 def test_the_schema_knows_exactly_the_values(helm4: Helm) -> None:

@@ -26,6 +26,7 @@ SUBSTITUTES: dict[str, st.SearchStrategy[Any]] = {
     "enabled": st.just(True),
     "git.repo": st.sampled_from(["https://git.example.org/a", "git@git.example.org:a", "ssh://git@[::1]:22/a/b.git"]),
     "git.path": st.sampled_from([".", "a", "a/b", "größe/表"]),
+    "extraPodSpec": st.sampled_from([{}, {"hostUsers": False}, {"dnsConfig": {"options": [{"name": "ndots"}]}}]),
     "hook": st.sampled_from(["", "pre-install", "pre-install,pre-upgrade", "post-install,post-upgrade"]),
     "args": st.lists(TEXT, min_size=1, max_size=4),
     "affinity.nodeAffinity": st.just(
@@ -96,9 +97,9 @@ def _of_type(kind: str, schema: dict[str, Any], path: str) -> st.SearchStrategy[
 def test_the_schema_uses_only_keywords_that_drawn_handles() -> None:
     """Otherwise a new one would be ignored."""
     keywords = {
-        *("$ref", "additionalProperties", "allOf", "anyOf", "const", "else", "enum", "if", "items", "maxLength"),
-        *("maxProperties", "maximum", "minItems", "minProperties", "minimum", "not", "pattern", "properties"),
-        *("propertyNames", "required", "then", "type"),
+        *("$ref", "additionalProperties", "allOf", "anyOf", "const", "description", "else", "enum", "examples", "if"),
+        *("items", "maxLength", "maxProperties", "maximum", "minItems", "minProperties", "minimum", "not", "pattern"),
+        *("properties", "propertyNames", "required", "then", "type"),
     }
 
     def used_by(schema: Any) -> set[str]:

@@ -130,3 +130,8 @@ sparse checkout patterns come from an annotation, which needs no separate object
 {{- end -}}
 {{- join "\n" $patterns }}
 {{ end -}}
+
+{{/* Not empty if git.repo is an SSH URL. */}}
+{{- define "hcm-db-migrations.isSSH" -}}
+{{- if regexMatch "^(ssh://|[A-Za-z0-9._-]+@[^/:]+:)" .git.repo }}true{{ end -}}
+{{- end -}}

@@ -19,5 +19,18 @@ template:
   metadata:
     {{- include "hcm-db-migrations.podMetadata" . | nindent 4 }}
   spec:
-    {{- include "hcm-db-migrations.podSpec" (dict "root" . "args" .Values.args) | nindent 4 }}
+    {{- include "hcm-db-migrations.jobPodSpec" . | nindent 4 }}
+{{- end -}}
+
+{{- define "hcm-db-migrations.jobPodSpec" -}}
+{{- include "hcm-db-migrations.podSpec" (dict "root" . "args" .Values.args) -}}
+{{- end -}}
+
+{{/* sha256 of one of these two: (dict "root" $ "of" "jobSpec"). Without the literals of extraEnv, because everyone who can read
+the digest could try out passwords. */}}
+{{- define "hcm-db-migrations.digest" -}}
+{{- $env := list -}}
+{{- range .root.Values.extraEnv }}{{ $env = append $env (omit . "value") }}{{ end -}}
+{{- $values := set (omit .root.Values "extraEnv") "extraEnv" $env -}}
+{{- include (printf "hcm-db-migrations.%s" .of) (set (omit .root "Values") "Values" $values) | sha256sum -}}
 {{- end -}}

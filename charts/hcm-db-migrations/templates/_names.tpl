@@ -16,7 +16,7 @@ hcm-db-migration
 {{- if .Values.hook -}}
 {{- printf "%s-%d" (include "hcm-db-migrations.fullname" .) (int64 .Release.Revision) -}}
 {{- else -}}
-{{- printf "%s-%s" (include "hcm-db-migrations.fullname" .) (include "hcm-db-migrations.jobSpec" . | sha256sum | trunc 8) -}}
+{{- printf "%s-%s" (include "hcm-db-migrations.fullname" .) (include "hcm-db-migrations.digest" (dict "root" . "of" "jobSpec") | trunc 8) -}}
 {{- end -}}
 {{- end -}}
 
@@ -24,14 +24,15 @@ hcm-db-migration
 {{- .Values.namespace | default .Release.Namespace -}}
 {{- end -}}
 
-{{/* Labels for the selector of a NetworkPolicy. */}}
-{{- define "hcm-db-migrations.selectorLabels" -}}
-app.kubernetes.io/name: hcm-db-migrations
-app.kubernetes.io/instance: {{ .Release.Name | quote }}
+{{/* Labels of every object: the chart's own take precedence. The first two are for the selector of a NetworkPolicy. */}}
+{{- define "hcm-db-migrations.labels" -}}
+{{- $own := include "hcm-db-migrations.ownLabels" . | fromYaml -}}
+{{- merge $own (.Values.commonLabels | default dict) | toYaml -}}
 {{- end -}}
 
-{{- define "hcm-db-migrations.labels" -}}
-{{ include "hcm-db-migrations.selectorLabels" . }}
+{{- define "hcm-db-migrations.ownLabels" -}}
+app.kubernetes.io/name: hcm-db-migrations
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service | quote }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" | quote }}

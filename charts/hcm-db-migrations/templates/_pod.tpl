@@ -55,7 +55,7 @@ containers:
       {{- end }}
 volumes:
   - name: workspace
-    emptyDir: {}
+    emptyDir: {{ include "hcm-db-migrations.emptyDir" $root }}
   {{- include "hcm-db-migrations.gitVolume" $root | nindent 2 }}
   {{- with .extraVolumes }}
   {{- toYaml . | nindent 2 }}
@@ -66,14 +66,37 @@ volumes:
   {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end }}
+{{- with .extraPodSpec }}
+{{ toYaml . }}
+{{- end }}
 {{- end }}
 {{- end -}}
 
-{{/* Labels and annotations of that pod: the chart's own take precedence. */}}
+{{/* The emptyDir of a volume: at most the greater of the containers' ephemeral-storage limits, if both have one. */}}
+{{- define "hcm-db-migrations.emptyDir" -}}
+{{- $units := dict "m" 0.001 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "P" 1e15 "E" 1e18 "Ki" 0x1p10 "Mi" 0x1p20 "Gi" 0x1p30 "Ti" 0x1p40 "Pi" 0x1p50 "Ei" 0x1p60 -}}
+{{- $limits := list -}}
+{{- range list .Values.resources .Values.git.resources -}}
+{{- with get (get (. | default dict) "limits" | default dict) "ephemeral-storage" -}}
+{{- $unit := toString . | regexFind "[A-Za-z]+$" -}}
+{{- $bytes := mulf (toString . | trimSuffix $unit) (get $units $unit | default 1) -}}
+{{- $limits = append $limits (dict "bytes" $bytes "quantity" .) -}}
+{{- end -}}
+{{- end -}}
+{{- if eq (len $limits) 2 -}}
+{{- $greater := ternary (first $limits) (last $limits) (gt (first $limits).bytes (last $limits).bytes) -}}
+{{- dict "sizeLimit" $greater.quantity | toJson -}}
+{{- else -}}
+{}
+{{- end -}}
+{{- end -}}
+
+{{/* Labels and annotations of that pod: the chart's own take precedence, then those of the pod. */}}
 {{- define "hcm-db-migrations.podMetadata" -}}
 labels:
-  {{- merge (include "hcm-db-migrations.labels" . | fromYaml) (.Values.podLabels | default dict) | toYaml | nindent 2 }}
+  {{- $own := include "hcm-db-migrations.ownLabels" . | fromYaml }}
+  {{- merge $own (.Values.podLabels | default dict) (.Values.commonLabels | default dict) | toYaml | nindent 2 }}
 annotations:
-  {{- $own := dict "kubectl.kubernetes.io/default-container" "migrate" "hcm-db-migrations/sparse-checkout" (include "hcm-db-migrations.sparseCheckout" .) }}
-  {{- merge $own (.Values.podAnnotations | default dict) | toYaml | nindent 2 }}
+  {{- $own = dict "kubectl.kubernetes.io/default-container" "migrate" "hcm-db-migrations/sparse-checkout" (include "hcm-db-migrations.sparseCheckout" .) }}
+  {{- merge $own (.Values.podAnnotations | default dict) (.Values.commonAnnotations | default dict) | toYaml | nindent 2 }}
 {{- end -}}

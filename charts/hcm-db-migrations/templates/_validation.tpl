@@ -1,0 +1,106 @@
+{{/* Adds to "problems" what the schema cannot check, or not with a helpful message. */}}
+{{- define "hcm-db-migrations.check" -}}
+{{- $problems := .problems.list -}}
+{{- with .root.Values -}}
+{{- $unset := list -}}
+{{- if not .git.repo }}{{ $unset = append $unset "\"git.repo\"" }}{{ end -}}
+{{- if not .git.branch }}{{ $unset = append $unset "\"git.branch\"" }}{{ end -}}
+{{- with $unset -}}
+{{- $problems = append $problems (printf "%s not set: add to a values file (-f)\n\n    hcm-db-migrations:\n      git:\n        repo: \"https://github.com/<owner>/<repository>\"   # or git@github.com:<owner>/<repository>\n        branch: \"<branch, tag or full commit SHA>\"\n" (ternary (printf "%s is" (join "" .)) (printf "%s are" (join " and " .)) (eq (len .) 1))) -}}
+{{- end -}}
+{{- $ssh := include "hcm-db-migrations.isSSH" . -}}
+{{- $host := "([A-Za-z0-9][A-Za-z0-9._-]*|\\[[0-9A-Fa-f:.]+\\])" -}}
+{{- if regexMatch "^(https?://([^/]*@|.*[?])|ssh://[^/]*:[^/]*@)" .git.repo -}}
+{{- $problems = append $problems "\"git.repo\" contains credentials or a query string, which logs would show: put them into a Secret and set its name as \"git.httpsSecretName\" (user and token for https://) or \"git.secretName\" (SSH key)" -}}
+{{- else if and .git.repo (not (regexMatch (printf "^(https?://%s(:[0-9]+)?/|ssh://([A-Za-z0-9._-]+@)?%s(:[0-9]+)?/|[A-Za-z0-9._-]+@%s:)[^\\s?#]+$" $host $host $host) .git.repo)) -}}
+{{- $problems = append $problems "\"git.repo\" is not a valid repository URL: set https://host/path, git@host:path or ssh://git@host/path" -}}
+{{- end -}}
+{{- if and $ssh (or .git.httpsSecretName .git.ca.configMapName .git.ca.secretName) -}}
+{{- $problems = append $problems "\"git.httpsSecretName\" and \"git.ca\" are for https:// URLs only, but \"git.repo\" is an SSH URL: unset them, or set an https:// URL" -}}
+{{- end -}}
+{{- if and .git.httpsSecretName (hasPrefix "http://" .git.repo) -}}
+{{- $problems = append $problems "\"git.httpsSecretName\" is set, but \"git.repo\" is an http:// URL, which would send the token unencrypted: set an https:// URL" -}}
+{{- end -}}
+{{- if and .git.ca.configMapName .git.ca.secretName -}}
+{{- $problems = append $problems "\"git.ca.configMapName\" and \"git.ca.secretName\" are both set: keep the one that holds the CA" -}}
+{{- end -}}
+{{- if and (regexMatch "^[0-9a-f]{7,39}$" .git.branch) (regexMatch "[0-9]" .git.branch) (regexMatch "[a-f]" .git.branch) -}}
+{{- $problems = append $problems (printf "\"git.branch\" is %q, which looks like an abbreviated commit SHA; git servers only accept full ones: set the full 40-character SHA (git rev-parse %s), or refs/heads/%s if it is a branch" .git.branch .git.branch .git.branch) -}}
+{{- end -}}
+{{- if or (regexMatch "[][*?!\\\\\"\\s]" .git.path) (hasPrefix "/" .git.path) (has ".." (splitList "/" .git.path)) -}}
+{{- $problems = append $problems (printf "\"git.path\" is %q: set a folder relative to the repository's root, such as utilities/hcm-db-migrations, or . for the root (no .., space or * ? [ ] ! \\ \")" .git.path) -}}
+{{- end -}}
+{{- $texts := dict "git.repo" .git.repo "git.branch" .git.branch "git.path" .git.path "requirements" .requirements -}}
+{{- range $path, $text := $texts -}}
+{{- with regexFind "[\\p{C}\\p{Z}]" (regexReplaceAll "\\s" $text "") -}}
+{{- $problems = append $problems (printf "%q contains the unprintable character %q: remove it" $path .) -}}
+{{- end -}}
+{{- end -}}
+{{- range $path, $texts := merge (dict "args" .args) $texts -}}
+{{- if regexMatch "[$][$(]" ($texts | toJson) -}}
+{{- $problems = append $problems (printf "%q contains $( or $$, which Kubernetes would replace: remove it" $path) -}}
+{{- end -}}
+{{- end -}}
+{{- range $path, $image := dict "image" .image "git.image" .git.image -}}
+{{- if not (or $image.tag $image.digest) -}}
+{{- $problems = append $problems (printf "%q has neither tag nor digest, and would be unpinned: set \"%s.tag\" or \"%s.digest\"" $path $path $path) -}}
+{{- end -}}
+{{- end -}}
+{{- $taken := list "EXPECTED" "GIT_PATH" "GIT_REF" "GIT_REPO" "NAMESPACE" "REQUIRED" "REQUIREMENTS" "USERNAME_FILE" -}}
+{{- $seen := list -}}
+{{- $wrong := list -}}
+{{- range .extraEnv -}}
+{{- if or (has .name $taken) (has .name $seen) }}{{ $wrong = append $wrong .name }}{{ end -}}
+{{- $seen = append $seen .name -}}
+{{- end -}}
+{{- with $wrong -}}
+{{- $problems = append $problems (printf "\"extraEnv\" has duplicate or reserved variable names (%s): define each variable once, and none of %s" (uniq . | join ", ") (join ", " $taken)) -}}
+{{- end -}}
+{{- $secrets := list -}}
+{{- range .extraEnv -}}
+{{- $value := regexReplaceAll "[$][(][A-Za-z0-9_]+[)]" (.value | default "") "" -}}
+{{- $noPort := regexReplaceAll "(://[^/?#@:]+):[0-9]+([/?#]|$)" $value "${1}${2}" -}}
+{{- $named := regexMatch "(?i)(PASSWORD|PASSWD|PASSPHRASE|SECRET|TOKEN|CREDENTIALS?|(API|ACCESS|PRIVATE)_?KEY|_PASS|_PWD)$" .name -}}
+{{- if or (and $value $named) (regexMatch "(?i)(://[^/?#@]*:[^@]+@|https?://[^/?#@:]+@|(^|[?&;\\s])(ssl)?password=[^&;\\s])" $noPort) -}}
+{{- $secrets = append $secrets .name -}}
+{{- end -}}
+{{- end -}}
+{{- with $secrets -}}
+{{- $problems = append $problems (printf "\"extraEnv\" sets secrets (%s) as literals, which everyone who can read the release or the Job would see: put each into a Secret and reference it\n\n    extraEnv:\n      - {name: %s, valueFrom: {secretKeyRef: {name: <Secret>, key: <key>}}}\n" (join ", " .) (first .)) -}}
+{{- end -}}
+{{- range .args -}}
+{{- if regexMatch "(^|[@:])[+-][0-9]+$" . -}}
+{{- $problems = append $problems (printf "\"args\" contains %q, which is relative to the current revision, and Kubernetes may run a Job's pod twice: name the revision, such as [downgrade, \"002\"]" .) -}}
+{{- end -}}
+{{- end -}}
+{{- if eq .hook "" -}}
+{{- range .args -}}
+{{- if has . (list "downgrade" "stamp") -}}
+{{- $problems = append $problems (printf "\"args\" is a %s and \"hook\" is \"\": helm rollback, or a tool that applies an older state, would run this Job again: set \"hook\" to pre-install,pre-upgrade for this one upgrade" .) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- range $path, $annotations := dict "commonAnnotations" .commonAnnotations "job.annotations" .job.annotations -}}
+{{- range $name, $_ := $annotations -}}
+{{- if hasPrefix "helm.sh/hook" $name -}}
+{{- $problems = append $problems (printf "%q contains %q, which the chart sets: set \"hook\" instead" $path $name) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- $owned := list "activeDeadlineSeconds" "affinity" "automountServiceAccountToken" "containers" "enableServiceLinks" "ephemeralContainers" "hostIPC" "hostNetwork" "hostPID" "imagePullSecrets" "initContainers" "nodeSelector" "restartPolicy" "securityContext" "serviceAccount" "serviceAccountName" "shareProcessNamespace" "terminationGracePeriodSeconds" "tolerations" "volumes" -}}
+{{- range $name, $_ := .extraPodSpec -}}
+{{- if has $name $owned -}}
+{{- $problems = append $problems (printf "\"extraPodSpec\" contains %q, which the chart sets, or leaves unset for the pod's isolation: remove it, or set the chart's value of that name" $name) -}}
+{{- end -}}
+{{- end -}}
+{{- range ternary (splitList "," .hook | uniq) list (ne .hook "") -}}
+{{- if not (has . (list "pre-install" "pre-upgrade" "post-install" "post-upgrade")) -}}
+{{- $problems = append $problems (printf "\"hook\" contains %q: set pre-install,pre-upgrade or post-install,post-upgrade, or \"\" for an ordinary Job" .) -}}
+{{- end -}}
+{{- end -}}
+{{- if eq .enabled false -}}
+{{- $problems = append $problems "\"enabled\" is false, which only works in an umbrella chart: add condition: hcm-db-migrations.enabled to the umbrella's Chart.yaml, or do not install this chart" -}}
+{{- end -}}
+{{- end -}}
+{{- $_ := set .problems "list" $problems -}}
+{{- end -}}
