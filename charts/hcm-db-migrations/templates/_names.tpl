@@ -23,24 +23,3 @@ hcm-db-migration
 {{- define "hcm-db-migrations.namespace" -}}
 {{- .Values.namespace | default .Release.Namespace -}}
 {{- end -}}
-
-{{/* Labels of every object: the chart's own take precedence. The first two are for the selector of a NetworkPolicy. */}}
-{{- define "hcm-db-migrations.labels" -}}
-{{- $own := include "hcm-db-migrations.ownLabels" . | fromYaml -}}
-{{- merge $own (.Values.commonLabels | default dict) | toYaml -}}
-{{- end -}}
-
-{{- define "hcm-db-migrations.ownLabels" -}}
-app.kubernetes.io/name: hcm-db-migrations
-app.kubernetes.io/instance: {{ .Release.Name | quote }}
-app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
-app.kubernetes.io/managed-by: {{ .Release.Service | quote }}
-helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" | quote }}
-{{- end -}}
-
-{{/* Image reference: (dict "repository" "tag" "digest"). */}}
-{{- define "hcm-db-migrations.image" -}}
-{{- .repository -}}
-{{- with .tag }}:{{ . }}{{ end -}}
-{{- with .digest }}@{{ . }}{{ end -}}
-{{- end -}}

@@ -91,12 +91,9 @@ volumes:
 {{- end -}}
 {{- end -}}
 
-{{/* Labels and annotations of that pod: the chart's own take precedence, then those of the pod. */}}
-{{- define "hcm-db-migrations.podMetadata" -}}
-labels:
-  {{- $own := include "hcm-db-migrations.ownLabels" . | fromYaml }}
-  {{- merge $own (.Values.podLabels | default dict) (.Values.commonLabels | default dict) | toYaml | nindent 2 }}
-annotations:
-  {{- $own = dict "kubectl.kubernetes.io/default-container" "migrate" "hcm-db-migrations/sparse-checkout" (include "hcm-db-migrations.sparseCheckout" .) }}
-  {{- merge $own (.Values.podAnnotations | default dict) (.Values.commonAnnotations | default dict) | toYaml | nindent 2 }}
+{{/* Image reference: (dict "repository" "tag" "digest"). */}}
+{{- define "hcm-db-migrations.image" -}}
+{{- .repository -}}
+{{- with .tag }}:{{ . }}{{ end -}}
+{{- with .digest }}@{{ . }}{{ end -}}
 {{- end -}}
