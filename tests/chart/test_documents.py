@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from tests.support.chart import MINIMAL, Helm, one
+from tests.support.readme import root_block
 from tools.paths import CHART, ROOT
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", CHART / "README.md"]
@@ -53,7 +54,8 @@ def test_an_example_of_values_renders(helm4: Helm, values: dict[str, Any]) -> No
 def test_the_alert_matches_the_job_of_every_release(helm4: Helm, release: str, hook: str) -> None:
     """Prometheus matches the whole name."""
     name = one(helm4.render({"hook": hook}, release=release), "Job")["metadata"]["name"]
-    (pattern,) = re.findall(r'job_name=~"(.+?)"', (ROOT / "README.md").read_text())
+    (alert,) = yaml.safe_load(root_block("alert: "))
+    (pattern,) = re.findall(r'job_name=~"(.+?)"', alert["expr"])
     assert re.fullmatch(pattern, name)
 
 
