@@ -47,7 +47,7 @@ def test_the_commands_of_the_first_readme_work(
     overlay = yaml.safe_load((ROOT / "environments/unified-dev.yaml").read_text())
     assert yaml.safe_load(root_block("git@github.com")) == overlay
     try:
-        install = release.start_documented(root_block("helm upgrade --install"))
+        install = release.start_documented(root_block("--install hcm-db-migrations"))
         until(lambda: any(map(health.log, health.pods("hcm-db-migration-1"))))
         log = release.documented(logs.replace("<revision>", "1"))
         result = install.wait()

@@ -80,11 +80,11 @@ def row(fault: str, event: str, do: str) -> pytest.MarkDecorator:
         ),
         pytest.param(
             None,
-            {"image": {"repository": "hcm-local/missing", "tag": "1"}},
+            {"image": {"repository": "127.0.0.1:1/missing", "tag": "1"}},
             id="image",
             marks=row(
                 "An image cannot be pulled",
-                'Failed ... Failed to pull image "hcm-local/missing:1": ...',
+                'Failed ... Failed to pull image "127.0.0.1:1/missing:1": ...',
                 "Fix `image`, `git.image` or `imagePullSecrets`, deploy again",
             ),
         ),

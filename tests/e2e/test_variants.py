@@ -87,7 +87,7 @@ def test_a_plan_changes_nothing_and_a_downgrade_can_be_upgraded_again(
     assert "CREATE TABLE hcm_report_metadata" not in plan.text
     assert release.upgrade().returncode == 0
     assert database.relations == ["added", *TABLE]
-    downgrade = release.documented(root_block("downgrade"))
+    downgrade = release.documented(root_block('["downgrade"'))
     assert (downgrade.returncode, database.at, database.relations) == (0, ["001"], TABLE), downgrade.text
     downgrade.line("HH:MM:SS INFO running downgrade 002 -> 001, add")
     assert (release.upgrade().returncode, database.at) == (0, ["002"])

@@ -21,7 +21,8 @@ def _cut_out(source: str) -> Iterator[tuple[str, str]]:
 
 
 def _problems(document: str, parts: list[str]) -> list[str]:
-    found = []
+    counts = {part: sum(part in block.text for block in blocks(document)) for part in parts}
+    found = [f"{count} blocks contain {part!r}" for part, count in counts.items() if count != 1]
     for block in blocks(document):
         used = any(part in block.text for part in parts)
         if used == bool(block.reason):
@@ -71,7 +72,9 @@ def test_a_block_that_no_test_runs_is_reported() -> None:
     source = 'def test_x(): run(root_block("make used")); run(root_block("also-used")); chart_block("indented")'
     parts = [part for name, part in _cut_out(source) if name == "root_block"]
     assert parts == ["make used", "also-used"]
-    assert _problems(DOCUMENT, parts) == [
+    assert _problems(DOCUMENT, [*parts, "make", "gone"]) == [
+        "2 blocks contain 'make'",
+        "0 blocks contain 'gone'",
         "8: run by no test",
         "14: run by no test",
         "23: marked as not run, but a test does",
