@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from tests.support.database import Database
-from tests.support.kubernetes import Api, contacted
+from tests.support.kubernetes import FIRST_JOB, Api, contacted
 from tests.support.release import Release
 from tests.support.waiting import until
 from tools.cluster import Cluster
@@ -110,10 +111,18 @@ def test_events_show_why_a_pod_is_not_created_or_does_not_start(
 ) -> None:
     if policy:
         create(cluster, api, policy)
-    assert release.upgrade({**values, **DEADLINE}).returncode == 1
-    events = release.documented("kubectl get events -n health")
-    assert events.returncode == 0, events.text
-    assert not contacted(cluster, database)
+    result = release.upgrade({**values, **DEADLINE})
+    assert (result.returncode, contacted(cluster, database)) == (1, False)
+    events, job = (
+        release.documented(f"kubectl {command} -n health") for command in ("get events", f"describe job/{FIRST_JOB}")
+    )
+    assert ("FailedCreate" in events.text) == ("FailedCreate" in job.text) == ("Created pod:" not in job.text)
+
+
+def test_helm_3_names_the_deadline_of_a_job_without_a_pod(releases: Callable[..., Release], api: Api) -> None:
+    result = releases(api, 3).upgrade({"serviceAccountName": "migrations", **DEADLINE})
+    assert result.returncode == 1
+    result.line(f"job {FIRST_JOB} failed: DeadlineExceeded")
 
 
 def test_a_quota_admits_the_pod_if_both_containers_have_a_cpu_limit(
