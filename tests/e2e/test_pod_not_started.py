@@ -71,6 +71,16 @@ def row(fault: str, event: str, do: str) -> pytest.MarkDecorator:
         ),
         pytest.param(
             None,
+            {"extraPodSpec": {"priorityClassName": "missing"}},
+            id="priority class",
+            marks=row(
+                "The priority class of `extraPodSpec.priorityClassName` does not exist",
+                "FailedCreate ... is forbidden: no PriorityClass with name missing was found",
+                "Create it, or fix the name, deploy again",
+            ),
+        ),
+        pytest.param(
+            None,
             {"podSecurityContext": {"runAsNonRoot": False}},
             id="admission",
             marks=row(
