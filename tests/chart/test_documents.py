@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import yaml
 
 from tests.support.chart import MINIMAL, Helm, one
+from tests.support.readme import blocks, root_block
 from tools.paths import CHART, ROOT
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", CHART / "README.md"]
@@ -20,18 +20,14 @@ def _values() -> list[Any]:
     """Every YAML block with values of the chart, named by its file and line."""
     found = []
     for path in DOCUMENTS:
-        text = path.read_text()
-        fenced = re.finditer(r"^```yaml\n(.*?)^```", text, re.M | re.S)
-        indented = re.finditer(r"(?<=\n\n)((?:    \w.*\n(?:    .*\n)*))", text)
-        for block in [*fenced, *indented]:
+        for block in blocks(path.read_text()):
             try:
-                values = yaml.safe_load(textwrap.dedent(block[1]))
+                values = yaml.safe_load(block.text)
             except yaml.YAMLError:
                 continue
             keys = set(values) if isinstance(values, dict) else set()
             if keys and keys <= {"hcm-db-migrations", *yaml.safe_load((CHART / "values.yaml").read_text())}:
-                line = text.count("\n", 0, block.start()) + 1
-                found.append(pytest.param(values, id=f"{path.relative_to(ROOT)}:{line}"))
+                found.append(pytest.param(values, id=f"{path.relative_to(ROOT)}:{block.line}"))
     return found
 
 
@@ -53,7 +49,8 @@ def test_an_example_of_values_renders(helm4: Helm, values: dict[str, Any]) -> No
 def test_the_alert_matches_the_job_of_every_release(helm4: Helm, release: str, hook: str) -> None:
     """Prometheus matches the whole name."""
     name = one(helm4.render({"hook": hook}, release=release), "Job")["metadata"]["name"]
-    (pattern,) = re.findall(r'job_name=~"(.+?)"', (ROOT / "README.md").read_text())
+    (alert,) = yaml.safe_load(root_block("alert: "))
+    (pattern,) = re.findall(r'job_name=~"(.+?)"', alert["expr"])
     assert re.fullmatch(pattern, name)
 
 

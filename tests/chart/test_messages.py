@@ -479,9 +479,10 @@ def test_the_notes_of_an_ordinary_job_do_not_say_that_it_has_run(helm4: Helm) ->
     assert notes == [
         f"Job {job} in namespace health runs alembic upgrade head with the current code of main from "
         "https://git.example.org/schema.",
-        "It re-runs when values change, not when the branch moves. Its log:",
+        "It re-runs when values change, not when the branch moves. Its log, or why it has none:",
         "",
         f"    kubectl logs job/{job} -n health",
+        "    kubectl get events -n health",
         "",
         "To retry a failed Job unchanged, delete it and apply again:",
         "",

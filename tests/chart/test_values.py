@@ -352,7 +352,7 @@ def test_database_url_is_all_that_is_required_and_may_refer_to_the_other_credent
 
 
 def test_a_password_of_extra_env_may_be_empty(helm: Helm) -> None:
-    """libpq then finds it in PGPASSFILE, or needs none for a client certificate."""
+    """libpq needs none with a client certificate."""
     found = environment(migrate(helm.render({"extraEnv": [{"name": "DB_PASSWORD", "value": ""}]})))
     assert found["DB_PASSWORD"] == ""
     assert [line.split()[0] for line in found["REQUIRED"].splitlines()] == ["DB_HOST", "DB_NAME", "DB_USER"]

@@ -9,6 +9,7 @@ from sqlalchemy import make_url
 
 from tests.support.database import Database
 from tests.support.kubernetes import FIRST_JOB, Api, SwitchedService, contacted
+from tests.support.readme import chart_block, root_block
 from tests.support.release import Release
 from tests.support.waiting import until
 from tools.cluster import Cluster
@@ -129,27 +130,37 @@ def test_waiting_for_a_database_that_stays_down_times_out(release: Release, api:
     assert api.conditions(FIRST_JOB)["Failed"] == "BackoffLimitExceeded"
 
 
-@pytest.fixture
-def tls_only(cluster: Cluster, database: Database) -> Iterator[None]:
-    """The server requires TLS for the test's role; its certificate is signed by the git server's CA."""
-    script = """set -e; cd $(mktemp -d); k=/srv/keys; openssl req -x509 -newkey rsa:2048 -nodes -days 30 \
-        -subj /CN=postgres -addext subjectAltName=DNS:postgres.hcm-fixtures -addext basicConstraints=critical,CA:FALSE \
+def _signed(cluster: Cluster, subject: str, *options: str) -> str:
+    """A key and its certificate, signed by the CA of the fixtures (`ca.crt`)."""
+    script = f"""set -e; cd $(mktemp -d); k=/srv/keys; openssl req -x509 -newkey rsa:2048 -nodes -days 30 \
+        -subj /CN={subject} {" ".join(options)} -addext basicConstraints=critical,CA:FALSE \
         -CA $k/ca.crt -CAkey $k/ca.key -keyout key -out crt 2>/dev/null; cat key crt"""
-    pem = cluster.kubectl("exec", "-n", "hcm-fixtures", "deploy/server", "--", "sh", "-c", script)
+    return cluster.kubectl("exec", "-n", "hcm-fixtures", "deploy/server", "--", "sh", "-c", script)
+
+
+@pytest.fixture
+def allow_only(cluster: Cluster, database: Database) -> Iterator[Callable[[str], None]]:
+    """Turns TLS on in the server, and adds a rule for the test's role to its pg_hba.conf, before all others."""
     server = make_url(cluster.postgres_url())
     data = execute(server, "SHOW data_directory")[0][0]
 
     def in_pod(script: str, stdin: str = "") -> None:
-        command = f"cd {data} && {script}"
-        cluster.kubectl("exec", "-i", "-n", "hcm-fixtures", "deploy/postgres", "--", "sh", "-c", command, input=stdin)
+        """Run a script in the server's folder; only one test at a time changes its files."""
+        command = ("exec", "-i", "-n", "hcm-fixtures", "deploy/postgres", "--", "flock", data, "sh", "-ec")
+        cluster.kubectl(*command, f"cd {data}; {script}", input=stdin)
         execute(server, "SELECT pg_reload_conf()")
 
-    owned = "chown postgres server.key && chmod 600 server.key"
-    in_pod(f"cat > server.crt && cp server.crt server.key && {owned}", pem)  # each is read from the same file
-    execute(server, "ALTER SYSTEM SET ssl = on")
-    in_pod(f"sed -i '1i hostnossl all {database.role} all reject' pg_hba.conf")
-    until(lambda: execute(server, "SHOW ssl")[0][0] == "on")
-    yield
+    def allow(rule: str) -> None:
+        pem = _signed(cluster, "postgres", "-addext subjectAltName=DNS:postgres.hcm-fixtures")
+        owned = "chown postgres server.key; chmod 600 server.key"
+        in_pod("cat > ca.crt", cluster.server_file("ca.crt"))
+        in_pod(f"cat > server.crt; cp server.crt server.key; {owned}", pem)  # each is read from the same file
+        execute(server, "ALTER SYSTEM SET ssl_ca_file = 'ca.crt'")
+        execute(server, "ALTER SYSTEM SET ssl = on")
+        in_pod(f"sed -i '1i {rule}' pg_hba.conf")
+        until(lambda: execute(server, "SHOW ssl")[0][0] == "on")
+
+    yield allow
     in_pod(f"sed -i '/ {database.role} /d' pg_hba.conf")
 
 
@@ -162,29 +173,57 @@ def tls_only(cluster: Cluster, database: Database) -> Iterator[None]:
     do="Follow the message; 'TLS to a managed database' in README.md",
 )
 def test_tls_is_used_if_the_server_requires_it_and_verified_against_the_ca(
-    release: Release, api: Api, cluster: Cluster, database: Database, tls_only: None
+    release: Release, api: Api, cluster: Cluster, database: Database, allow_only: Callable[[str], None]
 ) -> None:
-    def verified(ca: str) -> dict:
-        variables = [
-            {"name": "PGSSLMODE", "value": "verify-full"},
-            {"name": "PGSSLROOTCERT", "value": "/etc/ca/ca.crt"},
-        ]
-        return {
-            "extraEnv": [*release.values["extraEnv"], *variables],
-            "extraVolumes": [{"name": "ca", "configMap": {"name": ca}}],
-            "extraVolumeMounts": [{"name": "ca", "mountPath": "/etc/ca", "readOnly": True}],
-        }
-
+    allow_only(f"hostnossl all {database.role} all reject")
     without_tls = {"extraEnv": [*release.values["extraEnv"], {"name": "PGSSLMODE", "value": "disable"}]}
     refused = release.upgrade(without_tls)
     assert refused.returncode == 1
     refused.line("FAILED: cannot connect to database", "no encryption", "; set PGSSLMODE=require")
-    wrong_ca = release.upgrade(verified("kube-root-ca.crt"))
+    verified = release.example(root_block("PGSSLMODE"))
+    other = api.core.read_namespaced_config_map("kube-root-ca.crt", api.namespace)
+    api.config_map("database-ca", **other.data)
+    wrong_ca = release.upgrade(verified)
     assert wrong_ca.returncode == 1
     wrong_ca.line(
         "FAILED: cannot connect to database", "certificate verify failed", "; set PGSSLROOTCERT to the CA's file"
     )
     assert not contacted(cluster, database)
-    api.config_map("database-ca", **{"ca.crt": cluster.server_file("ca.crt")})
-    result = release.upgrade(verified("database-ca"))
+    right = {"data": {"ca.crt": cluster.server_file("ca.crt")}}
+    api.core.patch_namespaced_config_map("database-ca", api.namespace, right)
+    result = release.upgrade(verified)
+    assert (result.returncode, database.at) == (0, ["001"]), result.text
+
+
+def test_a_client_certificate_from_a_secret_replaces_the_password(
+    release: Release, api: Api, cluster: Cluster, database: Database, allow_only: Callable[[str], None]
+) -> None:
+    allow_only(f"hostssl all {database.role} all cert")
+    key, begin, certificate = _signed(cluster, database.role).partition("-----BEGIN CERTIFICATE-----")
+    files = {"tls.key": key, "tls.crt": begin + certificate, "ca.crt": cluster.server_file("ca.crt")}
+    secret = {"metadata": {"name": "database-tls"}, "type": "kubernetes.io/tls", "stringData": files}
+    api.core.create_namespaced_secret(api.namespace, secret)
+    api.core.patch_namespaced_secret("db", api.namespace, {"data": {"password": None}})
+    block = chart_block("PGSSLKEY")
+    default_mode = release.upgrade(release.example(block.replace(", defaultMode: 0440", "")))
+    assert default_mode.returncode == 1
+    default_mode.line("FAILED: cannot connect to database", "has group or world access", "'defaultMode: 0440'")
+    result = release.upgrade(release.example(block))
+    assert (result.returncode, database.at) == (0, ["001"]), result.text
+
+
+def test_a_url_that_refers_to_the_other_variables_can_add_a_parameter(
+    release: Release, api: Api, database: Database
+) -> None:
+    password = "c4n4ry-._~"  # noqa: S105
+    database.execute(f"ALTER ROLE {database.role} PASSWORD '{password}'")
+    api.core.patch_namespaced_secret("db", api.namespace, {"stringData": {"password": password}})
+    values = release.example(chart_block("target_session_attrs"))
+    database.execute(f"ALTER ROLE {database.role} SET default_transaction_read_only = on")
+    at_once = {"name": "MIGRATION_WAIT_SECONDS", "value": "1"}
+    refused = release.upgrade({"extraEnv": [*values["extraEnv"], at_once], "job": {"backoffLimit": 0}})
+    assert refused.returncode == 1
+    refused.line("FAILED: ", "session is read-only")
+    database.execute(f"ALTER ROLE {database.role} RESET default_transaction_read_only")
+    result = release.upgrade(values)
     assert (result.returncode, database.at) == (0, ["001"]), result.text

@@ -1,20 +1,26 @@
-"""The commands of the project's first README, verbatim."""
+"""The commands that install the chart, as both READMEs have them."""
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import yaml
 from sqlalchemy import make_url
 
+from tests.support.database import Database
 from tests.support.kubernetes import TABLE, Api
+from tests.support.project import PARTS
+from tests.support.readme import chart_block, root_block
 from tests.support.release import Release
+from tests.support.repository import Repository
 from tests.support.waiting import until
 from tools.cluster import NAME, Cluster
 from tools.cluster import install as make_install
 from tools.fixtures import push_checkout
+from tools.paths import ROOT
 from tools.postgres import execute
 
 
@@ -22,7 +28,6 @@ def test_the_commands_of_the_first_readme_work(
     releases: Callable[..., Release],
     cluster: Cluster,
     with_pip: dict,
-    tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Only the repository's address, the images and the package index are replaced by this cluster's."""
@@ -31,26 +36,30 @@ def test_the_commands_of_the_first_readme_work(
     if release.run("status", NAME).returncode == 0:
         pytest.skip("the namespace health has your release: helm uninstall hcm-db-migrations -n health")
     push_checkout(cluster)
-    machine = tmp_path / "machine.yaml"
-    machine.write_text(yaml.safe_dump({NAME: with_pip}))
+    release.values = {
+        **with_pip,
+        "git": {**with_pip.get("git", {}), "repo": "git@server.hcm-fixtures:hcm-db-migrations"},
+    }
+    logs, test = root_block("helm test").splitlines()
     database = make_url(cluster.postgres_url("unifieddevdb"))
     query = "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace ORDER BY 1"
     was_empty = not execute(database, query)
+    overlay = yaml.safe_load((ROOT / "environments/unified-dev.yaml").read_text())
+    assert yaml.safe_load(root_block("git@github.com")) == overlay
     try:
-        install = release.start(
-            *("upgrade", "--install", NAME, "charts/hcm-db-migrations", "-f", "environments/unified-dev.yaml"),
-            *("--set", "hcm-db-migrations.git.repo=git@server.hcm-fixtures:hcm-db-migrations", "-f", machine),
-        )
+        install = release.start_documented(root_block("--install hcm-db-migrations"))
         until(lambda: any(map(health.log, health.pods("hcm-db-migration-1"))))
-        log = cluster.kubectl("logs", "job/hcm-db-migration-1", "-n", "health", "--follow")
+        log = release.documented(logs.replace("<revision>", "1"))
         result = install.wait()
         assert result.returncode == 0, result.text
-        assert "ref airflow-analysis" in log.splitlines()[0]
-        assert "path utilities/hcm-db-migrations" in log.splitlines()[0]
-        assert "database unifieddevdb at postgres.hcm-fixtures:5432 as hcm, schema public" in log.splitlines()[1]
-        assert log.splitlines()[-1].endswith(("INFO now at 001 (head)", "INFO at 001 (head): nothing to do"))
+        log.line("code: ", "ref airflow-analysis", "path utilities/hcm-db-migrations")
+        result.line("database unifieddevdb at postgres.hcm-fixtures:5432 as hcm, schema public")
+        assert re.search(r"INFO now at 001 \(head\)|INFO at 001 \(head\): nothing to do", result.text)
         assert set(TABLE) <= {name for (name,) in execute(database, query)}
         assert "hcm-db-migration-1" not in health.jobs()
+        tested = release.documented(test)
+        assert tested.returncode == 0, tested.text
+        tested.line("Phase:", "Succeeded")
         capfd.readouterr()
         make_install(cluster)
         output = capfd.readouterr().out
@@ -60,3 +69,18 @@ def test_the_commands_of_the_first_readme_work(
         release.run("uninstall", NAME)
         if was_empty:
             execute(database, "DROP TABLE IF EXISTS hcm_report_metadata, alembic_version")
+
+
+def test_the_command_of_the_charts_readme_installs_from_standard_input(
+    release: Release, repository: Repository, database: Database
+) -> None:
+    folder = repository.folder / "utilities" / "hcm-db-migrations"  # the default of git.path
+    folder.mkdir(parents=True)
+    for name in (*PARTS, "requirements.txt"):
+        shutil.move(repository.folder / name, folder)
+    repository.push()
+    git = {name: value for name, value in release.values["git"].items() if name == "image"}
+    release.values = {**release.values, "git": git}
+    command = chart_block("helm upgrade --install")
+    result = release.documented(command.replace("https://github.com/<owner>/<repository>", repository.url))
+    assert (result.returncode, database.at) == (0, ["001"]), result.text

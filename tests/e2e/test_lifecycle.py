@@ -8,6 +8,7 @@ import pytest
 
 from tests.support.database import Database
 from tests.support.kubernetes import JOB, NOTHING_TO_DO, TABLE, Api, contacted, open_gate, sessions_in_revision_002
+from tests.support.readme import chart_block, root_block
 from tests.support.release import Release
 from tests.support.repository import Repository
 from tests.support.waiting import until
@@ -119,8 +120,8 @@ def test_a_failed_run_shows_its_reason_keeps_job_pod_and_log_and_the_next_upgrad
     failed.line("HH:MM:SS INFO running upgrade 001 -> 002, add")
     assert api.jobs() == [f"{JOB}-1"]
     assert api.conditions(f"{JOB}-1")["Failed"] == "PodFailurePolicy"
-    (log,) = api.logs(f"{JOB}-1")
-    assert reason in log.splitlines()[-2:]  # Alembic logs it as well
+    log = release.documented(chart_block("kubectl logs").replace("<revision>", "1"))
+    assert reason in log.lines[-2:]  # Alembic logs it as well
     assert (database.at, [*TABLE, "kept"]) == (["002"], database.relations)
     assert release.status() == "failed"
 
@@ -201,7 +202,10 @@ def test_a_release_stuck_in_pending_upgrade_is_recovered_by_a_rollback(
     assert refused.returncode == 1
     refused.line("another operation (install/upgrade/rollback) is in progress")
     until(lambda: "Complete" in api.conditions(f"{JOB}-2"))
-    assert release.run("rollback", release.name, "1").returncode == 0
+    jobs, history, rollback = root_block("helm rollback").splitlines()
+    release.documented(jobs).line(f"{JOB}-2", "Complete")
+    release.documented(history).line("1 ", "deployed")
+    assert release.documented(rollback.replace("<last deployed revision>", "1")).returncode == 0
     assert (release.status(), database.at) == ("deployed", ["002"])
     result = release.upgrade()
     assert (result.returncode, release.status()) == (0, "deployed"), result.text

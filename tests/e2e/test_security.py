@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 from kubernetes import client
@@ -13,6 +14,7 @@ from tests.support.canary import CANARY, PASSWORD, assert_no_secret
 from tests.support.database import Database
 from tests.support.kubernetes import FIRST_JOB, Api, in_node, node, open_gate, sessions_in_revision_002
 from tests.support.programs import start
+from tests.support.readme import chart_block, root_block
 from tests.support.release import Release
 from tests.support.repository import Repository
 from tests.support.waiting import until
@@ -31,6 +33,62 @@ def test_the_restricted_pod_security_standard_admits_the_pods_without_a_warning(
     for result in results:
         assert "warn" not in result.text.lower()
         assert "PodSecurity" not in result.text
+
+
+def _assigned(namespace: str, user: int) -> list[dict[str, Any]]:
+    """An admission policy that assigns ids to the namespace's pods, unless they have some, as OpenShift does."""
+    api, name = {"apiVersion": "admissionregistration.k8s.io/v1"}, {"metadata": {"name": namespace}}
+    pods = {"apiGroups": [""], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["pods"]}
+    ids = f"Object.spec.securityContext{{runAsUser: {user}, fsGroup: {user}}}"
+    spec = {
+        "matchConstraints": {"resourceRules": [pods]},
+        "matchConditions": [
+            {"name": key.lower(), "expression": f"!has(object.spec.securityContext.{key})"}
+            for key in ("runAsUser", "runAsGroup", "fsGroup")
+        ],
+        "mutations": [
+            {
+                "patchType": "ApplyConfiguration",
+                "applyConfiguration": {"expression": f"Object{{spec: Object.spec{{securityContext: {ids}}}}}"},
+            }
+        ],
+        "reinvocationPolicy": "Never",
+    }
+    selector = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": namespace}}}
+    binding = {"policyName": namespace, "matchResources": selector}
+    return [
+        {**api, **name, "kind": "MutatingAdmissionPolicy", "spec": spec},
+        {**api, **name, "kind": "MutatingAdmissionPolicyBinding", "spec": binding},
+    ]
+
+
+def test_openshift_assigns_the_ids(release: Release, api: Api, cluster: Cluster, database: Database) -> None:
+    if "mutatingadmissionpolicies" not in cluster.kubectl("api-resources", "--api-group=admissionregistration.k8s.io"):
+        pytest.skip("assigns the ids with a MutatingAdmissionPolicy, which requires Kubernetes 1.36: omit --kubeconfig")
+    values = release.example(root_block("runAsUser: null"))
+    assert values == release.example(chart_block("runAsUser: null"))
+    user = 1000680000
+    policy = _assigned(api.namespace, user)
+    try:
+        cluster.apply(*policy)
+        context = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+        security = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+        containers = [{"name": "probe", "image": "none", "securityContext": security}]
+        probe = {"metadata": {"name": "probe"}, "spec": {"securityContext": context, "containers": containers}}
+
+        def assigned() -> int | None:
+            created = api.core.create_namespaced_pod(api.namespace, probe, dry_run="All")
+            return created.spec.security_context.run_as_user
+
+        until(assigned)  # the API server reads the policy late
+        upgrade = release.start_upgrade(values)
+        pod = until(lambda: next(iter(api.pods(FIRST_JOB)), None))
+        result = upgrade.wait()
+    finally:
+        for found in policy:
+            cluster.kubectl("delete", found["kind"], api.namespace)
+    assert (pod.spec.security_context.run_as_user, pod.spec.security_context.run_as_group) == (user, None)
+    assert (result.returncode, database.at) == (0, ["001"]), result.text
 
 
 @contextmanager

@@ -10,10 +10,11 @@ import pytest
 import yaml
 
 from tests.support.canary import PASSWORD
-from tests.support.cluster import Shared
+from tests.support.cluster import OWN_IMAGE, Shared
 from tests.support.database import Database
 from tests.support.kubernetes import NOTHING_TO_DO, TABLE, Api
 from tests.support.programs import run
+from tests.support.readme import chart_block, root_block
 from tests.support.release import Release
 from tests.support.repository import Repository
 from tests.support.waiting import until
@@ -41,7 +42,9 @@ def test_an_image_with_pre_installed_dependencies_needs_only_git_and_the_databas
     release.cluster.apply(policy)
     (repository.folder / "requirements.txt").unlink()
     repository.push()
-    result = release.upgrade({"extraEnv": [{"name": "PIP_INDEX_URL", "value": "http://127.0.0.1:9/"}]})
+    example = chart_block('requirements: ""').replace("registry.example.org/hcm-db-migrations", OWN_IMAGE["repository"])
+    values = release.example(example.replace('"1"', OWN_IMAGE["tag"]))
+    result = release.upgrade({**values, "extraEnv": [{"name": "PIP_INDEX_URL", "value": "http://127.0.0.1:9/"}]})
     assert (result.returncode, database.at, api.jobs()) == (0, ["001"], []), result.text
     result.line("INFO now at 001 (head)")
     assert "pip" not in result.text
@@ -74,33 +77,60 @@ def test_without_a_hook_it_is_an_ordinary_job_that_is_recreated_when_a_value_cha
 def test_a_plan_changes_nothing_and_a_downgrade_can_be_upgraded_again(
     release: Release, repository: Repository, database: Database
 ) -> None:
+    assert release.upgrade().returncode == 0
     repository.revision("002", "CREATE TABLE added ()", downgrade="DROP TABLE added")
     repository.push()
-    plan = release.upgrade({"args": ["upgrade", "head", "--sql"]})
-    assert (plan.returncode, database.relations) == (0, []), plan.text
-    for line in ("CREATE TABLE hcm_report_metadata (", "CREATE TABLE added ();", "COMMIT;"):
+    plan = release.documented(root_block("> plan.sql").splitlines()[1])
+    assert (plan.returncode, database.relations) == (0, TABLE), plan.text
+    for line in ("CREATE TABLE added ();", "COMMIT;"):
         assert line in plan.lines
+    assert "CREATE TABLE hcm_report_metadata" not in plan.text
     assert release.upgrade().returncode == 0
     assert database.relations == ["added", *TABLE]
-    downgrade = release.upgrade({"args": ["downgrade", "001"]})
+    downgrade = release.documented(root_block('["downgrade"'))
     assert (downgrade.returncode, database.at, database.relations) == (0, ["001"], TABLE), downgrade.text
     downgrade.line("HH:MM:SS INFO running downgrade 002 -> 001, add")
     assert (release.upgrade().returncode, database.at) == (0, ["002"])
+
+
+def test_the_examples_of_args_plan_downgrade_and_stamp(
+    release: Release, repository: Repository, database: Database
+) -> None:
+    repository.revision("002", "CREATE TABLE second ()")
+    repository.revision("003", "CREATE TABLE third ()", downgrade="DROP TABLE third")
+    repository.push()
+    plan, downgrade, stamp = map(release.example, chart_block("args: [stamp").splitlines())
+    planned = release.upgrade(plan)
+    assert (planned.returncode, database.relations) == (0, []), planned.text
+    assert [line for line in planned.lines if line.startswith("CREATE TABLE")] == [
+        "CREATE TABLE second ();",
+        "CREATE TABLE third ();",
+    ]
+    assert (release.upgrade().returncode, database.at) == (0, ["003"])
+    assert (release.upgrade(downgrade).returncode, database.at) == (0, ["002"])
+    assert "third" not in database.relations
+    assert (release.upgrade().returncode, database.at) == (0, ["003"])
+    assert (release.upgrade(stamp).returncode, database.at) == (0, ["002"])
+    assert "third" in database.relations
+
+
+def _umbrella(folder: Path, dependencies: str) -> Path:
+    """A chart with these dependencies, next to a copy of this one."""
+    shutil.copytree(CHART, folder / "hcm-db-migrations")
+    chart = folder / "umbrella"
+    (chart / "templates").mkdir(parents=True)
+    (chart / "templates" / "app.yaml").write_text("apiVersion: v1\nkind: ConfigMap\nmetadata: {name: app}\n")
+    (chart / "Chart.yaml").write_text(f"apiVersion: v2\nname: umbrella\nversion: 1.0.0\n{dependencies}")
+    return chart
 
 
 @pytest.mark.parametrize("enabled", [True, False])
 def test_an_umbrella_chart_runs_the_packaged_chart(
     releases: Callable[..., Release], api: Api, database: Database, tmp_path: Path, enabled: bool
 ) -> None:
-    chart = tmp_path / "umbrella"
-    (chart / "templates").mkdir(parents=True)
-    (chart / "templates" / "app.yaml").write_text("apiVersion: v1\nkind: ConfigMap\nmetadata: {name: app}\n")
-    version = yaml.safe_load((CHART / "Chart.yaml").read_text())["version"]
-    dependency = {"name": "hcm-db-migrations", "version": version, "condition": "hcm-db-migrations.enabled"}
-    metadata = {"apiVersion": "v2", "name": "umbrella", "version": "1.0.0", "dependencies": [dependency]}
-    (chart / "Chart.yaml").write_text(yaml.safe_dump(metadata))
+    chart = _umbrella(tmp_path, root_block("dependencies:"))
     release = releases(api, name="digit", chart=chart)
-    package = release.start("package", CHART, "--destination", chart / "charts").wait()
+    package = release.run("dependency", "update", chart)
     assert package.returncode == 0, package.text
     values = {**release.values, "enabled": enabled}
     release.values = {"global": {"domain": "example.org"}, "egov-user": {"replicas": 1}, "hcm-db-migrations": values}
@@ -111,6 +141,36 @@ def test_an_umbrella_chart_runs_the_packaged_chart(
     assert (result.returncode, api.core.read_namespaced_config_map("app", api.namespace).data) == (0, None), result.text
     assert (database.relations, api.jobs()) == (TABLE if enabled else [], [])
     result.line("INFO now at 001 (head)", times=enabled)
+
+
+def test_an_umbrella_chart_runs_two_aliases_of_the_chart(
+    releases: Callable[..., Release], api: Api, database: Database, tmp_path: Path
+) -> None:
+    release = releases(api, chart=_umbrella(tmp_path, chart_block("alias: reports")))
+    assert release.run("dependency", "update", release.chart).returncode == 0
+    overlays = yaml.safe_load(chart_block("fullnameOverride: reports-migration"))
+    tables = {"reports": "reports_version", "plans": "plans_version"}
+    values = {
+        alias: {
+            **release.values,
+            **overlay,
+            "extraEnv": [
+                *release.values["extraEnv"],
+                {"name": "ALEMBIC_VERSION_TABLE", "value": tables[alias]},
+            ],
+            "args": ["upgrade" if alias == "reports" else "stamp", "head"],
+        }
+        for alias, overlay in overlays.items()
+    }
+    release.values = values
+    result = release.upgrade()
+    assert result.returncode == 0, result.text
+    assert {name: database.scalar(f"SELECT version_num FROM {name}") for name in tables.values()} == {
+        "reports_version": "001",
+        "plans_version": "001",
+    }
+    for name in ("reports-migration", "plans-migration"):
+        assert api.core.read_namespaced_config_map(name, api.namespace).data["ref"] == "main"
 
 
 READS_DATABASE_URL = """
@@ -137,8 +197,7 @@ def test_a_folder_created_by_alembic_init_runs_with_its_own_env_py(
     url = database.url.set(host="postgres.hcm-fixtures", port=5432, drivername="postgresql+psycopg2")
     assert url.password == PASSWORD
     api.secret("migrations", url=url.render_as_string(hide_password=False))
-    reference = {"secretKeyRef": {"name": "migrations", "key": "url"}}
-    values = {"extraEnv": [*release.values["extraEnv"], {"name": "DATABASE_URL", "valueFrom": reference}]}
+    values = release.example(chart_block("secretKeyRef"))
     result = release.upgrade(values)
     assert (result.returncode, database.relations) == (0, ["theirs"]), result.text
     result.line(f"code: repository {repository.url}, ref main, commit <commit>, path .")

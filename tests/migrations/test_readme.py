@@ -1,19 +1,20 @@
-"""The SQL in README.md is sufficient for a DBA, and `make migrate` migrates a real database."""
+"""README.md: its commands, revision and SQL, as they are written; `make migrate` migrates a real database."""
 
 import os
 import re
+import shutil
 
-from tests.support.database import Database
-from tests.support.programs import run
+from tests.support.database import Database, env_file
+from tests.support.programs import Result, run
 from tests.support.project import Project
-from tools.paths import ROOT
+from tests.support.readme import root_block
+from tests.support.revisions import edit
+from tools.paths import BIN, ROOT
 from tools.postgres import dsn
 
 
-def _sql(heading: str, database: Database) -> list[str]:
-    """The SQL under a heading, with the test's database and role names that are free."""
-    section = (ROOT / "README.md").read_text().split(f"### {heading}\n")[1].split("\n### ")[0]
-    text = "\n".join(re.findall(r"```sql\n(.*?)```", section, re.S))
+def _statements(text: str, database: Database) -> list[str]:
+    """The statements of a block, with the test's database and role names that are free."""
     names = {"unifieddevdb": database.name, "hcm_migrations": f"m{database.name}", "hcm_app": f"a{database.name}"}
     for name, replacement in names.items():
         text = text.replace(name, replacement)
@@ -27,8 +28,9 @@ def test_the_minimum_privileges_are_sufficient_for_migrations_and_application(
     database.execute(f"ALTER DATABASE {database.name} OWNER TO CURRENT_USER")
     database.execute(f"CREATE ROLE {application} LOGIN PASSWORD 'unused'")
     try:
-        for statement in _sql("Minimum privileges", database):
-            database.execute(statement)
+        for block in (root_block("CREATE ROLE hcm_migrations"), root_block("ALTER DEFAULT PRIVILEGES")):
+            for statement in _statements(block, database):
+                database.execute(statement)
         database.execute(f"ALTER ROLE {migrations} PASSWORD 'unused'")
         url = database.url.set(username=migrations, password="unused")  # noqa: S106
         assert project.alembic("upgrade", "head", DATABASE_URL=dsn(url)).returncode == 0
@@ -52,3 +54,44 @@ def test_make_migrate_migrates_the_database_of_database_url(database: Database) 
     run(["make", "migrate"], cwd=ROOT, env=environment | {"DATABASE_URL": dsn(database.url)}, check=True)
     assert database.at == ["001"]
     assert "hcm_report_metadata" in database.relations
+
+
+def _shell(project: Project, script: str) -> Result:
+    """Run a block in the project, with the development environment's `alembic`."""
+    path = {"PATH": f"{BIN}:{project.environment['PATH']}"}
+    return run(["sh", "-ec", script], cwd=project.folder, env=project.environment | path, check=True)
+
+
+def test_the_example_of_a_migration_can_be_created_applied_and_undone(project: Project, database: Database) -> None:
+    before = set(project.files())
+    _shell(project, root_block("alembic revision -m"))
+    (name,) = set(project.files()) - before
+    assert re.fullmatch(r"\d{8}_\d{6}_002_add_status_column\.py", name)
+    path = project.versions / name
+    edit(path, path.read_text().partition("def upgrade() -> None:\n")[2], "")
+    edit(path, "def upgrade() -> None:\n", root_block('op.add_column("hcm_report_metadata"'))
+    columns = (
+        "SELECT count(*) FROM pg_attribute WHERE attrelid = 'hcm_report_metadata'::regclass AND attname = 'status'"
+    )
+    for command, at, count in (("upgrade head", "002", 1), ("downgrade -1", "001", 0), ("upgrade head", "002", 1)):
+        assert project.alembic(*command.split()).returncode == 0
+        assert (database.at, database.scalar(columns)) == ([at], count)
+
+
+def test_the_sql_plan_can_be_applied_with_psql(project: Project, database: Database) -> None:
+    assert project.alembic("upgrade", "001").returncode == 0
+    project.add("002", 'op.execute("CREATE TABLE planned ()")')
+    _shell(project, root_block("> plan.sql").splitlines()[0])
+    assert database.at == ["001"]
+    assert database.psql((project.folder / "plan.sql").read_text()).returncode == 0
+    assert (database.at, "planned" in database.relations) == (["002"], True)
+
+
+def test_a_new_environment_migrates_the_database_of_its_dotenv_file(project: Project, database: Database) -> None:
+    shutil.copy(ROOT / "requirements.txt", project.folder)
+    (project.folder / ".env.example").write_text(env_file(database))  # the settings to enter
+    del project.environment["DATABASE_URL"]
+    pip = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
+    shell = run(["bash", "-ec", root_block("python3 -m venv venv")], cwd=project.folder, env=project.environment | pip)
+    assert (shell.returncode, database.at) == (0, ["001"]), shell.text
+    shell.line("INFO settings read from .env")

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from tests.support.canary import CANARY, PASSWORD
-from tests.support.database import Database, parts
+from tests.support.database import Database, env_file, parts
 from tests.support.messages import URL_FORMAT, target_and_user
 from tests.support.project import Project
 from tools.postgres import dsn
@@ -53,15 +53,6 @@ def test_any_password_is_accepted(project: Project, database: Database, password
         variables = {"DATABASE_URL": dsn(database.url.set(password=password))}
     result = project.alembic("current", **variables)
     assert result.returncode == 0, result
-
-
-def env_file(database: Database) -> str:
-    quoted = PASSWORD.replace("\\", "\\\\").replace("'", "\\'")
-    url = database.url
-    return (
-        f"DB_HOST={url.host}\nDB_PORT={url.port or 5432}\nDB_NAME={url.database}\nDB_USER={url.username}\n"
-        f"DB_PASSWORD='{quoted}'\n"
-    )
 
 
 def test_env_file_is_read_and_logged(project: Project, database: Database) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.programs import Program, start
+from tests.support.readme import root_block
 from tools.paths import ROOT
 
 
@@ -22,13 +23,13 @@ def folder() -> Iterator[Path]:
         yield Path(name)
 
 
-def _demo(folder: Path) -> Program:
+def _demo(folder: Path, command: list[str]) -> Program:
     environment = os.environ | {"TMPDIR": str(folder)}
-    return start([sys.executable, "-m", "tools.demo"], cwd=ROOT, env=environment, one_stream=True)
+    return start(command, cwd=ROOT, env=environment, one_stream=True)
 
 
 def test_the_demo_upgrades_and_downgrades(folder: Path) -> None:
-    result = _demo(folder).wait()
+    result = _demo(folder, root_block("make demo").split()).wait()
     assert result.returncode == 0, result.text
     states = re.findall(r"INFO (?:at|now at) (.*)", result.text)
     assert states == [
@@ -51,7 +52,7 @@ def test_the_demo_upgrades_and_downgrades(folder: Path) -> None:
 
 
 def test_an_interrupted_demo_leaves_nothing_behind(folder: Path) -> None:
-    demo = _demo(folder)
+    demo = _demo(folder, [sys.executable, "-m", "tools.demo"])  # Ctrl-C is for all of make's processes
     demo.prints("$ migrate.sh")
     assert list(folder.iterdir()) != []
     result, seconds = demo.stop(signal.SIGINT)

@@ -13,6 +13,7 @@ messages           expected parts of the runner's messages
 pod_scripts        plugin: the scripts of both containers, run without a cluster
 programs           running a program; everything that a test observed
 project            plugin: a copy of this project to add revisions to
+readme             the code blocks of both READMEs
 release            releases of the chart, installed with Helm
 repository         git repositories on the cluster's server
 revisions          revision files, and what the tests' revisions do

@@ -202,28 +202,7 @@ def release(releases: Callable[..., Release], api: Api) -> Release:
 
 
 @pytest.fixture
-def unresponsive_pod(api: Api, release: Release) -> client.V1Pod:
+def unresponsive_pod(api: Api, cluster: Cluster) -> client.V1Pod:
     """A pod that accepts connections on port 8080 and never responds."""
     script = "import socket, time; server = socket.create_server(('', 8080)); time.sleep(3600)"
-    image = release.values.get("image", {"repository": "python", "tag": "3.10-slim"})
-    security = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
-    container = {
-        "name": "unresponsive",
-        "image": f"{image['repository']}:{image['tag']}",
-        "command": ["python3", "-c", script],
-        "securityContext": security,
-        "readinessProbe": {"tcpSocket": {"port": 8080}, "periodSeconds": 1},
-    }
-    spec = {
-        "containers": [container],
-        "securityContext": {"runAsNonRoot": True, "runAsUser": 65533, "seccompProfile": {"type": "RuntimeDefault"}},
-        "terminationGracePeriodSeconds": 0,
-    }
-    api.core.create_namespaced_pod(api.namespace, {"metadata": {"name": "unresponsive"}, "spec": spec})
-
-    def ready() -> client.V1Pod | None:
-        pod = api.core.read_namespaced_pod("unresponsive", api.namespace)
-        conditions = {condition.type: condition.status for condition in pod.status.conditions or []}
-        return pod if conditions.get("Ready") == "True" else None
-
-    return until(ready)
+    return api.serve("unresponsive", cluster.images["python"], script)

@@ -93,6 +93,16 @@ def parts(database: Database) -> dict[str, str | None]:
     }
 
 
+def env_file(database: Database) -> str:
+    """The test's database as a file `.env`."""
+    quoted = PASSWORD.replace("\\", "\\\\").replace("'", "\\'")
+    url = database.url
+    return (
+        f"DB_HOST={url.host}\nDB_PORT={url.port or 5432}\nDB_NAME={url.database}\nDB_USER={url.username}\n"
+        f"DB_PASSWORD='{quoted}'\n"
+    )
+
+
 @contextmanager
 def fresh_database(server: URL) -> Iterator[Database]:
     name = f"test_{secrets.token_hex(6)}"

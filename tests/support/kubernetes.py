@@ -11,6 +11,7 @@ from sqlalchemy import make_url
 
 from tests.support.database import Database
 from tests.support.programs import normalize, observed, run
+from tests.support.waiting import until
 from tools.cluster import NAME, Cluster, ClusterKind
 from tools.offline_cluster import engine
 from tools.postgres import execute
@@ -89,6 +90,29 @@ class Api:
 
     def secret(self, name: str, **data: str) -> None:
         self.core.create_namespaced_secret(self.namespace, {"metadata": {"name": name}, "stringData": data})
+
+    def serve(self, name: str, image: str, script: str, port: int = 8080) -> client.V1Pod:
+        """Run a Python script in a pod, which is ready when it listens on `port`."""
+        container = {
+            "name": name,
+            "image": image,
+            "command": ["python3", "-u", "-c", script],
+            "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+            "readinessProbe": {"tcpSocket": {"port": port}, "periodSeconds": 1},
+        }
+        spec = {
+            "containers": [container],
+            "securityContext": {"runAsNonRoot": True, "runAsUser": 65533, "seccompProfile": {"type": "RuntimeDefault"}},
+            "terminationGracePeriodSeconds": 0,
+        }
+        self.core.create_namespaced_pod(self.namespace, {"metadata": {"name": name}, "spec": spec})
+
+        def ready() -> client.V1Pod | None:
+            pod = self.core.read_namespaced_pod(name, self.namespace)
+            conditions = {condition.type: condition.status for condition in pod.status.conditions or []}
+            return pod if conditions.get("Ready") == "True" else None
+
+        return until(ready)
 
     def config_map(self, name: str, **data: str) -> None:
         self.core.create_namespaced_config_map(self.namespace, {"metadata": {"name": name}, "data": data})

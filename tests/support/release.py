@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ import yaml
 
 from tests.support.chart import merged
 from tests.support.programs import Program, Result, normalize, observed, start
-from tools.cluster import Cluster
+from tests.support.readme import chart_block
+from tools.binaries import find_or_build
+from tools.cluster import NAME, Cluster
 from tools.paths import CHART, ROOT
 
 
 def readable(output: str) -> str:
     """Helm's output, piped through the sed command of the chart's README."""
-    script = re.search(r"helm upgrade \.\.\. 2>&1 \| sed '(.*)'", (CHART / "README.md").read_text())
+    script = re.search(r"helm upgrade \.\.\. 2>&1 \| sed '(.*)'", chart_block("| sed "))
     assert script
     # It prints what Helm printed, but with an exit code that is not Helm's.
     result = start(["sed", script[1]], stdin=output, is_evidence=False).wait(verbatim=True)
@@ -63,22 +66,47 @@ class Release:
     upgrades: int = 0
 
     def start(self, *arguments: str | Path, is_evidence: bool = True) -> HelmProgram:
+        return self._start([self.helm, *arguments, "-n", self.namespace], is_evidence)
+
+    def _start(self, command: list[str | Path], is_evidence: bool = True, stdin: str = "") -> HelmProgram:
         environment = {"PATH": os.environ["PATH"], "HOME": str(self.home), "KUBECONFIG": self.cluster.kubeconfig}
-        command = [self.helm, *arguments, "-n", self.namespace]
-        return HelmProgram(start(command, cwd=ROOT, env=environment, one_stream=True, is_evidence=is_evidence))
+        program = start(command, cwd=ROOT, env=environment, stdin=stdin, one_stream=True, is_evidence=is_evidence)
+        return HelmProgram(program)
 
     def run(self, *arguments: str | Path) -> Result:
         return self.start(*arguments).wait()
 
     def start_upgrade(self, values: dict[str, Any] | None = None, *options: str | Path) -> HelmProgram:
         """Start `helm upgrade --install`, with `values` merged over the release's."""
+        file = self._file(merged(self.values, values or {}))
+        return self.start("upgrade", "--install", self.name, self.chart, "-f", file, *options)
+
+    def _file(self, values: dict[str, Any]) -> Path:
         self.upgrades += 1
         file = self.home / f"{self.namespace}-{self.name}-{self.upgrades}.yaml"
-        file.write_text(yaml.safe_dump(merged(self.values, values or {})))
-        return self.start("upgrade", "--install", self.name, self.chart, "-f", file, *options)
+        file.write_text(yaml.safe_dump(values))
+        return file
 
     def upgrade(self, values: dict[str, Any] | None = None, *options: str | Path) -> Result:
         return self.start_upgrade(values, *options).wait()
+
+    def start_documented(self, command: str) -> HelmProgram:
+        """Start a command of a README with this release's Helm, namespace (for `health`) and values (after its own)."""
+        line, _, document = command.partition(" <<EOF\n")
+        program, *arguments = shlex.split(line, comments=True)
+        path = self.helm if program == "helm" else find_or_build(program)
+        options: list[str | Path] = ["-f", self._file({NAME: self.values})] if arguments[0] == "upgrade" else []
+        names = (self.namespace if argument == "health" else argument for argument in arguments)
+        return self._start([path, *names, *options], stdin=document.removesuffix("EOF\n"))
+
+    def documented(self, command: str) -> Result:
+        return self.start_documented(command).wait()
+
+    def example(self, block: str) -> dict[str, Any]:
+        """The values of a README's block; this release's own variables are added to its `extraEnv`."""
+        values: dict[str, Any] = yaml.safe_load(block)
+        values = values.get(NAME, values)
+        return {**values, "extraEnv": [*self.values.get("extraEnv", []), *values.get("extraEnv", [])]}
 
     def status(self) -> str:
         """Such as `deployed`."""
