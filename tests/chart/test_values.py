@@ -90,6 +90,7 @@ EFFECTS: dict[str, tuple[Any, Read, Any]] = {
     "git.repo": ("https://other.example.org/a", _flag("repo"), ["https://other.example.org/a"]),
     "git.branch": ("v1.0", _flag("ref"), ["v1.0"]),
     "git.path": ("a/b/", _variable("GIT_PATH"), "a/b"),
+    "git.filter": ("", _flag("filter"), []),
     "git.secretName": ("key", lambda o: [s["secret"]["name"] for s in _sources(o)], ["key"]),
     "git.knownHosts": (False, _flag("ssh-known-hosts"), ["false"]),
     "git.httpsSecretName": ("token", lambda o: [s["secret"]["name"] for s in _sources(o)], ["token"]),
