@@ -29,7 +29,7 @@ STAND_IN = ROOT / "tools" / "offline_cluster" / "images" / "git-sync"
 
 
 def relocate(container: dict[str, Any], workspace: Path, home: Path, secrets: Path, git_sync: Path) -> dict[str, Any]:
-    """The container with these paths in place of its own."""
+    """The container with these paths in place of the real ones."""
     text = json.dumps(container)
     for path, here in {"/workspace": workspace, "/git-home": home, "/etc/git-sync/": f"{secrets}/"}.items():
         text = text.replace(path, str(here))
@@ -42,6 +42,7 @@ class Volume:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.workspace = folder  # where the containers work
         self.bin = folder / "bin"
         self.bin.mkdir()
         self.home = folder / "git-home"
@@ -70,11 +71,13 @@ class Volume:
         git-sync is the program of the test, or else the stand-in. `prefix` is a command that runs the container.
         """
         program = self.bin / "git-sync"
-        container = relocate(container, self.folder, self.home, self.folder, program if program.exists() else STAND_IN)
+        container = relocate(
+            container, self.workspace, self.home, self.folder, program if program.exists() else STAND_IN
+        )
         values = {name: value for name, value in environment(container).items() if isinstance(value, str)}
         here = {"PATH": f"{self.bin}:{os.environ['PATH']}", "HOSTNAME": "pod-1"}
         command = [*prefix, shell, *container["command"][1:], *container["args"]]
-        return start(command, cwd=self.folder, env=values | here | references, one_stream=True)
+        return start(command, cwd=self.workspace, env=values | here | references, one_stream=True)
 
     def run(
         self, container: dict[str, Any], shell: str = "sh", prefix: Sequence[str] = (), **references: str
