@@ -267,7 +267,8 @@ def test_a_secret_that_is_set_twice_is_not_shown(helm: Helm) -> None:
         (nested("extraVolumeMounts", [{"name": "a", "mountPath": "/workspace/git"}]), "extraVolumeMounts"),
         (nested("securityContext", {"seccompProfile": {"type": "Localhost"}}), "seccompProfile"),
         (nested("extraVolumeMounts", [{"name": "a", "mountPath": "/a", "readonly": True}]), "readonly"),
-        (nested("extraVolumes", [{"name": "workspace"}]), "extraVolumes"),
+        (nested("extraVolumes", [{"name": "workspace", "emptyDir": {}}]), "extraVolumes"),
+        (nested("extraVolumes", [{"name": "git-home", "emptyDir": {}}]), "extraVolumes"),
         (nested("extraVolumeMounts", [{"name": "a", "mountPath": "/workspace"}]), "extraVolumeMounts"),
     ],
 )

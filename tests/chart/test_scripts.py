@@ -24,9 +24,12 @@ from tests.support.waiting import until
 
 def test_kubernetes_leaves_the_scripts_unchanged(helm: Helm) -> None:
     """In a command, the API replaces $$ by $, and $(NAME) by a variable of the container."""
-    found = helm.render()
-    for of in (git_sync(found), migrate(found)):
-        script = of["command"][2]
+    address = {"git": {"repo": "git@git.example.org:schema", "branch": "main"}}
+    spec = pod(helm.render({**address, "podSecurityContext": {"runAsUser": None}}))["spec"]
+    containers = spec["initContainers"] + spec["containers"]
+    assert [container["name"] for container in containers] == ["passwd", "git-sync", "migrate"]
+    for container in containers:
+        script = container["command"][2]
         assert "$$" not in script
         assert not re.findall(r"\$\([^\s()]+\)", script)  # whatever the names of the variables are
 

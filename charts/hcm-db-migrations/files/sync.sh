@@ -36,8 +36,8 @@ start=$(date +%s)
 child=$!
 wait "$child"
 status=$?
-# 124 is timeout's. So is 137, if it had to kill git-sync; before that time, the kernel killed it.
-if [ "$status" -eq 124 ] || { [ "$status" -eq 137 ] && [ "$(($(date +%s) - start))" -ge "$CLONE_SECONDS" ]; }; then
+# timeout exits with 124, or as killed by its signal (after SIGKILL, and BusyBox's always). Before its time, others killed git-sync.
+if [ "$status" -eq 124 ] || { [ "$status" -gt 128 ] && [ "$(($(date +%s) - start))" -ge "$CLONE_SECONDS" ]; }; then
   echo "the clone did not finish within $CLONE_SECONDS s: the git server does not respond, a firewall, NetworkPolicy or proxy" \
     "drops the packets, or the network is too slow (then raise \"job.activeDeadlineSeconds\")" | tee git-error
 elif [ "$status" -ne 0 ] && [ ! -s git-error ]; then
