@@ -133,12 +133,23 @@ def test_the_pod_has_no_token_and_no_variables_of_services(helm: Helm) -> None:
 
 def test_both_containers_share_one_volume_and_work_in_it(helm: Helm) -> None:
     found = helm.render()
-    assert [volume["name"] for volume in pod(found)["spec"]["volumes"]] == ["workspace", "git"]
+    assert [volume["name"] for volume in pod(found)["spec"]["volumes"]] == ["workspace", "git-home", "git"]
     for container in (git_sync(found), migrate(found)):
         assert {"name": "workspace", "mountPath": "/workspace"} in container["volumeMounts"]
         assert container["workingDir"] == "/workspace"
-        assert {environment(container)[name] for name in ("HOME", "TMPDIR")} == {"/workspace"}
         assert container["terminationMessagePolicy"] == "FallbackToLogsOnError"
+
+
+def test_what_git_sync_leaves_in_its_home_is_not_in_the_migrate_container(helm: Helm) -> None:
+    """Its git configuration, and the socket of git's credential cache."""
+    found = helm.render()
+    homes = {name: environment(container(found))["HOME"] for name, container in (("git", git_sync), ("run", migrate))}
+    assert homes == {"git": "/git-home", "run": "/workspace"}
+    for container in (git_sync(found), migrate(found)):
+        assert environment(container)["TMPDIR"] == environment(container)["HOME"]
+    assert {"name": "git-home", "emptyDir": {}} in pod(found)["spec"]["volumes"]
+    assert {"name": "git-home", "mountPath": "/git-home"} in git_sync(found)["volumeMounts"]
+    assert [mount["name"] for mount in migrate(found)["volumeMounts"]] == ["workspace"]
 
 
 def test_credentials_are_references_one_variable_a_key(helm: Helm) -> None:
@@ -159,7 +170,9 @@ def test_credentials_are_references_one_variable_a_key(helm: Helm) -> None:
 
 
 def test_the_git_sync_init_container_sees_no_database_credential(helm: Helm) -> None:
-    assert set(environment(git_sync(helm.render()))) == {"HOME", "TMPDIR", "USERNAME_FILE", "NAMESPACE", "REQUIRED"}
+    assert set(environment(git_sync(helm.render()))) == {
+        *("HOME", "TMPDIR", "CLONE_SECONDS", "USERNAME_FILE", "NAMESPACE", "REQUIRED")
+    }
 
 
 def test_helm_test_is_the_same_pod_with_other_arguments(helm: Helm) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from tests.support.chart import Helm, environment, git_sync, nested, pod
 from tests.support.git import git
+from tests.support.programs import run
 
 # From git-sync's manual (`git-sync --man` of v4.7.1) and main.go of each release since: the type of the flag's value,
 # and the first release of v4 that has it.
@@ -135,7 +137,8 @@ def test_git_sync_gets_what_the_url_needs_and_no_more(helm: Helm, way: str) -> N
     (volume,) = [volume for volume in pod(found)["spec"]["volumes"] if volume["name"] == "git"]
     assert volume == {"name": "git", "projected": {"sources": [PATTERNS, *sources]}}
     assert environment(container)["REQUIRED"].splitlines() == required
-    expected = {"HOME": "/workspace", "TMPDIR": "/workspace", "NAMESPACE": "health", "USERNAME_FILE": "", **variables}
+    expected = {"HOME": "/git-home", "TMPDIR": "/git-home", "NAMESPACE": "health", "USERNAME_FILE": "", **variables}
+    expected["CLONE_SECONDS"] = "99"
     assert {name: value for name, value in environment(container).items() if name != "REQUIRED"} == expected
 
 
@@ -158,6 +161,58 @@ def test_the_pinned_release_of_git_sync_has_every_flag_with_that_type(helm: Helm
             assert value.startswith("/")
         else:
             assert str(kind(value)) == value != ""
+
+
+IDS = ["runAsUser", "runAsGroup", "fsGroup"]
+
+
+@pytest.mark.parametrize(
+    ("pod_context", "context", "entry"),
+    [
+        ({}, {}, False),
+        ({}, {"runAsUser": None}, False),
+        ({"runAsUser": 1000650000}, {"runAsUser": 65533}, False),
+        (None, {"runAsUser": 65533}, False),
+        (dict.fromkeys(IDS), {}, True),
+        (None, None, True),
+        ({"runAsUser": 1000650000, "runAsGroup": 0, "fsGroup": 1000650000}, {}, True),
+        ({}, {"runAsUser": 1000}, True),
+    ],
+)
+def test_ssh_finds_an_entry_for_any_user_in_etc_passwd(
+    helm: Helm, pod_context: dict | None, context: dict | None, entry: bool
+) -> None:
+    """git-sync's image has one for 65533 only; without an ID, the platform (OpenShift) assigns one."""
+    address = {"git": {"repo": "git@git.example.org:schema", "branch": "main"}}
+    contexts = {"podSecurityContext": pod_context, "securityContext": context}
+    spec = pod(helm.objects({**address, **contexts}))["spec"]
+    clone = spec["initContainers"][-1]
+    mount = {"name": "git-home", "mountPath": "/etc/passwd", "subPath": "passwd", "readOnly": True}
+    assert ([c["name"] for c in spec["initContainers"]], mount in clone["volumeMounts"]) == (
+        (["passwd", "git-sync"], True) if entry else (["git-sync"], False)
+    )
+    if entry:
+        passwd = spec["initContainers"][0]
+        for key in ("image", "imagePullPolicy", "resources", "terminationMessagePolicy"):
+            assert passwd[key] == clone[key]
+        assert passwd.get("securityContext") == clone.get("securityContext")
+        assert passwd["volumeMounts"] == [{"name": "git-home", "mountPath": "/git-home"}]
+    https = helm.objects({"git": {**address["git"], "repo": "https://git.example.org/schema"}, **contexts})
+    assert [c["name"] for c in pod(https)["spec"]["initContainers"]] == ["git-sync"]
+
+
+def test_the_entry_is_the_first_for_its_user(helm4: Helm, tmp_path: Path) -> None:
+    """getpwuid returns the first: an image may have one without a home, or with another shell."""
+    address = {"repo": "git@git.example.org:schema", "branch": "main"}
+    rendered = helm4.render({"git": address, "podSecurityContext": {"runAsUser": 1000}})
+    (script,) = pod(rendered)["spec"]["initContainers"][0]["command"][2:]
+    (tmp_path / "image").write_text("root:x:0:0:root:/root:/bin/bash\n")
+    script = script.replace("/git-home/", f"{tmp_path}/").replace("/etc/passwd", f"{tmp_path}/image")
+    assert run(["sh", "-c", script], check=True).text == ""
+    assert (tmp_path / "passwd").read_text().splitlines() == [
+        f"git-sync:x:{os.getuid()}:{os.getgid()}::/git-home:/sbin/nologin",
+        "root:x:0:0:root:/root:/bin/bash",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -371,15 +371,14 @@ def test_a_secret_that_is_set_twice_is_not_shown(helm: Helm) -> None:
         (nested("extraVolumeMounts", [{"name": "a", "mountPath": "/workspace/git"}]), "extraVolumeMounts"),
         (nested("securityContext", {"seccompProfile": {"type": "Localhost"}}), "seccompProfile"),
         (nested("extraVolumeMounts", [{"name": "a", "mountPath": "/a", "readonly": True}]), "readonly"),
-        (nested("extraVolumes", [{"name": "workspace"}]), "extraVolumes"),
         *(
             (nested("extraVolumeMounts", [{"name": "a", "mountPath": path}]), "mountPath")
             for path in ("/workspace", "//workspace/", "/./workspace", "workspace", "/x/../workspace", "/x/..", "../x")
         ),
         *(
-            (nested(f"extraVolume{kind}", [{"name": name, "emptyDir": {}, "mountPath": "/x"}]), "name")
+            (nested(key, [{"name": name, **rest}]), key)
             for name in ("git", "git-home", "workspace")
-            for kind in ("Mounts", "s")
+            for key, rest in (("extraVolumes", {"emptyDir": {}}), ("extraVolumeMounts", {"mountPath": "/x"}))
         ),
         (nested("job.ttlSecondsAfterFinished", 0), "ttlSecondsAfterFinished"),
         (nested("job.ttlSecondsAfterFinished", 59), "ttlSecondsAfterFinished"),

@@ -16,19 +16,22 @@ from typing import Any
 
 import pytest
 
-from tests.support.chart import Helm, environment, git_sync, migrate, nested, one, pod
-from tests.support.pod_scripts import CODE, COMMIT, CREDENTIALS, README, Volume, make_wheel
+from tests.support.chart import Helm, git_sync, migrate, nested, one, pod
+from tests.support.pod_scripts import CODE, COMMIT, CREDENTIALS, README, Volume, make_wheel, relocate
 from tests.support.programs import Program, Result, normalize
 from tests.support.waiting import until
 
 
 def test_kubernetes_leaves_the_scripts_unchanged(helm: Helm) -> None:
     """In a command, the API replaces $$ by $, and $(NAME) by a variable of the container."""
-    found = helm.render()
-    for of in (git_sync(found), migrate(found)):
-        script = of["command"][2]
+    address = {"git": {"repo": "git@git.example.org:schema", "branch": "main"}}
+    spec = pod(helm.render({**address, "podSecurityContext": {"runAsUser": None}}))["spec"]
+    containers = spec["initContainers"] + spec["containers"]
+    assert [container["name"] for container in containers] == ["passwd", "git-sync", "migrate"]
+    for container in containers:
+        script = container["command"][2]
         assert "$$" not in script
-        assert not set(re.findall(r"\$\((\w+)\)", script)) & set(environment(of))
+        assert not re.findall(r"\$\([^\s()]+\)", script)  # whatever the names of the variables are
 
 
 def test_alembic_runs_in_the_folder_with_its_arguments(volume: Volume, container: Callable, shell: str) -> None:
@@ -71,15 +74,18 @@ def test_an_empty_database_url_is_not_replaced_by_anything(volume: Volume, conta
     )
 
 
-def _git_error(stderr: str, stdout: str = "") -> str:
-    """git-sync's --error-file: pkg/logging writes JSON, pkg/cmd quotes the output as Go does."""
-    output = f"{{ stdout: {json.dumps(stdout)}, stderr: {json.dumps(stderr)} }}"
-    error = f"Run(git fetch https://git.example.org/schema nope): exit status 128: {output}"
+def _git_error(quoted: str, how: str = "exit status 128") -> str:
+    """git-sync's --error-file: pkg/logging writes JSON, pkg/cmd quotes the output with Go's %q."""
+    error = f'Run(git fetch https://git.example.org/schema nope): {how}: {{ stdout: "", stderr: "{quoted}" }}'
     return json.dumps({"Msg": "too many failures, aborting", "Err": error, "Args": {"failCount": 2}})
 
 
-TIMEOUT = 'Run(git fetch): context deadline exceeded: { stdout: "", stderr: "%s" }'
-GIT_SYNC_KILLED = "git-sync failed with exit status 137, see its log"
+FETCH = "Run(git fetch https://git.example.org/schema nope): "
+SLOW = '; if the network is slow, raise "job.activeDeadlineSeconds"'
+GIT_SYNC_KILLED = "git-sync failed with exit status 137"
+LOG = "; for git-sync's log: kubectl logs pod-1 -c git-sync -n health"
+NO_FILTER = '; the server does not support partial clones: set "git.filter" to ""'
+UNADVERTISED = "error: Server does not allow request for unadvertised object <commit>"
 KILLED = '; most likely out of memory: raise "git.resources.limits.memory"'
 
 
@@ -87,40 +93,73 @@ KILLED = '; most likely out of memory: raise "git.resources.limits.memory"'
     ("error", "reason"),
     [
         (_git_error("fatal: couldn't find remote ref nope"), "fatal: couldn't find remote ref nope"),
-        (_git_error("POST git-upload-pack (323 bytes)\nfatal: no"), "fatal: no"),
+        (_git_error(r"POST git-upload-pack (323 bytes)\nfatal: no"), "fatal: no"),
         (
-            _git_error("Host key verification failed.\r\nfatal: Could not read from remote repository."),
+            _git_error(r"Host key verification failed.\r\nfatal: Could not read from remote repository."),
             "Host key verification failed. fatal: Could not read from remote repository.",
         ),
-        (_git_error('fatal: "quoted" ünïcode }'), 'fatal: "quoted" ünïcode }'),
+        (_git_error(r"fatal: \"quoted\" C:\\new ünïcode 🚀 }"), 'fatal: "quoted" C:\\new ünïcode 🚀 }'),
+        (_git_error(r"remote: \x1b[1;31mdenied\x1b[0m\a by\v\f\b the\x00gate\x7f"), "remote: denied by the gate"),
+        (
+            _git_error(r"remote: \x1b]0;title\adenied \x1b]8;;x\x1b\\here\u009b31m\u202e\U000e0041"),
+            "remote: denied here",
+        ),
+        (_git_error(r"remote: gesch\xfctzt \x9b\nfatal: ünï"), "remote: geschützt fatal: ünï"),
+        (_git_error(r"remote: gesch\xc3\xbctzt"), "remote: geschützt"),
         *(
-            (json.dumps({"Msg": "too many failures, aborting", "Err": TIMEOUT % said, "Args": {}}), TIMEOUT % said)
+            (_git_error(said, "context deadline exceeded"), f"{FETCH}context deadline exceeded{SLOW}")
             for said in ("", r"POST git-upload-pack (305 bytes)\nPOST git-upload-pack (179 bytes)")
         ),
+        (_git_error("fatal: early EOF", "context deadline exceeded"), f"fatal: early EOF{SLOW}"),
         (
             _git_error("fatal: unable to access 'https://ci:t0ken@host/a/': no proxy http://u:p@ss@proxy:3128"),
             "fatal: unable to access 'https://host/a/': no proxy http://proxy:3128",
         ),
+        (
+            _git_error("fatal: unable to access 'https://ghp_t0ken@host/a/'"),
+            "fatal: unable to access 'https://host/a/'",
+        ),
+        (
+            _git_error(rf"{UNADVERTISED}\nfatal: could not fetch <commit> from promisor remote"),
+            f"{UNADVERTISED} fatal: could not fetch <commit> from promisor remote{NO_FILTER}",
+        ),
+        (
+            _git_error(r"fatal: remote error: want <commit> not valid\nfatal: could not fetch x from promisor remote"),
+            f"fatal: remote error: want <commit> not valid fatal: could not fetch x from promisor remote{NO_FILTER}",
+        ),
+        (
+            _git_error(rf"warning: filtering not recognized by server, ignoring\n{UNADVERTISED}"),
+            f"warning: filtering not recognized by server, ignoring {UNADVERTISED}; the server serves no commit by its"
+            ' SHA: set "git.branch" to a branch or tag',
+        ),
+        (
+            _git_error(r"error: RPC failed\nfatal: could not fetch <commit> from promisor remote"),
+            "error: RPC failed fatal: could not fetch <commit> from promisor remote",
+        ),
+        ("can't wipe unusable root directory: \x1b[0m\xff", "can't wipe unusable root directory: ÿ"),
         ('no value for key "ssh" of Secret "git-creds"', 'no value for key "ssh" of Secret "git-creds"'),
         (_git_error("error: index-pack died of signal 9"), f"error: index-pack died of signal 9{KILLED}"),
         (
-            json.dumps({"Msg": "", "Err": 'Run(git fetch): signal: killed: { stdout: "", stderr: "" }', "Args": {}}),
-            'Run(git fetch): signal: killed: { stdout: "", stderr: "" }' + KILLED,
+            _git_error(r"libgcc_s.so.1 must be installed for pthread_exit to work\nerror: -c died of signal 6"),
+            f"libgcc_s.so.1 must be installed for pthread_exit to work error: -c died of signal 6{KILLED}",
         ),
         (
-            json.dumps({"Err": 'Run(git fetch): signal: killed: { stdout: "", stderr: "fatal: early EOF" }'}),
-            "fatal: early EOF" + KILLED,
+            _git_error(r"fatal: write error: No space left on device\nerror: -c died of signal 6"),
+            "fatal: write error: No space left on device error: -c died of signal 6",
         ),
-        (GIT_SYNC_KILLED, GIT_SYNC_KILLED + KILLED),
-        ("", "the clone was interrupted"),
-        (None, "the clone was interrupted"),
+        (_git_error("", "signal: killed"), f"{FETCH}signal: killed{KILLED}"),
+        (_git_error("fatal: early EOF", "signal: killed"), "fatal: early EOF" + KILLED),
+        (GIT_SYNC_KILLED, GIT_SYNC_KILLED + KILLED + LOG),
+        ("git-sync failed with exit status 2", "git-sync failed with exit status 2" + LOG),
+        ("", "the clone was interrupted" + LOG),
+        (None, "the clone was interrupted" + LOG),
     ],
 )
 def test_a_failed_clone_is_the_last_line(
     volume: Volume, container: Callable, shell: str, error: str | None, reason: str
 ) -> None:
     if error is not None:
-        (volume.folder / "git-error").write_text(error)
+        (volume.folder / "git-error").write_text(error, "latin-1" if "\xff" in error else "utf-8")
     assert volume.run(container(), shell, **CREDENTIALS) == Result(
         1,
         f'FAILED: no checkout of "main" from "https://git.example.org/schema": {reason} ({README}, "Git access")\n',
@@ -236,6 +275,49 @@ def test_a_tampered_requirement_stops_the_run_before_the_database(
     assert result.lines[-1] == (
         "FAILED: pip could not install requirements.txt (exit status 1, reason above): for a mirror, proxy or private "
         f'CA set "extraEnv" ({README}, "Requirements")'
+    )
+
+
+@pytest.mark.parametrize(
+    ("files", "path"),
+    [
+        ({"requirements.txt": "-r ../lib/base.txt"}, "../lib/base.txt"),
+        ({"requirements.txt": "# -r ../x\nalembic\n  --requirement=../lib/base.txt  # why"}, "../lib/base.txt"),
+        ({"requirements.txt": "-c../constraints.txt"}, "../constraints.txt"),
+        ({"requirements.txt": "--constraint '../constraints.txt'"}, "../constraints.txt"),
+        ({"requirements.txt": "-e ../lib[extra]"}, "../lib"),
+        ({"requirements.txt": "--editable file:../lib#egg=lib"}, "../lib"),
+        ({"requirements.txt": "./../lib"}, "../lib"),
+        ({"requirements.txt": "-r pins/all.txt", "pins/all.txt": "-r ../../lib/base.txt"}, "../lib/base.txt"),
+    ],
+)
+def test_requirements_that_lead_out_of_the_checkout_are_named(
+    volume: Volume, container: Callable, shell: str, files: dict[str, str], path: str
+) -> None:
+    folder = volume.clone("alembic.ini")
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(f"{text}\n")
+    result = volume.run(container(requirements="requirements.txt"), shell, **CREDENTIALS, PIP_NO_INDEX="1")
+    assert (result.returncode, result.lines[-1]) == (
+        255,
+        f'FAILED: pip could not install requirements.txt: it refers to "{path}", which is outside of "git.path" and not'
+        f' checked out: move it into "utilities/hcm-db-migrations" ({README}, "Git access")',
+    )
+
+
+@pytest.mark.parametrize("line", ["-r pins.txt", "-e ../there", "https://127.0.0.1:9/../a.whl", "absent==1"])
+def test_other_requirements_that_fail_do_not_lead_out_of_the_checkout(
+    volume: Volume, container: Callable, line: str
+) -> None:
+    """git-sync checks out the files of the folders above git.path, too."""
+    folder = volume.clone("alembic.ini")
+    (folder.parent / "there").mkdir()
+    (folder / "requirements.txt").write_text(f"{line}\n")
+    result = volume.run(container(requirements="requirements.txt"), **CREDENTIALS, PIP_NO_INDEX="1")
+    assert (result.returncode, result.lines[-1][:61]) == (
+        1,
+        "FAILED: pip could not install requirements.txt (exit status 1",
     )
 
 
@@ -393,12 +475,7 @@ def clone(helm4: Helm, volume: Volume) -> Callable[..., dict[str, Any]]:
         address = {"repo": "https://git.example.org/schema", "branch": "main"}
         found = git_sync(helm4.render({"git": address | git}))
         assert found["command"][3:] == ["sync", "/git-sync"]
-        text = (
-            json.dumps(found)
-            .replace("/etc/git-sync/", f"{volume.folder}/")
-            .replace('"/git-sync"', f'"{volume.bin}/git-sync"')
-        )
-        return json.loads(text)
+        return relocate(found, volume.folder, volume.home, volume.folder, volume.bin / "git-sync")
 
     return render
 
@@ -419,14 +496,16 @@ def test_git_sync_gets_its_flags_and_the_user(volume: Volume, clone: Callable, s
         ({"repo": "git@host:a"}, ["ssh"], ['"known_hosts" of Secret "git-creds"']),
         ({"repo": "git@host:a", "knownHosts": False}, [], ['"ssh" of Secret "git-creds"']),
         ({"httpsSecretName": "token"}, ["username"], ['"password" of Secret "token"']),
+        ({"httpsSecretName": "token"}, ["password", "username: \t\n"], ['"username" of Secret "token"']),
         ({"ca": {"configMapName": "roots"}}, [], ['"ca.crt" of ConfigMap "roots"']),
     ],
 )
 def test_a_missing_git_credential_is_named_by_the_migrate_container(
     volume: Volume, clone: Callable, container: Callable, shell: str, git: dict, there: list[str], missing: list[str]
 ) -> None:
-    for name in there:
-        (volume.folder / name).write_text("x")
+    for entry in there:
+        name, _, contents = entry.partition(":")
+        (volume.folder / name).write_text(contents or "x")
     volume.program("git-sync", "echo not reached")
     reason = "; ".join(f'no value for key {key} in namespace "health"' for key in missing)
     assert volume.run(clone(**git), shell) == Result(0, f"{reason}\n")
@@ -435,20 +514,42 @@ def test_a_missing_git_credential_is_named_by_the_migrate_container(
     )
 
 
+CLONE_TIMED_OUT = (
+    "the clone did not finish within 2 s: the git server does not respond, a firewall, NetworkPolicy or proxy drops the"
+    ' packets, or the network is too slow (then raise "job.activeDeadlineSeconds")\n'
+)
+
+
 @pytest.mark.parametrize(
     ("script", "error"),
     [
         ("echo reason >git-error; exit 1", "reason\n"),
-        ("echo 'unknown flag: --x' >&2; exit 2", "git-sync failed with exit status 2, see its log\n"),
-        ("kill -9 $$", "git-sync failed with exit status 137, see its log\n"),
+        ("echo 'unknown flag: --x' >&2; exit 2", "git-sync failed with exit status 2\n"),
+        ("kill -9 $$", "git-sync failed with exit status 137\n"),
+        ("echo reason of the first attempt >git-error; exec sleep 60", CLONE_TIMED_OUT),
+        ("trap '' TERM; while :; do sleep 1; done", CLONE_TIMED_OUT),
     ],
 )
 def test_a_failed_git_sync_leaves_its_reason_to_the_migrate_container(
     volume: Volume, clone: Callable, shell: str, script: str, error: str
 ) -> None:
     volume.program("git-sync", script)
-    assert volume.run(clone(), shell).returncode == 0
+    assert volume.run(clone(), shell, CLONE_SECONDS="2").returncode == 0
     assert (volume.folder / "git-error").read_text() == error
+
+
+def test_an_image_without_timeout_clones_without_a_limit_and_says_so(
+    volume: Volume, clone: Callable, shell: str
+) -> None:
+    volume.program("git-sync", "sleep 2")
+    for program in ("cat", "date", "sleep", "sh", shell):
+        (volume.bin / program).unlink(missing_ok=True)
+        (volume.bin / program).symlink_to(str(shutil.which(program)))
+    assert volume.run(clone(), shell, PATH=str(volume.bin), CLONE_SECONDS="1") == Result(
+        0,
+        'the image has no program "timeout": only the deadline ends a clone from a git server that does not respond\n',
+    )
+    assert not (volume.folder / "git-error").exists()
 
 
 @pytest.mark.fault(
@@ -459,7 +560,7 @@ def test_a_failed_git_sync_leaves_its_reason_to_the_migrate_container(
     do="Deploy again",
 )
 def test_sigterm_stops_the_clone_at_once(volume: Volume, clone: Callable, shell: str) -> None:
-    volume.program("git-sync", WAITS)
+    volume.program("git-sync", f"HOME={volume.folder}\n{WAITS}")
     result, seconds = _terminated(volume.start(clone(), shell), volume)
     assert result.returncode == 143
     assert seconds < 2

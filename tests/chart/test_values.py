@@ -109,6 +109,7 @@ EFFECTS: dict[str, tuple[Any, Read, Any]] = {
     "git.repo": ("https://other.example.org/a", _flag("repo"), ["https://other.example.org/a"]),
     "git.branch": ("v1.0", _flag("ref"), ["v1.0"]),
     "git.path": ("a/b/", _variable("GIT_PATH"), "a/b"),
+    "git.filter": ("", _flag("filter"), []),
     "git.secretName": ("key", lambda o: [s["secret"]["name"] for s in _sources(o)], ["key"]),
     "git.knownHosts": (False, _flag("ssh-known-hosts"), ["false"]),
     "git.httpsSecretName": ("token", lambda o: [s["secret"]["name"] for s in _sources(o)], ["token"]),
@@ -336,9 +337,17 @@ def test_a_null_quantity_is_not_a_limit_of_0(helm: Helm) -> None:
     assert "cpu" not in found["resources"]["requests"]
 
 
-@pytest.mark.parametrize(("limit", "expected"), [(10, "10s"), (60, "12s"), (230, "46s"), (86400, "17280s")])
-def test_a_clone_attempt_takes_a_fifth_of_the_deadline_or_10_s(helm4: Helm, limit: int, expected: str) -> None:
-    assert _flag("sync-timeout")(helm4.render({"job": {"activeDeadlineSeconds": limit}})) == [expected]
+@pytest.mark.parametrize(
+    ("limit", "attempt", "both"),
+    [(10, "10s", 6), (44, "10s", 26), (45, "10s", 27), (60, "12s", 31), (230, "46s", 99), (86400, "17280s", 34567)],
+)
+def test_a_clone_attempt_takes_a_fifth_of_the_deadline_or_10_s_and_both_leave_two_fifths(
+    helm4: Helm, limit: int, attempt: str, both: int
+) -> None:
+    found = helm4.render({"job": {"activeDeadlineSeconds": limit}})
+    assert _flag("sync-timeout")(found) == [attempt]
+    assert environment(git_sync(found))["CLONE_SECONDS"] == str(both)
+    assert both <= limit * 3 / 5
 
 
 def test_database_url_is_all_that_is_required_and_may_refer_to_the_other_credentials(helm: Helm) -> None:

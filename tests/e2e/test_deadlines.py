@@ -66,7 +66,8 @@ def test_a_helm_timeout_does_not_stop_the_job(
 @pytest.mark.fault(
     "Network",
     fault="The git server accepts the connection and does not respond",
-    sees="`FAILED: no checkout of ... from ...: ... context deadline exceeded ...`, before the Job's deadline, exit 1",
+    sees="`FAILED: no checkout of ... from ...: the clone did not finish within N s: the git server does not respond,"
+    " ...`, before the Job's deadline, exit 1",
     state="The database is not contacted",
     do="Fix the git server, deploy again",
 )
@@ -78,5 +79,9 @@ def test_a_git_server_that_hangs_is_reported_before_the_deadline(
     address = f"http://{service.host}/schema.git"
     result = release.upgrade({"git": {"repo": address}, "job": {"activeDeadlineSeconds": 45, "backoffLimit": 0}})
     assert (result.returncode, api.seconds_to_failure(FIRST_JOB) < 45) == (1, True)
-    result.line(f'FAILED: no checkout of "main" from "{address}": ', "context deadline exceeded")
+    result.line(
+        f'FAILED: no checkout of "main" from "{address}": the clone did not finish within 27 s: the git server does not'
+        " respond, a firewall, NetworkPolicy or proxy drops the packets, or the network is too slow (then raise"
+        ' "job.activeDeadlineSeconds") (README.md of the chart, "Git access")'
+    )
     assert (api.conditions(FIRST_JOB)["Failed"], contacted(cluster, database)) == ("BackoffLimitExceeded", False)

@@ -139,8 +139,8 @@ def migrate(objects: Objects) -> dict[str, Any]:
 
 def git_sync(objects: Objects) -> dict[str, Any]:
     """The git-sync init container."""
-    container: dict[str, Any]
-    (container,) = pod(objects)["spec"]["initContainers"]
+    container: dict[str, Any] = pod(objects)["spec"]["initContainers"][-1]
+    assert container["name"] == "git-sync"
     return container
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import os
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 from tests.support.chart import Helm, environment, migrate
 from tests.support.programs import Program, Result, start
+from tools.paths import ROOT
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 COMMIT = "<commit>"  # in a Result
@@ -23,6 +25,16 @@ README = "README.md of the chart"
 CREDENTIALS = {"DB_HOST": "db", "DB_NAME": "n", "DB_USER": "u", "DB_PASSWORD": "p"}
 # In git-sync's image sh is bash; in Debian's and python's images it is dash.
 SHELLS = ["sh", "bash"]
+STAND_IN = ROOT / "tools" / "offline_cluster" / "images" / "git-sync"
+
+
+def relocate(container: dict[str, Any], workspace: Path, home: Path, secrets: Path, git_sync: Path) -> dict[str, Any]:
+    """The container with these paths in place of the real ones."""
+    text = json.dumps(container)
+    for path, here in {"/workspace": workspace, "/git-home": home, "/etc/git-sync/": f"{secrets}/"}.items():
+        text = text.replace(path, str(here))
+    relocated: dict[str, Any] = json.loads(text.replace('"/git-sync"', f'"{git_sync}"'))
+    return relocated
 
 
 class Volume:
@@ -30,8 +42,11 @@ class Volume:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.workspace = folder  # where the containers work
         self.bin = folder / "bin"
         self.bin.mkdir()
+        self.home = folder / "git-home"
+        self.home.mkdir()
         (self.bin / "python3").symlink_to(sys.executable)
         self.checkout = folder / "git" / ".worktrees" / SHA / "utilities" / "hcm-db-migrations"
 
@@ -48,16 +63,27 @@ class Volume:
         path.write_text(f"#!/bin/sh\n{script}\n")
         path.chmod(0o755)
 
-    def start(self, container: dict[str, Any], shell: str = "sh", **references: str) -> Program:
-        """Start the container; `references` are values that the cluster would resolve, or overrides."""
-        values = {name: value for name, value in environment(container).items() if isinstance(value, str)}
-        here = {"PATH": f"{self.bin}:{os.environ['PATH']}", "HOME": str(self.folder), "TMPDIR": str(self.folder)}
-        command = [shell, *container["command"][1:], *container["args"]]
-        return start(command, cwd=self.folder, env=values | here | references, one_stream=True)
+    def start(
+        self, container: dict[str, Any], shell: str = "sh", prefix: Sequence[str] = (), **references: str
+    ) -> Program:
+        """Start the container; `references` are values that the cluster would resolve, or overrides.
 
-    def run(self, container: dict[str, Any], shell: str = "sh", **references: str) -> Result:
+        git-sync is the program of the test, or else the stand-in. `prefix` is a command that runs the container.
+        """
+        program = self.bin / "git-sync"
+        container = relocate(
+            container, self.workspace, self.home, self.folder, program if program.exists() else STAND_IN
+        )
+        values = {name: value for name, value in environment(container).items() if isinstance(value, str)}
+        here = {"PATH": f"{self.bin}:{os.environ['PATH']}", "HOSTNAME": "pod-1"}
+        command = [*prefix, shell, *container["command"][1:], *container["args"]]
+        return start(command, cwd=self.workspace, env=values | here | references, one_stream=True)
+
+    def run(
+        self, container: dict[str, Any], shell: str = "sh", prefix: Sequence[str] = (), **references: str
+    ) -> Result:
         """Run the container to its end; its log is `stdout`."""
-        return self.start(container, shell, **references).wait()
+        return self.start(container, shell, prefix, **references).wait()
 
 
 def make_wheel(folder: Path, name: str, files: dict[str, str]) -> Path:

@@ -1,7 +1,8 @@
 # PID 1 of the git-sync init container: runs "$@" (git-sync with its flags) in the pod's volume, which is the working directory.
 # It exits with 0 even if git-sync failed, because Helm shows the log of the migrate container only: that one finds no
 # checkout and prints ./git-error, git-sync's --error-file.
-# REQUIRED has a line "<file> <source>" for each file that must exist, USERNAME_FILE contains the user name for HTTPS.
+# REQUIRED has a line "<file> <source>" for each file that must not be empty, USERNAME_FILE contains the user name for HTTPS,
+# CLONE_SECONDS is the time limit of all attempts together.
 set -u
 child=
 
@@ -10,7 +11,11 @@ trap '[ -z "$child" ] || kill -TERM "$child" 2>/dev/null; exit 143' TERM
 
 missing=
 while read -r file source; do
-  [ -z "$file" ] || [ -s "$file" ] || missing="${missing:+$missing; }no value for $source in namespace \"$NAMESPACE\""
+  [ -n "$file" ] || continue
+  case $(cat "$file" 2>/dev/null) in
+  *[![:space:]]*) ;; # git-sync would report a user name of white space as a missing flag
+  *) missing="${missing:+$missing; }no value for $source in namespace \"$NAMESPACE\"" ;;
+  esac
 done <<EOF
 $REQUIRED
 EOF
@@ -20,11 +25,22 @@ if [ -n "$missing" ]; then
 fi
 
 [ -z "$USERNAME_FILE" ] || set -- "$@" "--username=$(cat "$USERNAME_FILE")"
+# At its --sync-timeout, git-sync kills git, and then waits without a limit for git's children (ssh, git-remote-https).
+if command -v timeout >/dev/null; then
+  set -- timeout -k 5 "$CLONE_SECONDS" "$@"
+else
+  echo "the image has no program \"timeout\": only the deadline ends a clone from a git server that does not respond" >&2
+fi
+start=$(date +%s)
 "$@" &
 child=$!
 wait "$child"
 status=$?
-if [ "$status" -ne 0 ] && [ ! -s git-error ]; then
-  echo "git-sync failed with exit status $status, see its log" >git-error
+# timeout exits with 124, or as killed by its signal (after SIGKILL, and BusyBox's always). Before its time, others killed git-sync.
+if [ "$status" -eq 124 ] || { [ "$status" -gt 128 ] && [ "$(($(date +%s) - start))" -ge "$CLONE_SECONDS" ]; }; then
+  echo "the clone did not finish within $CLONE_SECONDS s: the git server does not respond, a firewall, NetworkPolicy or proxy" \
+    "drops the packets, or the network is too slow (then raise \"job.activeDeadlineSeconds\")" | tee git-error
+elif [ "$status" -ne 0 ] && [ ! -s git-error ]; then
+  echo "git-sync failed with exit status $status" >git-error
 fi
 exit 0

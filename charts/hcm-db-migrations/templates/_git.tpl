@@ -1,7 +1,31 @@
 {{/* The git-sync init container. Flags, not variables: git-sync refuses an unknown flag, but ignores an unknown variable. */}}
 {{- define "hcm-db-migrations.gitSync" -}}
 {{- $ssh := include "hcm-db-migrations.isSSH" .Values -}}
+{{- $passwd := include "hcm-db-migrations.needsPasswd" . -}}
+{{- $deadline := int64 .Values.job.activeDeadlineSeconds -}}
+{{- $attempt := div $deadline 5 | max 10 -}}
 {{- with .Values.git -}}
+{{- if $passwd -}}
+# ssh requires an entry for its user in /etc/passwd.
+- name: passwd
+  image: {{ include "hcm-db-migrations.image" .image | quote }}
+  imagePullPolicy: {{ .image.pullPolicy }}
+  command:
+    - sh
+    - -c
+    - '{ echo "git-sync:x:$(id -u):$(id -g)::/git-home:/sbin/nologin"; cat /etc/passwd; } >/git-home/passwd'
+  terminationMessagePolicy: FallbackToLogsOnError
+  {{- with $.Values.securityContext }}
+  securityContext:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with .resources }}
+  resources:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  volumeMounts:
+    - {name: git-home, mountPath: /git-home}
+{{ end -}}
 - name: git-sync
   image: {{ include "hcm-db-migrations.image" .image | quote }}
   imagePullPolicy: {{ .image.pullPolicy }}
@@ -19,14 +43,16 @@
     - --link=code
     - --one-time
     - --depth=1
-    - --filter=blob:none
+    {{- with .filter }}
+    - {{ printf "--filter=%s" . | quote }}
+    {{- end }}
     - --sparse-checkout-file=/etc/git-sync/sparse-checkout
     - --submodules=off
     - --git-gc=off
-    # Two attempts, each a fifth of the deadline: a dead server leaves time for the Job's second pod.
+    # Two attempts, each a fifth of the deadline. git-sync exceeds that while a server is silent: CLONE_SECONDS ends both.
     - --max-failures=2
     - --period=2s
-    - --sync-timeout={{ div $.Values.job.activeDeadlineSeconds 5 | max 10 }}s
+    - --sync-timeout={{ $attempt }}s
     # Outside the root, which git-sync empties.
     - --error-file=/workspace/git-error
     {{- if $ssh }}
@@ -40,8 +66,10 @@
     {{- end }}
   workingDir: /workspace
   env:
-    - {name: HOME, value: /workspace}
-    - {name: TMPDIR, value: /workspace}
+    - {name: HOME, value: /git-home}
+    - {name: TMPDIR, value: /git-home}
+    # Both attempts, with the pause and some seconds more. Of a short deadline, it leaves two fifths to report the reason.
+    - {name: CLONE_SECONDS, value: {{ min (add (mul 2 $attempt) 7) (div (mul 3 $deadline) 5) | quote }}}
     - {name: USERNAME_FILE, value: {{ ternary "/etc/git-sync/username" "" (and (not $ssh) (not (empty .httpsSecretName))) | quote }}}
     {{- if or .ca.configMapName .ca.secretName }}
     - {name: GIT_SSL_CAINFO, value: /etc/git-sync/ca.crt}
@@ -70,13 +98,29 @@
   {{- end }}
   volumeMounts:
     - {name: workspace, mountPath: /workspace}
+    # git's configuration and socket for the credentials, which the migrate container does not see.
+    - {name: git-home, mountPath: /git-home}
     - {name: git, mountPath: /etc/git-sync, readOnly: true}
+    {{- if $passwd }}
+    - {name: git-home, mountPath: /etc/passwd, subPath: passwd, readOnly: true}
+    {{- end }}
 {{- end -}}
+{{- end -}}
+
+{{/* Not empty if the clone uses ssh, as another user than the one in /etc/passwd of git-sync's image. Without an ID, the
+platform assigns one. */}}
+{{- define "hcm-db-migrations.needsPasswd" -}}
+{{- $pod := .Values.podSecurityContext | default dict -}}
+{{- $container := .Values.securityContext | default dict -}}
+{{- $user := ternary $container.runAsUser $pod.runAsUser (not (kindIs "invalid" $container.runAsUser)) -}}
+{{- if and (include "hcm-db-migrations.isSSH" .Values) (ne (toString $user) "65533") }}true{{ end -}}
 {{- end -}}
 
 {{/* The files of that container: optional, because a missing Secret would keep the pod waiting; sync.sh checks them. The
 sparse checkout patterns come from an annotation, which needs no separate object. */}}
 {{- define "hcm-db-migrations.gitVolume" -}}
+- name: git-home
+  emptyDir: {{ include "hcm-db-migrations.emptyDir" . }}
 - name: git
   projected:
     sources:
