@@ -147,7 +147,7 @@ def test_what_git_sync_leaves_in_its_home_is_not_in_the_migrate_container(helm: 
     assert homes == {"git": "/git-home", "run": "/workspace"}
     for container in (git_sync(found), migrate(found)):
         assert environment(container)["TMPDIR"] == environment(container)["HOME"]
-    assert {"name": "git-home", "emptyDir": {}} in pod(found)["spec"]["volumes"]
+    assert {"name": "git-home", "emptyDir": {"sizeLimit": "1Gi"}} in pod(found)["spec"]["volumes"]
     assert {"name": "git-home", "mountPath": "/git-home"} in git_sync(found)["volumeMounts"]
     assert [mount["name"] for mount in migrate(found)["volumeMounts"]] == ["workspace"]
 
