@@ -324,7 +324,7 @@ def test_an_alembic_that_handles_sigterm_prints_the_last_line(volume: Volume, co
 def pip(volume: Volume, container: Callable, shell: str) -> Iterator[Program]:
     """A container whose pip waits for an index that accepts the connection and does not answer."""
     folder = volume.clone("alembic.ini")
-    (folder / "requirements.txt").write_text("alembic\n")
+    (folder / "requirements.txt").write_text(f"alembic==0.0.1 --hash=sha256:{'0' * 64}\n")
     volume.program("alembic", "echo not reached >&2")
     with socket.create_server(("127.0.0.1", 0)) as index:
         address = {"PIP_INDEX_URL": f"http://127.0.0.1:{index.getsockname()[1]}/simple/"}
@@ -363,7 +363,7 @@ def test_sigterm_stops_pip_at_once_and_alembic_does_not_start(pip: Program) -> N
 @pytest.mark.parametrize("which", ["pip", "its child"])
 def test_a_killed_pip_points_to_the_memory_limit(pip: Program, which: str) -> None:
     def child(pid: int) -> int:
-        return int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
+        return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[-1])  # the first copies the log
 
     killed = child(pip.process.pid)  # it starts the venv's Python with itself
     os.kill(child(killed) if which == "its child" else killed, signal.SIGKILL)

@@ -39,6 +39,56 @@ run() {
   return "$status"
 }
 
+# As run, with a copy of the output in ./log, and standard output in the file $output if that is set. tee ends when
+# nothing has the pipe open: at the latest a second after the program, which may have left another one running.
+run_logged() {
+  rm -f "$workspace/log" "$workspace/log-complete" "$workspace/pipe"
+  mkfifo "$workspace/pipe" || fail 1 "no file can be created in the pod's volume (reason above): free disk space on the node" "Reading the log"
+  { tee "$workspace/log"; : >"$workspace/log-complete"; } <"$workspace/pipe" 2>/dev/null &
+  run into_pipe "$@"
+  for _ in 1 2 3 4 5 6 7 8 9 10; do
+    [ ! -e "$workspace/log-complete" ] || break
+    sleep 0.1
+  done
+  return "$status"
+}
+
+into_pipe() { exec "$@" >"${output:-$workspace/pipe}" 2>"$workspace/pipe"; }
+
+# The last line of the log $1 that has a reason: "FAILED: ...", or the exception that ends one of Python's tracebacks. The
+# lines of an exception group start with + or |.
+last_reason() {
+  sed -n -e 's/^ *[+|] //' -e 's/^ *\(FAILED: \)/\1/p' -e '/Traceback (most recent call last):$/,/^[^[:space:]]/{
+    /Traceback (most recent call last):$/d; /^[[:space:]]/d; /:[[:space:]]*$/{ $!N; s/[[:space:]]*\n[[:space:]]*/ /; }; p; }' "$1" | tail -n 1
+}
+
+# Whether $1 is a file of the checkout: through a symlink, a commit could show any file of the container. An absolute
+# path is not the commit's.
+in_checkout() {
+  [ -e "$1" ] || [ -L "$1" ] || return 0
+  case $1 in /*) return 0 ;; esac
+  [ ! -L "$1" ] && case $(readlink -f -- "$1") in "$checkout"/*) ;; *) false ;; esac
+}
+
+# Whether pip checks hashes: it does if a requirement has one, here or in a file that this one includes.
+has_hashes() {
+  python3 -I -c '
+import re, sys
+from pathlib import Path
+def options(file):
+    # As pip: a continued line is joined before a comment is cut off.
+    text = re.sub(r"(?m)^(?![ \t]*#)((?:.*\\\n)+)", lambda lines: lines[1].replace("\\\n", ""), file.read_text(errors="replace"))
+    for line in re.sub(r"(?m)(^|\s)#.*$", "", text).splitlines():
+        yield line
+        if included := re.match(r"\s*(?:-r|-c|--requirement|--constraint)[\s=]*(\S+)", line):
+            if (other := file.parent / included[1]).is_file() and other not in seen:
+                seen.add(other)
+                yield from options(other)
+seen = set()
+lines = list(options(Path(sys.argv[1])))
+sys.exit(not any(re.search(r"\S.*\s--hash[\s=]", line) for line in lines) or "--no-require-hashes" in " ".join(lines))' "$1"
+}
+
 # git-sync's error file is JSON, and its "Err" quotes git's output: only that is the reason, without git's log of its
 # requests. Passwords in its URLs (of a proxy, of a redirect) are not printed.
 git_error() {
@@ -72,40 +122,67 @@ $REQUIRED
 EOF
 [ -z "$missing" ] || fail 1 "no value for $missing: create it in namespace \"$NAMESPACE\", or point \"db\" or \"extraEnv\" to it" "Database"
 
+checkout=$(cd git/code && pwd -P)
 cd "git/code/$GIT_PATH" 2>/dev/null || fail 255 "no folder \"$GIT_PATH\" in commit $commit: set \"git.path\" to the folder with alembic.ini" "Git access"
+case $(pwd -P)/ in
+"$checkout"/*) ;;
+*) fail 255 "folder \"$GIT_PATH\" of commit $commit leads out of the repository through a symlink: commit the folder itself" "Git access" ;;
+esac
+in_checkout "${ALEMBIC_CONFIG:-alembic.ini}" ||
+  fail 255 "${ALEMBIC_CONFIG:-alembic.ini} in \"$GIT_PATH\" of commit $commit is a symlink, which is not followed: commit the file itself" "Git access"
 [ -f "${ALEMBIC_CONFIG:-alembic.ini}" ] ||
   fail 255 "no ${ALEMBIC_CONFIG:-alembic.ini} in \"$GIT_PATH\" of commit $commit: set \"git.path\" to the folder that contains it" "Git access"
 
 if [ -n "$REQUIREMENTS" ]; then
   stage="installing $REQUIREMENTS"
+  in_checkout "$REQUIREMENTS" ||
+    fail 255 "$REQUIREMENTS in \"$GIT_PATH\" of commit $commit is a symlink, which is not followed: commit the file itself" "Requirements"
   [ -f "$REQUIREMENTS" ] ||
     fail 255 "no $REQUIREMENTS in \"$GIT_PATH\" of commit $commit: set \"requirements\" to its name, or to \"\" if the image already contains the dependencies" "Requirements"
+  has_hashes "$REQUIREMENTS" ||
+    echo "WARNING: $REQUIREMENTS has no hashes, so pip installs whatever the index serves: add them (uv pip compile or pip-compile with --generate-hashes); PIP_REQUIRE_HASHES=1 in \"extraEnv\" refuses a file without them (README.md of the chart, \"Requirements\")"
   # An unreachable index is reported within seconds, not after pip's default of five retries of 15 s each.
   export PIP_RETRIES="${PIP_RETRIES:-2}" PIP_TIMEOUT="${PIP_TIMEOUT:-10}"
+  # To build a package, pip would run what the index serves as its build dependencies: no hash covers them. So only
+  # wheels, and no build dependencies for a requirement that is a folder, an archive or a repository.
+  build=--no-build-isolation
+  [ -z "${PIP_NO_BINARY-}" ] || build=--no-binary=$PIP_NO_BINARY
   # -I: ignores a logging.py or pip.py in the checkout.
   run python3 -I -m venv --without-pip "$workspace/venv" &&
-    run python3 -I -m pip --python "$workspace/venv/bin/python3" --quiet --no-input --disable-pip-version-check \
-      install --no-compile --no-cache-dir -r "$REQUIREMENTS"
+    run_logged python3 -I -m pip --python "$workspace/venv/bin/python3" --quiet --no-input --disable-pip-version-check \
+      install --no-compile --no-cache-dir --only-binary :all: "$build" -r "$REQUIREMENTS"
   status=$?
   [ -z "$stopped" ] || exit 143
   case $status in
   137 | 247) fail 1 "killed while $stage, most likely out of memory: raise \"resources.limits.memory\"" "Requirements" ;; # 247: pip's child
   esac
-  [ "$status" -eq 0 ] ||
-    fail 1 "pip could not install $REQUIREMENTS (exit status $status, reason above): for a mirror, proxy or private CA set \"extraEnv\"" "Requirements"
+  if [ "$status" -ne 0 ]; then
+    reason="pip could not install $REQUIREMENTS (exit status $status, reason above)"
+    ! grep -qE 'No matching distribution|BackendUnavailable' "$workspace/log" || grep -q 'Retrying' "$workspace/log" ||
+      fail 1 "$reason: only wheels are installed; add the missing wheel to the index, or name the package in PIP_NO_BINARY in \"extraEnv\": its code and its build dependencies' then run with the credentials" "Requirements"
+    fail 1 "$reason: for a mirror, proxy or private CA set \"extraEnv\"" "Requirements"
+  fi
   PATH=$workspace/venv/bin:$PATH
 fi
 command -v alembic >/dev/null ||
   fail 255 "alembic is not installed: add it to \"requirements\" ($REQUIREMENTS), or to the image if that is \"\"" "Requirements"
 
 stage="running alembic $*" effect='PostgreSQL rolls back what was not committed'
-if [ -z "${EXPECTED-}" ]; then
-  run alembic "$@"
-else
-  run alembic "$@" >"$workspace/output"
-  cat "$workspace/output"
-  [ "$status" -ne 0 ] || grep -qF -- "$EXPECTED" "$workspace/output" ||
+output=${EXPECTED:+$workspace/output}
+run_logged alembic "$@"
+if [ -n "$output" ]; then
+  cat "$output"
+  [ "$status" -ne 0 ] || grep -qF -- "$EXPECTED" "$output" ||
     fail 1 "alembic $* did not report \"$EXPECTED\": the database is not at the current head of \"$GIT_REF\"; run helm upgrade" "helm test"
 fi
-[ "$status" -ne 137 ] || echo "FAILED: alembic was killed, most likely out of memory: raise \"resources.limits.memory\"" >&2
+case $status in
+137) echo "FAILED: alembic was killed, most likely out of memory: raise \"resources.limits.memory\"" >&2 ;;
+1) # Python's for an exception that env.py does not handle
+  reason=$(last_reason "$workspace/log")
+  case $reason in
+  '' | FAILED:*) ;;
+  *) echo "FAILED: alembic $*: $reason (exit status 1)" >&2 ;;
+  esac
+  ;;
+esac
 exit "$status"
