@@ -54,7 +54,7 @@ def install(volume: Volume, container: Callable, shell: str) -> Callable[..., Re
 
 @pytest.mark.fault(
     "Supply chain",
-    fault="The index withholds a wheel, and serves the genuine source with build tools of its own",
+    fault="The index withholds a wheel, and serves the genuine source with its own build tools",
     sees="`FAILED: pip could not install requirements.txt ...: only wheels are installed; ...`, exit 1",
     state="Nothing installed, no code of the index has run; the database is not contacted",
     do="Follow the message, deploy again",
@@ -89,6 +89,12 @@ def test_a_requirements_file_that_demands_a_build_runs_no_code_of_the_index(
 def test_a_package_that_is_named_is_built(install: Callable, index: HostileIndex) -> None:
     result = install(f"{index.requirement}\n", PIP_INDEX_URL=index.url, PIP_NO_BINARY="alembic")
     assert (result, index.ran) == (Result(0, CODE + INSTALLED), True)
+
+
+def test_a_file_that_allows_only_wheels_takes_precedence(install: Callable, index: HostileIndex) -> None:
+    text = f"--only-binary :all:\n{index.requirement}\n"
+    result = install(text, PIP_INDEX_URL=index.url, PIP_NO_BINARY="alembic")
+    assert (result.returncode, index.ran) == (1, False), result.text
 
 
 @pytest.mark.parametrize("variables", [{"PIP_NO_BINARY": "other"}, {"PIP_ONLY_BINARY": ":none:"}])

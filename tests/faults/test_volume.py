@@ -17,10 +17,12 @@ from tests.support.programs import Result, run
 from tools.paths import ROOT
 
 
-def run_on_small_disk(container: dict[str, Any], files: Path, disk: Path, **references: str) -> Result:
+def run_on_small_disk(
+    container: dict[str, Any], files: Path, disk: Path, limit: str = "size=1m", **references: str
+) -> Result:
     """Run the container's command in `disk`, a tmpfs of 1 MB with a copy of `files`."""
     disk.mkdir(exist_ok=True)
-    script = f"mount -t tmpfs -o size=1m,mode=777 tmpfs {disk}; cp -a {files}/. {disk}"
+    script = f"mount -t tmpfs -o {limit},mode=777 tmpfs {disk}; cp -a {files}/. {disk}"
     text = json.dumps(container).replace("/workspace", str(disk)).replace("/etc/git-sync/", f"{disk}/")
     container = json.loads(text.replace('"/git-sync"', f'"{ROOT}/tools/offline_cluster/images/git-sync"'))
     values = {name: value for name, value in environment(container).items() if isinstance(value, str)}
@@ -90,4 +92,30 @@ def test_a_full_volume_while_pip_installs_is_reported(helm4: Helm, tmp_path: Pat
     assert result.lines[-1] == (
         "FAILED: pip could not install requirements.txt (exit status 1, reason above): for a mirror, proxy or"
         f' private CA set "extraEnv" ({README}, "Requirements")'
+    )
+
+
+@pytest.mark.fault(
+    "Process and pod",
+    fault="The pod's volume has no free inode when Alembic starts",
+    sees="`No space left on device`, then `FAILED: no file can be created in the pod's volume (reason above): ...`,"
+    " exit 1",
+    state="The database is not contacted",
+    do="Follow the message, deploy again",
+)
+@root_only
+def test_a_volume_without_a_free_inode_is_reported(helm4: Helm, tmp_path: Path) -> None:
+    files = tmp_path / "files"
+    files.mkdir()
+    volume = Volume(files)
+    volume.clone("alembic.ini")
+    volume.program("alembic", "echo not reached")
+    rendered = migrate(helm4.render({"requirements": ""}))
+    inodes = f"nr_inodes={len(list(files.rglob('*'))) + 1}"
+    result = run_on_small_disk(rendered, files, tmp_path / "disk", inodes, **CREDENTIALS)
+    assert (result.returncode, result.text.startswith(CODE)) == (1, True), result
+    assert "No space left on device" in result.text
+    assert result.lines[-1] == (
+        "FAILED: no file can be created in the pod's volume (reason above): free disk space on the node, or make the"
+        f' repository smaller ({README}, "Git access")'
     )

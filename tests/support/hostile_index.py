@@ -1,5 +1,5 @@
-"""A package index as a compromised mirror would be: without the wheel of a package, with its genuine source, and with a
-`setuptools` of its own, which pip would run to build it.
+"""A package index as a compromised mirror would be: without the wheel of a package, with its genuine source, and with
+its own `setuptools`, which pip would run to build the package.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ run() {
 # nothing has the pipe open: at the latest a second after the program, which may have left another one running.
 run_logged() {
   rm -f "$workspace/log" "$workspace/log-complete" "$workspace/pipe"
-  mkfifo "$workspace/pipe" || fail 1 "no file can be created in the pod's volume (reason above): free disk space on the node" "Reading the log"
+  mkfifo "$workspace/pipe" || fail 1 "no file can be created in the pod's volume (reason above): free disk space on the node, or make the repository smaller" "Git access"
   { tee "$workspace/log"; : >"$workspace/log-complete"; } <"$workspace/pipe" 2>/dev/null &
   run into_pipe "$@"
   for _ in 1 2 3 4 5 6 7 8 9 10; do
@@ -171,7 +171,7 @@ stage="running alembic $*" effect='PostgreSQL rolls back what was not committed'
 output=${EXPECTED:+$workspace/output}
 run_logged alembic "$@"
 if [ -n "$output" ]; then
-  cat "$output"
+  cat "$output" 2>/dev/null # SIGTERM may come before it exists
   [ "$status" -ne 0 ] || grep -qF -- "$EXPECTED" "$output" ||
     fail 1 "alembic $* did not report \"$EXPECTED\": the database is not at the current head of \"$GIT_REF\"; run helm upgrade" "helm test"
 fi
