@@ -6,13 +6,15 @@
 #
 #     requirements: ""
 #     image: {repository: registry.example.org/hcm-db-migrations, tag: "1"}
-ARG PYTHON=python:3.13-slim
+#
+# A tag can be moved, a digest cannot: --build-arg PYTHON=docker.io/library/python@sha256:... fixes the base image.
+ARG PYTHON=docker.io/library/python:3.13-slim
 FROM ${PYTHON}
-# Behind a mirror: --build-arg PIP_INDEX_URL=https://mirror.example.org/simple
-ARG PIP_INDEX_URL
-ARG PIP_TRUSTED_HOST
 COPY requirements.txt /tmp/
 # Allow pip to install although Debian marks its python3 as externally managed.
 ENV PIP_BREAK_SYSTEM_PACKAGES=1
-RUN pip install --no-cache-dir --disable-pip-version-check --require-hashes --only-binary :all: -r /tmp/requirements.txt
+# Behind a mirror: --secret id=pip.conf,src=pip.conf, a file with "[global]" and "index-url = https://...". It is mounted
+# for this command only: a token in the URL is neither in the image nor in its history, as a build argument would be.
+RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
+    pip install --no-cache-dir --disable-pip-version-check --require-hashes --only-binary :all: -r /tmp/requirements.txt
 USER 65533:65533

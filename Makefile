@@ -4,7 +4,7 @@ PYTHON ?= python3
 ROUNDS ?= 1000
 REVISIONS ?= 1000
 BIN := .venv/bin
-UV_COMPILE = $(BIN)/uv pip compile -q --universal --python-version 3.10 --generate-hashes --no-emit-index-url --no-header
+UV_COMPILE = $(BIN)/uv pip compile -q --universal --python-version 3.10 --generate-hashes --only-binary :all: --emit-build-options --no-emit-index-url --no-header
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 

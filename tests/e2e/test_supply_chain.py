@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
+from pathlib import Path
 
 import pytest
 
+from tests.support.cluster import OWN_IMAGE, Shared
 from tests.support.database import Database
 from tests.support.kubernetes import FIRST_JOB, Api, node, open_gate, sessions, sessions_in_revision_002
 from tests.support.pod_scripts import make_wheel
@@ -74,3 +76,21 @@ def test_a_package_that_is_replaced_in_the_index_is_rejected(
     refused.line("THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE.")
     refused.line("FAILED: pip could not install requirements.txt (exit status 1, reason above)")
     assert sessions(cluster, database) == before
+
+
+def test_an_image_that_was_built_with_a_private_index_does_not_contain_its_token(
+    cluster: Cluster, shared: Shared, tmp_path: Path
+) -> None:
+    """The image of the Dockerfile, which the cluster's tests were built with: see Cluster.build_image."""
+    if not shared.preinstalled_image:
+        pytest.skip("builds an image, which requires a kind cluster of the tests: omit --kubeconfig")
+    tag = f"{OWN_IMAGE['repository']}:{OWN_IMAGE['tag']}"
+    history = cluster.docker("history", "--no-trunc", tag) + cluster.docker("image", "inspect", tag)
+    assert "--require-hashes --only-binary :all:" in history
+    archive = tmp_path / "image.tar"
+    cluster.docker("save", f"--output={archive}", tag)
+    layers = archive.read_bytes()
+    assert b"dist-packages/alembic/context.py" in layers or b"site-packages/alembic/context.py" in layers
+    for secret in (cluster.passwords["TOKEN"], cluster.address):
+        assert secret not in history
+        assert secret.encode() not in layers

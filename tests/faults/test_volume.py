@@ -37,3 +37,30 @@ def test_a_full_volume_while_pip_installs_is_reported(helm4: Helm, volume: Volum
         "FAILED: pip could not install requirements.txt (exit status 1, reason above): for a mirror, proxy or"
         f' private CA set "extraEnv" ({README}, "Requirements")'
     )
+
+
+@pytest.mark.fault(
+    "Process and pod",
+    fault="The pod's volume has no free inode when Alembic starts",
+    sees="`No space left on device`, then `FAILED: no file can be created in the pod's volume (reason above): ...`,"
+    " exit 1",
+    state="The database is not contacted",
+    do="Follow the message, deploy again",
+)
+@root_only
+def test_a_volume_without_a_free_inode_is_reported(helm4: Helm, volume: Volume, tmp_path: Path) -> None:
+    volume.clone("alembic.ini")
+    volume.program("alembic", "echo not reached")
+    disk = volume.workspace = tmp_path / "disk"
+    disk.mkdir()
+    inodes = len(list((volume.folder / "git").rglob("*"))) + 2
+    mount = f"mount -t tmpfs -o nr_inodes={inodes} tmpfs {disk}; cp -a {volume.folder}/git {disk}"
+    with namespace("mount", mount) as enter:
+        inside = [*enter, "sh", "-c", 'cd "$0" && exec "$@"', str(disk)]
+        result = volume.run(migrate(helm4.render({"requirements": ""})), "sh", inside, **CREDENTIALS)
+    assert (result.returncode, result.text.startswith(CODE)) == (1, True), result
+    assert "No space left on device" in result.text
+    assert result.lines[-1] == (
+        "FAILED: no file can be created in the pod's volume (reason above): free disk space on the node, or make the"
+        f' repository smaller ({README}, "Git access")'
+    )

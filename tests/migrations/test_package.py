@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from tests.support.readme import chart_block
 from tests.support.revisions import FILE, SLEEP, edit
 from tests.support.runs import sleeping
 from tests.support.waiting import until
-from tools.paths import BIN, ROOT
+from tools.paths import BIN, CHART, ROOT
 from tools.postgres import dsn
 
 
@@ -26,15 +27,15 @@ def run_in(folder: Path, *command: str | Path, **environment: str) -> Result:
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The package, built from a copy of this checkout's sources."""
+    """The package, built from a copy of this checkout's sources with the command of the chart's README."""
     folder = tmp_path_factory.mktemp("build")
     shutil.copytree(
         ROOT / "migration_runner", folder / "migration_runner", ignore=shutil.ignore_patterns("__pycache__")
     )
     shutil.copy(ROOT / "pyproject.toml", folder)
-    command = [BIN / "uv", "build", "--quiet", "--wheel", "--python", sys.executable, "--out-dir", folder / "out"]
-    run(command, cwd=folder, check=True)
-    (built,) = (folder / "out").glob("*.whl")
+    (command,) = re.findall(r"`\.venv/bin/(pip wheel [^`]*)`", (CHART / "README.md").read_text())
+    run([BIN / "pip", *command.split()[1:]], cwd=folder, check=True)
+    (built,) = folder.glob("*.whl")
     return built
 
 
@@ -49,7 +50,7 @@ def test_another_alembic_project_uses_it_with_a_requirement_and_two_lines(
     """As in health-campaign-services, which has its own env.py and version table."""
     python = tmp_path / "venv" / "bin" / "python"
     run([BIN / "uv", "venv", "--quiet", "--python", sys.executable, tmp_path / "venv"], check=True)
-    install = [BIN / "uv", "pip", "install", "--quiet", "--python", python, wheel, *versions]
+    install = [BIN / "uv", "pip", "install", "--quiet", "--only-binary", ":all:", "--python", python, wheel, *versions]
     run(install, check=True)
     folder = tmp_path / "utilities" / "hcm-db-migrations"
     folder.mkdir(parents=True)

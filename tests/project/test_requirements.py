@@ -49,5 +49,5 @@ def test_pip_installs_the_lock_from_wheels_with_every_hash_checked(tmp_path: Pat
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
 def test_every_python_and_processor_has_wheels(python: str, platform: str, tmp_path: Path) -> None:
     target = ["--target", tmp_path, "--python-version", python, "--python-platform", platform]
-    wheels = ["--require-hashes", "--only-binary", ":all:", "-r", ROOT / "requirements.txt"]
-    run([BIN / "uv", "pip", "install", "--quiet", "--dry-run", *target, *wheels], check=True, seconds=500)
+    uv = [BIN / "uv", "pip", "install", "--quiet", "--dry-run", "--require-hashes", "--only-binary", ":all:"]
+    run([*uv, *target, "-r", ROOT / "requirements.txt"], check=True, seconds=500)

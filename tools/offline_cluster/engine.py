@@ -26,7 +26,7 @@ from tools.steps import UnavailableError, cached, run, wait_until
 FOLDER = CACHE / "engine"
 VETH = f"hcm-{hashlib.sha256(bytes(FOLDER)).hexdigest()[:8]}"
 # Debian 12's Docker 20.10 cannot run privileged containers without CAP_SYS_RESOURCE; Debian 13's can, also on 12.
-PACKAGES = ["docker.io/trixie", "docker-cli/trixie", "iptables", "iproute2", "mmdebstrap"]
+PACKAGES = ["docker.io/trixie", "docker-cli/trixie", "docker-buildx/trixie", "iptables", "iproute2", "mmdebstrap"]
 
 
 def check() -> None:
@@ -51,7 +51,7 @@ def environment() -> dict[str, str]:
     return keep | {
         "PATH": ":".join(map(str, path)),
         "DOCKER_HOST": f"unix://{FOLDER}/docker.sock",
-        "DOCKER_CONFIG": str(FOLDER / "docker-config"),
+        "DOCKER_CONFIG": str(root / "docker-config"),
         "DOCKER_BUILDKIT": "0",
         "KIND_EXPERIMENTAL_PROVIDER": "docker",
     }
@@ -154,6 +154,8 @@ def _extract_packages(partial: Path) -> None:
         sources="".join(sorted({debian.sources_list(suite), debian.sources_list("trixie")})),
         preferences="Package: *\nPin: release n=trixie*\nPin-Priority: 100\n" * (suite != "trixie"),
     )
+    (partial / "docker-config").mkdir()
+    (partial / "docker-config/cli-plugins").symlink_to("../usr/libexec/docker/cli-plugins")  # buildx
     links = partial / "usr/local/bin"
     links.mkdir(parents=True, exist_ok=True)
     for name in ("iptables", "ip6tables"):

@@ -39,6 +39,61 @@ run() {
   return "$status"
 }
 
+# As run, with a copy of the output in ./log, and standard output in the file $output if that is set. tee ends when
+# nothing has the pipe open: at the latest a second after the program, which may have left another one running.
+run_logged() {
+  rm -f "$workspace/log" "$workspace/log-complete" "$workspace/pipe"
+  mkfifo "$workspace/pipe" || fail 1 "no file can be created in the pod's volume (reason above): free disk space on the node, or make the repository smaller" "Git access"
+  { tee "$workspace/log"; : >"$workspace/log-complete"; } <"$workspace/pipe" 2>/dev/null &
+  run into_pipe "$@"
+  for _ in 1 2 3 4 5 6 7 8 9 10; do
+    [ ! -e "$workspace/log-complete" ] || break
+    sleep 0.1
+  done
+  return "$status"
+}
+
+into_pipe() { exec "$@" >"${output:-$workspace/pipe}" 2>"$workspace/pipe"; }
+
+# The last line of the log $1 that has a reason: "FAILED: ...", or the exception that ends one of Python's tracebacks. The
+# lines of an exception group start with + or |.
+last_reason() {
+  sed -n -e 's/^ *[+|] //' -e 's/^ *\(FAILED: \)/\1/p' -e '/Traceback (most recent call last):$/,/^[^[:space:]]/{
+    /Traceback (most recent call last):$/d; /^[[:space:]]/d; /:[[:space:]]*$/{ $!N; s/[[:space:]]*\n[[:space:]]*/ /; }; p; }' "$1" | tail -n 1
+}
+
+# Whether $1 is a file of the checkout: through a symlink, a commit could show any file of the container. An absolute
+# path is not the commit's.
+in_checkout() {
+  [ -e "$1" ] || [ -L "$1" ] || return 0
+  case $1 in /*) return 0 ;; esac
+  [ ! -L "$1" ] && case $(readlink -f -- "$1") in "$checkout"/*) ;; *) false ;; esac
+}
+
+# Prints "outside <path>" for a path in the requirements file $1, or in a file that it includes, that is not in the
+# checkout, and "unhashed" if pip checks no hashes: it does if any requirement has one.
+requirements_problem() {
+  python3 -I -c '
+import os, re, sys
+checkout, files, options = sys.argv[2], [sys.argv[1]], ""
+for file in files:
+    # As pip: a continued line is joined before a comment is cut off.
+    text = open(file, errors="replace").read()
+    text = re.sub(r"(?m)^(?![ \t]*#)((?:.*\\\n)+)", lambda lines: lines[1].replace("\\\n", ""), text)
+    for line in re.sub(r"(?m)(^|\s)#.*$", "", text).splitlines():
+        options += " ".join(re.findall(r"(?<=\S )\s*--hash\b|--no-require-hashes", line)) + " "
+        option, path = re.match(r"\s*(-[rce]|--requirement|--constraint|--editable|)[\s=]*(?:file:)?([^\s#;\[]*)", line).groups()
+        includes = option[:3] in ("-r", "-c", "--r", "--c")
+        path = os.path.normpath(os.path.join(os.path.dirname(file) if includes else "", path.strip("\"\x27")))
+        inside = os.path.realpath(path).startswith(checkout + "/")
+        if not os.path.isabs(path) and not (inside and (os.path.exists(path) or not path.startswith(".."))):
+            sys.exit(print("outside", path))
+        if includes and os.path.isfile(path) and path not in files:
+            files.append(path)
+if "--hash" not in options or "--no-require-hashes" in options:
+    print("unhashed")' "$1" "$checkout"
+}
+
 # The reason in git-sync's error file, on one line without control characters. The file is JSON; its "Err" quotes git's
 # output as Go does (%q): only that is the reason, without git's log of its requests. A server's message may not be UTF-8.
 # User names, passwords and tokens in URLs (of a proxy, of a redirect) are not printed.
@@ -68,22 +123,6 @@ text = "\n".join(map(decoded, lines)) or decoded(re.sub(rb": { stdout: \"\", std
 text = re.sub(r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b.", "", text)
 text = "".join(char if char.isprintable() else " " for char in text)
 sys.stdout.buffer.write(" ".join(text.split()).encode())' "$1" || cat "$1"; } | sed 's#//[^/ ]*@#//#g'
-}
-
-# The first path in a requirements file, or in one that it includes, that leads out of the working directory to nothing.
-outside_path() {
-  python3 -I -c '
-import os, re, sys
-files = [sys.argv[1]]
-for file in files:
-    for line in open(file, errors="replace"):
-        option, path = re.match(r"\s*(-[rce]|--requirement|--constraint|--editable|)[\s=]*(?:file:)?([^\s#;\[]*)", line).groups()
-        includes = option[:3] in ("-r", "-c", "--r", "--c")
-        path = os.path.normpath(os.path.join(os.path.dirname(file) if includes else "", path.strip("\"\x27")))
-        if not os.path.exists(path) and path.startswith(".."):
-            sys.exit(print(path))
-        if includes and os.path.isfile(path) and path not in files:
-            files.append(path)' "$1"
 }
 
 if [ ! -d git/code ]; then
@@ -129,43 +168,70 @@ if [ ! -f "git/code/$GIT_PATH/${ALEMBIC_CONFIG:-alembic.ini}" ]; then
   [ -d "git/code/$GIT_PATH" ] || [ ! -L "git/code/$GIT_PATH" ] ||
     fail 255 "\"$GIT_PATH\" is a symbolic link to $(readlink "git/code/$GIT_PATH") in commit $commit: set \"git.path\" to that folder" "Git access"
 fi
+checkout=$(cd git/code && pwd -P)
 cd "git/code/$GIT_PATH" 2>/dev/null || fail 255 "no folder \"$GIT_PATH\" in commit $commit: set \"git.path\" to the folder with alembic.ini" "Git access"
+case $(pwd -P)/ in
+"$checkout"/*) ;;
+*) fail 255 "folder \"$GIT_PATH\" of commit $commit leads out of the repository through a symlink: commit the folder itself" "Git access" ;;
+esac
+in_checkout "${ALEMBIC_CONFIG:-alembic.ini}" ||
+  fail 255 "${ALEMBIC_CONFIG:-alembic.ini} in \"$GIT_PATH\" of commit $commit is a symlink, which is not followed: commit the file itself" "Git access"
 [ -f "${ALEMBIC_CONFIG:-alembic.ini}" ] ||
   fail 255 "no ${ALEMBIC_CONFIG:-alembic.ini} in \"$GIT_PATH\" of commit $commit: set \"git.path\" to the folder that contains it" "Git access"
 
 if [ -n "$REQUIREMENTS" ]; then
   stage="installing $REQUIREMENTS"
+  in_checkout "$REQUIREMENTS" ||
+    fail 255 "$REQUIREMENTS in \"$GIT_PATH\" of commit $commit is a symlink, which is not followed: commit the file itself" "Requirements"
   [ -f "$REQUIREMENTS" ] ||
     fail 255 "no $REQUIREMENTS in \"$GIT_PATH\" of commit $commit: set \"requirements\" to its name, or to \"\" if the image already contains the dependencies" "Requirements"
+  problem=$(requirements_problem "$REQUIREMENTS")
+  case $problem in
+  unhashed) echo "WARNING: $REQUIREMENTS has no hashes, so pip installs whatever the index serves: add them (uv pip compile or pip-compile with --generate-hashes); PIP_REQUIRE_HASHES=1 in \"extraEnv\" refuses a file without them (README.md of the chart, \"Requirements\")" ;;
+  outside*) fail 255 "$REQUIREMENTS refers to \"${problem#outside }\", which is not checked out: only \"git.path\" is, so move it into \"$GIT_PATH\"" "Requirements" ;;
+  esac
   # An unreachable index is reported within seconds, not after pip's default of five retries of 15 s each.
   export PIP_RETRIES="${PIP_RETRIES:-2}" PIP_TIMEOUT="${PIP_TIMEOUT:-10}"
+  # To build a package, pip would run what the index serves as its build dependencies: no hash covers them. So only
+  # wheels, and no build dependencies for a requirement that is a folder, an archive or a repository.
+  build=--no-build-isolation
+  [ -z "${PIP_NO_BINARY-}" ] || build=--no-binary=$PIP_NO_BINARY
   # -I: ignores a logging.py or pip.py in the checkout.
   run python3 -I -m venv --without-pip "$workspace/venv" &&
-    run python3 -I -m pip --python "$workspace/venv/bin/python3" --quiet --no-input --disable-pip-version-check \
-      install --no-compile --no-cache-dir -r "$REQUIREMENTS"
+    run_logged python3 -I -m pip --python "$workspace/venv/bin/python3" --quiet --no-input --disable-pip-version-check \
+      install --no-compile --no-cache-dir --only-binary :all: "$build" -r "$REQUIREMENTS"
   status=$?
   [ -z "$stopped" ] || exit 143
   case $status in
   137 | 247) fail 1 "killed while $stage, most likely out of memory: raise \"resources.limits.memory\"" "Requirements" ;; # 247: pip's child
   esac
-  outside=$([ "$status" -eq 0 ] || outside_path "$REQUIREMENTS")
-  [ -z "$outside" ] ||
-    fail 255 "pip could not install $REQUIREMENTS: it refers to \"$outside\", which is outside of \"git.path\" and not checked out: move it into \"$GIT_PATH\"" "Git access"
-  [ "$status" -eq 0 ] ||
-    fail 1 "pip could not install $REQUIREMENTS (exit status $status, reason above): for a mirror, proxy or private CA set \"extraEnv\"" "Requirements"
+  if [ "$status" -ne 0 ]; then
+    reason="pip could not install $REQUIREMENTS (exit status $status, reason above)"
+    ! grep -qE 'No matching distribution|BackendUnavailable' "$workspace/log" || grep -q 'Retrying' "$workspace/log" ||
+      fail 1 "$reason: only wheels are installed; add the missing wheel to the index, or name the package in PIP_NO_BINARY in \"extraEnv\": its code and its build dependencies' then run with the credentials" "Requirements"
+    fail 1 "$reason: for a mirror, proxy or private CA set \"extraEnv\"" "Requirements"
+  fi
   PATH=$workspace/venv/bin:$PATH
 fi
 command -v alembic >/dev/null ||
   fail 255 "alembic is not installed: add it to \"requirements\" ($REQUIREMENTS), or to the image if that is \"\"" "Requirements"
 
 stage="running alembic $*" effect='PostgreSQL rolls back what was not committed'
-if [ -z "${EXPECTED-}" ]; then
-  run alembic "$@"
-else
-  run alembic "$@" >"$workspace/output"
-  cat "$workspace/output"
-  [ "$status" -ne 0 ] || grep -qF -- "$EXPECTED" "$workspace/output" ||
+output=${EXPECTED:+$workspace/output}
+run_logged alembic "$@"
+if [ -n "$output" ]; then
+  cat "$output" 2>/dev/null # SIGTERM may come before it exists
+  [ "$status" -ne 0 ] || grep -qF -- "$EXPECTED" "$output" ||
     fail 1 "alembic $* did not report \"$EXPECTED\": the database is not at the current head of \"$GIT_REF\"; run helm upgrade" "helm test"
 fi
-[ "$status" -ne 137 ] || echo "FAILED: alembic was killed, most likely out of memory: raise \"resources.limits.memory\"" >&2
+case $status in
+137) echo "FAILED: alembic was killed, most likely out of memory: raise \"resources.limits.memory\"" >&2 ;;
+1) # Python's for an exception that env.py does not handle
+  reason=$(last_reason "$workspace/log")
+  case $reason in
+  '' | FAILED:*) ;;
+  *) echo "FAILED: alembic $*: $reason (exit status 1)" >&2 ;;
+  esac
+  ;;
+esac
 exit "$status"

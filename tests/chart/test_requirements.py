@@ -1,0 +1,245 @@
+"""What the Job installs from a repository: wheels only, hashes if there are any, and no file behind a symlink."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.hostile_index import BUILD_SYSTEM, HostileIndex, hostile_index
+from tests.support.pod_scripts import CODE, COMMIT, CREDENTIALS, README, Volume, make_wheel
+from tests.support.programs import Result, run
+from tools.paths import ROOT
+
+ALEMBIC = {
+    "tool.py": "import sys\ndef main():\n    print('alembic of the venv:', sys.argv[1:])\n",
+    "alembic-0.0.1.dist-info/entry_points.txt": "[console_scripts]\nalembic = tool:main\n",
+}
+INSTALLED = "alembic of the venv: ['upgrade', 'head']\n"
+ONLY_WHEELS = (
+    "reason above): only wheels are installed; add the missing wheel to the index, or name the package in PIP_NO_BINARY"
+    ' in "extraEnv": its code and its build dependencies\' then run with the credentials'
+    f' ({README}, "Requirements")'
+)
+NO_HASHES = (
+    "WARNING: requirements.txt has no hashes, so pip installs whatever the index serves: add them (uv pip compile or"
+    ' pip-compile with --generate-hashes); PIP_REQUIRE_HASHES=1 in "extraEnv" refuses a file without them'
+    f' ({README}, "Requirements")'
+)
+
+
+@pytest.fixture
+def index(volume: Volume) -> Iterator[HostileIndex]:
+    with hostile_index(volume.folder / "index", volume.folder, "alembic", ALEMBIC) as found:
+        yield found
+
+
+@pytest.fixture
+def install(volume: Volume, container: Callable, shell: str) -> Callable[..., Result]:
+    """Runs the migrate container for a checkout with this requirements file and these others."""
+
+    def run_container(requirements: str, files: dict[str, str] | None = None, **variables: str) -> Result:
+        folder = volume.clone("alembic.ini")
+        for name, text in {"requirements.txt": requirements, **(files or {})}.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(text)
+        return volume.run(container(requirements="requirements.txt"), shell, **CREDENTIALS, **variables)
+
+    return run_container
+
+
+@pytest.mark.fault(
+    "Supply chain",
+    fault="The index withholds a wheel, and serves the genuine source with its own build tools",
+    sees="`FAILED: pip could not install requirements.txt ...: only wheels are installed; ...`, exit 1",
+    state="Nothing installed, no code of the index has run; the database is not contacted",
+    do="Follow the message, deploy again",
+)
+def test_an_index_without_the_wheel_runs_no_code(install: Callable, index: HostileIndex) -> None:
+    result = install(f"{index.requirement}\n", PIP_INDEX_URL=index.url)
+    assert (result.returncode, index.ran) == (1, False), result.text
+    assert result.lines[-1].endswith(ONLY_WHEELS)
+    result.line("ERROR: No matching distribution found for alembic==0.0.1")
+
+
+@pytest.mark.parametrize(
+    "requirements",
+    [
+        "--no-binary alembic\n{requirement}\n",
+        "--no-binary :all:\n{requirement}\n",
+        "--only-binary :none:\n{requirement}\n",
+        "alembic @ {source}\n",
+        "./package\n",
+        "-e ./package\n",
+    ],
+)
+def test_a_requirements_file_that_demands_a_build_runs_no_code_of_the_index(
+    install: Callable, index: HostileIndex, requirements: str
+) -> None:
+    text = requirements.format(requirement=index.requirement, source=index.source)
+    result = install(text, {"package/pyproject.toml": BUILD_SYSTEM}, PIP_INDEX_URL=index.url)
+    assert (result.returncode, index.ran) == (1, False), result.text
+    assert result.lines[-1].endswith(ONLY_WHEELS)
+
+
+def test_a_package_that_is_named_is_built(install: Callable, index: HostileIndex) -> None:
+    result = install(f"{index.requirement}\n", PIP_INDEX_URL=index.url, PIP_NO_BINARY="alembic")
+    assert (result, index.ran) == (Result(0, CODE + INSTALLED), True)
+
+
+def test_a_file_that_allows_only_wheels_takes_precedence(install: Callable, index: HostileIndex) -> None:
+    text = f"--only-binary :all:\n{index.requirement}\n"
+    result = install(text, PIP_INDEX_URL=index.url, PIP_NO_BINARY="alembic")
+    assert (result.returncode, index.ran) == (1, False), result.text
+
+
+@pytest.mark.parametrize("variables", [{"PIP_NO_BINARY": "other"}, {"PIP_ONLY_BINARY": ":none:"}])
+def test_a_package_that_is_not_named_is_not_built(install: Callable, index: HostileIndex, variables: dict) -> None:
+    result = install(f"{index.requirement}\n", PIP_INDEX_URL=index.url, **variables)
+    assert (result.returncode, index.ran) == (1, False), result.text
+    assert result.lines[-1].endswith(ONLY_WHEELS)
+
+
+def test_the_command_of_the_readme_runs_no_code_of_the_index(index: HostileIndex, tmp_path: Path) -> None:
+    """With the options of requirements.txt, and a package of the test instead of the real ones."""
+    options = re.findall(r"^-.*", (ROOT / "requirements.txt").read_text(), re.M)
+    (tmp_path / "requirements.txt").write_text("\n".join([*options, index.requirement, ""]))
+    block = (ROOT / "README.md").read_text().split("## Local development\n\n```bash\n")[1]
+    commands = block[: block.index("cp .env.example")].replace("python3", sys.executable)
+    assert "\npip install -r requirements.txt\n" in commands
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PIP_INDEX_URL": index.url}
+    result = run(["bash", "-ec", commands], cwd=tmp_path, env=environment)
+    assert (result.returncode, index.ran) == (1, False), result.text
+    result.line("ERROR: No matching distribution found for alembic==0.0.1")
+
+
+def _wheel(folder: Path) -> str:
+    return hashlib.sha256(make_wheel(folder, "alembic", ALEMBIC).read_bytes()).hexdigest()
+
+
+@pytest.mark.fault(
+    "Supply chain",
+    fault="The requirements have no hashes",
+    sees="`WARNING: requirements.txt has no hashes, so pip installs whatever the index serves: ...`",
+    state="Complete, with what the index served",
+    do="Add hashes; `PIP_REQUIRE_HASHES=1` in `extraEnv` refuses a file without them",
+)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "alembic==0.0.1\n",
+        "alembic==0.0.1 # --hash=sha256:{digest}\n",
+        "# uv pip compile --generate-hashes --hash=sha256:{digest}\nalembic==0.0.1\n",
+        "# \\\nalembic==0.0.1\n",
+        "alembic==0.0.1 # pinned \\\n    --hash=sha256:{digest}\n",
+        "--hash=sha256:{digest}\nalembic==0.0.1\n",
+        "-r more.txt\n",
+        "-r folder/more.txt\n",
+    ],
+)
+def test_requirements_without_hashes_are_reported(install: Callable, volume: Volume, text: str) -> None:
+    digest = _wheel(volume.folder)
+    others = {"more.txt": "alembic\n", "folder/more.txt": "-r ../more.txt\n"}
+    index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(volume.folder)}
+    result = install(text.format(digest=digest), others, **index)
+    assert (result.returncode, result.lines[-1] + "\n") == (0, INSTALLED), result.text
+    result.line(NO_HASHES)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "alembic==0.0.1 --hash=sha256:{digest}\n",
+        "alembic==0.0.1 \\\n    --hash=sha256:{digest} \\\n    --hash sha256:{digest}\n    # via nothing\n",
+        "# pinned \\\nalembic==0.0.1 --hash=sha256:{digest}\n",
+        "-r folder/more.txt\n",
+        "-c folder/more.txt\nalembic\n",
+        "--requirement=folder/more.txt # all\n",
+    ],
+)
+def test_requirements_with_hashes_are_not_reported(install: Callable, volume: Volume, text: str) -> None:
+    digest = _wheel(volume.folder)
+    others = {
+        "folder/more.txt": "-r last.txt\n",
+        "folder/last.txt": f"alembic==0.0.1 --hash=sha256:{digest}\n",
+    }
+    index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(volume.folder)}
+    assert install(text.format(digest=digest), others, **index) == Result(0, CODE + INSTALLED)
+
+
+def test_hashes_that_pip_is_to_ignore_are_reported(install: Callable) -> None:
+    """An older pip does not know the option and refuses the file."""
+    result = install(f"--no-require-hashes\nalembic==0.0.1 --hash=sha256:{'0' * 64}\n", PIP_NO_INDEX="1")
+    assert result.returncode == 1
+    result.line(NO_HASHES)
+
+
+def test_requirements_without_hashes_are_refused_if_pip_demands_them(install: Callable, volume: Volume) -> None:
+    """As the warning says."""
+    _wheel(volume.folder)
+    index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(volume.folder)}
+    result = install("alembic==0.0.1\n", PIP_REQUIRE_HASHES="1", **index)
+    assert result.returncode == 1
+    result.line("Hashes are required in --require-hashes mode")
+
+
+SYMLINK = "is a symlink, which is not followed: commit the file itself"
+
+
+@pytest.mark.fault(
+    "Code and settings",
+    fault="The requirements file or `alembic.ini` is a symlink, for example to /proc/self/environ",
+    sees="`FAILED: <file> in ... is a symlink, which is not followed: commit the file itself ...`, exit 255",
+    state="The database is not contacted",
+    do="Follow the message, deploy again",
+)
+@pytest.mark.parametrize("target", ["/proc/self/environ", "other.txt", "nowhere"])
+@pytest.mark.parametrize(("name", "section"), [("alembic.ini", "Git access"), ("requirements.txt", "Requirements")])
+def test_a_symlink_is_not_followed(
+    volume: Volume, container: Callable, shell: str, name: str, section: str, target: str
+) -> None:
+    folder = volume.clone("alembic.ini", "requirements.txt", "other.txt")
+    (folder / name).unlink()
+    (folder / name).symlink_to(target)
+    assert volume.run(container(requirements="requirements.txt"), shell, **CREDENTIALS) == Result(
+        255,
+        f'{CODE}FAILED: {name} in "utilities/hcm-db-migrations" of commit {COMMIT} {SYMLINK} ({README}, "{section}")\n',
+    )
+
+
+def test_a_file_in_a_folder_that_leads_out_of_the_repository_is_not_read(
+    volume: Volume, container: Callable, shell: str
+) -> None:
+    folder = volume.clone("alembic.ini")
+    (volume.folder / "deploy.txt").write_text("s3cret")
+    (folder / "sub").symlink_to(volume.folder)
+    assert volume.run(container(requirements="sub/deploy.txt"), shell, **CREDENTIALS) == Result(
+        255,
+        f'{CODE}FAILED: sub/deploy.txt in "utilities/hcm-db-migrations" of commit {COMMIT} {SYMLINK}'
+        f' ({README}, "Requirements")\n',
+    )
+
+
+def test_a_path_that_leads_out_of_the_repository_is_named(volume: Volume, container: Callable, shell: str) -> None:
+    volume.clone().rmdir()
+    (volume.folder / "alembic.ini").touch()
+    volume.checkout.symlink_to(volume.folder)
+    assert volume.run(container(), shell, **CREDENTIALS) == Result(
+        255,
+        f'{CODE}FAILED: folder "utilities/hcm-db-migrations" of commit {COMMIT} leads out of the repository through a'
+        f' symlink: commit the folder itself ({README}, "Git access")\n',
+    )
+
+
+def test_a_mounted_configuration_may_be_a_symlink(volume: Volume, container: Callable, shell: str) -> None:
+    """Kubernetes mounts the files of a ConfigMap as symlinks."""
+    volume.clone()
+    (volume.folder / "data.ini").touch()
+    (volume.folder / "alembic.ini").symlink_to("data.ini")
+    volume.program("alembic", "echo ran")
+    extra = [{"name": "ALEMBIC_CONFIG", "value": str(volume.folder / "alembic.ini")}]
+    assert volume.run(container(extraEnv=extra), shell, **CREDENTIALS) == Result(0, f"{CODE}ran\n")

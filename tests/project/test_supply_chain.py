@@ -1,0 +1,86 @@
+"""What runs on a developer's machine and in CI: nothing that an index builds, actions by commit."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.support.git import git
+from tools.paths import ROOT
+
+WORKFLOWS = sorted((ROOT / ".github/workflows").iterdir())
+# pip's command and its options, in a shell or as a list in Python.
+SEPARATOR = r"""[\s"',\\]+"""
+INSTALLATION = re.compile(
+    rf"""\bpip3?{SEPARATOR}(?:(?:-\S+|"\$\S+|python){SEPARATOR})*?(?:install|download|wheel)\b["']?,?\s*(?=["'\-\\*.])"""
+)
+OTHERS = re.compile(r"""(?:\buv|-m)["',\s]+build\b|\b(?:uvx|pipx|easy_install)\b|\bsetup\.py\b""")
+
+
+def _files() -> list[Path]:
+    """Every text of the project in which a command may stand, but this one."""
+    listed = git(ROOT, "ls-files", "-z").split("\0")
+    files = [ROOT / name for name in listed if name and not re.search(r"\.(sum|golden)$|requirements.*\.txt$", name)]
+    return [path for path in files if path != Path(__file__) and path.is_file()]
+
+
+def _lines(path: Path, pattern: re.Pattern[str]) -> list[str]:
+    """Each match in a file, to the end of the second line after it."""
+    text = path.read_text()
+    return ["\n".join(text[found.start() :].splitlines()[:3]) for found in pattern.finditer(text)]
+
+
+def test_pip_builds_nothing_with_what_an_index_serves() -> None:
+    """A build runs the index's build dependencies, which no hash covers."""
+    found = {path.relative_to(ROOT).as_posix(): _lines(path, INSTALLATION) for path in _files()}
+    assert {name for name, uses in found.items() if uses} >= {
+        "Dockerfile",
+        "Makefile",
+        "README.md",
+        "charts/hcm-db-migrations/README.md",
+        "charts/hcm-db-migrations/files/migrate.sh",
+        "tests/chart/test_scanners.py",
+        "tests/migrations/test_package.py",
+        "tools/binaries.py",
+        "tools/fixtures/__init__.py",
+    }
+    for name, uses in found.items():
+        for use in uses:
+            # requirements.txt itself allows only wheels.
+            assert re.search(r"only-binary|--no-build-isolation|install -r requirements\.txt\n", use), f"{name}: {use}"
+
+
+def test_no_other_program_installs_or_builds_a_package() -> None:
+    found = {path.name: uses for path in _files() if (uses := _lines(path, OTHERS))}
+    assert found == {}
+
+
+@pytest.mark.parametrize("lock", ["requirements", "requirements-dev", "tools/checkov/requirements"])
+def test_a_lock_allows_only_wheels(lock: str) -> None:
+    assert (ROOT / f"{lock}.txt").read_text().startswith("--only-binary :all:\n")
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_a_workflow_uses_actions_by_commit_and_keeps_no_credentials(path: Path) -> None:
+    workflow = yaml.safe_load(path.read_text())
+    assert workflow["permissions"] == {"contents": "read"}
+    steps: list[dict[str, Any]] = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    assert not any("permissions" in job for job in workflow["jobs"].values())
+    used = [step for step in steps if "uses" in step]
+    pinned = re.findall(r"uses: [\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+\n", path.read_text())
+    assert len(pinned) == len(used) > 0
+    for step in used:
+        if step["uses"].startswith("actions/checkout@"):
+            assert step["with"]["persist-credentials"] is False
+
+
+def test_a_bot_updates_what_is_pinned() -> None:
+    configured = yaml.safe_load((ROOT / ".github/dependabot.yml").read_text())["updates"]
+    assert {update["package-ecosystem"] for update in configured} == {"github-actions", "gomod"}
+    (folders,) = [update["directories"] for update in configured if "directories" in update]
+    modules = {f"/{path.parent.relative_to(ROOT)}" for path in ROOT.glob("tools/**/go.mod")}
+    assert set(folders) == {folder for folder in modules if "/offline_cluster/" not in folder}
