@@ -28,7 +28,7 @@ from tests.support.programs import Result
 from tools.network import free_port
 
 GIT = f'({README}, "Git access")'
-PLACEHOLDER = "https://git.example.org/schema"  # the chart refuses file://
+PLACEHOLDER = "https://git.example.org/schema"  # the chart refuses file://, and a token for http://
 TIMED_OUT = (
     "the clone did not finish within 6 s: the git server does not respond, a firewall, NetworkPolicy or proxy drops the"
     ' packets, or the network is too slow (then raise "job.activeDeadlineSeconds")'
@@ -45,7 +45,8 @@ class Pod:
 
     def run(self, repo: str, *prefix: str, git: dict[str, Any] | None = None, **variables: str) -> Result:
         """Clone `repo`; return the result of the migrate container."""
-        shown = repo if repo.startswith(("http", "ssh")) else PLACEHOLDER
+        is_refused = "httpsSecretName" in (git or {}) or not repo.startswith(("http", "ssh"))
+        shown = PLACEHOLDER if is_refused else repo
         values = {"git": {"repo": shown, "branch": "main", "path": "db", "knownHosts": False}, "requirements": ""}
         rendered = self.helm.render(merged({**values, "job": {"activeDeadlineSeconds": 10}}, {"git": git or {}}))
         clone, run = git_sync(rendered), migrate(rendered)
