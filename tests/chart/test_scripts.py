@@ -514,6 +514,16 @@ def test_a_missing_git_credential_is_named_by_the_migrate_container(
     )
 
 
+def test_a_key_that_cannot_be_read_is_not_reported_as_missing(volume: Volume, clone: Callable, shell: str) -> None:
+    """Without fsGroup, the key is root's alone: ssh says so."""
+    for name in ("ssh", "known_hosts"):
+        (volume.folder / name).write_text("x")
+    (volume.folder / "ssh").chmod(0)
+    volume.program("git-sync", "echo runs")
+    unprivileged = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
+    assert volume.run(clone(repo="git@host:a"), shell, unprivileged) == Result(0, "runs\n")
+
+
 CLONE_TIMED_OUT = (
     "the clone did not finish within 2 s: the git server does not respond, a firewall, NetworkPolicy or proxy drops the"
     ' packets, or the network is too slow (then raise "job.activeDeadlineSeconds")\n'

@@ -12,8 +12,9 @@ trap '[ -z "$child" ] || kill -TERM "$child" 2>/dev/null; exit 143' TERM
 missing=
 while read -r file source; do
   [ -n "$file" ] || continue
-  case $(cat "$file" 2>/dev/null) in
-  *[![:space:]]*) ;; # git-sync would report a user name of white space as a missing flag
+  # git-sync would report a user name of white space as a missing flag. A file that cannot be read is left to git's words.
+  case $([ ! -s "$file" ] || cat "$file" 2>/dev/null || echo unreadable) in
+  *[![:space:]]*) ;;
   *) missing="${missing:+$missing; }no value for $source in namespace \"$NAMESPACE\"" ;;
   esac
 done <<EOF
