@@ -252,7 +252,11 @@ def test_an_unreachable_index_is_reported_within_seconds(volume: Volume, contain
     start = time.monotonic()
     index = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple"}
     result = volume.run(container(requirements="requirements.txt"), shell, **CREDENTIALS, **index)
-    assert (result.returncode, result.lines[-1][:46]) == (1, "FAILED: pip could not install requirements.txt")
+    assert (result.returncode, result.lines[-1]) == (
+        1,
+        "FAILED: pip could not install requirements.txt (exit status 1, reason above): for a mirror, proxy or private "
+        f'CA set "extraEnv" ({README}, "Requirements")',
+    )
     assert time.monotonic() - start < 10
 
 
