@@ -136,6 +136,7 @@ KILLED = '; most likely out of memory: raise "git.resources.limits.memory"'
             _git_error(r"error: RPC failed\nfatal: could not fetch <commit> from promisor remote"),
             "error: RPC failed fatal: could not fetch <commit> from promisor remote",
         ),
+        ('{"Msg": "repo contains lock file", "Err": "", "Args": {}}', "repo contains lock file"),
         ("can't wipe unusable root directory: \x1b[0m\xff", "can't wipe unusable root directory: ÿ"),
         ('no value for key "ssh" of Secret "git-creds"', 'no value for key "ssh" of Secret "git-creds"'),
         (_git_error("error: index-pack died of signal 9"), f"error: index-pack died of signal 9{KILLED}"),

@@ -47,7 +47,8 @@ git_error() {
 import json, re, sys
 said = open(sys.argv[1], "rb").read()
 try:
-    said = json.loads(said)["Err"].encode(errors="replace")
+    error = json.loads(said)
+    said = (error["Err"] or error["Msg"]).encode(errors="replace")
 except (ValueError, KeyError, TypeError, AttributeError):
     pass
 codes = dict(zip(b"abfnrtv", b"\a\b\f\n\r\t\v"))
@@ -83,7 +84,7 @@ for file in files:
         if not os.path.exists(path) and path.startswith(".."):
             sys.exit(print(path))
         if includes and os.path.isfile(path) and path not in files:
-            files.append(path)' "$1"
+            files.append(path)' "$1" 2>/dev/null
 }
 
 if [ ! -d git/code ]; then
