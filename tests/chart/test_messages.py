@@ -330,6 +330,8 @@ def test_a_secret_that_is_set_twice_is_not_shown(helm: Helm) -> None:
         (nested("git.brnach", "main"), "brnach"),
         (nested("git.branch", 1.1), "branch"),
         (nested("git.branch", "-x"), "branch"),
+        (nested("git.filter", "blob none"), "filter"),
+        (nested("git.filter", "none"), "filter"),
         (nested("git.branch", "--upload-pack=x"), "branch"),
         (nested("git.branch", "a*"), "branch"),
         (nested("git.branch", "a\nb"), "branch"),

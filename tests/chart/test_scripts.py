@@ -136,6 +136,7 @@ KILLED = '; most likely out of memory: raise "git.resources.limits.memory"'
             _git_error(r"error: RPC failed\nfatal: could not fetch <commit> from promisor remote"),
             "error: RPC failed fatal: could not fetch <commit> from promisor remote",
         ),
+        ('{"Msg": "repo contains lock file", "Err": "", "Args": {}}', "repo contains lock file"),
         ("can't wipe unusable root directory: \x1b[0m\xff", "can't wipe unusable root directory: ÿ"),
         ('no value for key "ssh" of Secret "git-creds"', 'no value for key "ssh" of Secret "git-creds"'),
         (_git_error("error: index-pack died of signal 9"), f"error: index-pack died of signal 9{KILLED}"),
@@ -334,7 +335,11 @@ def test_an_unreachable_index_is_reported_within_seconds(volume: Volume, contain
     start = time.monotonic()
     index = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple"}
     result = volume.run(container(requirements="requirements.txt"), shell, **CREDENTIALS, **index)
-    assert (result.returncode, result.lines[-1][:46]) == (1, "FAILED: pip could not install requirements.txt")
+    assert (result.returncode, result.lines[-1]) == (
+        1,
+        "FAILED: pip could not install requirements.txt (exit status 1, reason above): for a mirror, proxy or private "
+        f'CA set "extraEnv" ({README}, "Requirements")',
+    )
     assert time.monotonic() - start < 10
 
 

@@ -16,7 +16,7 @@ WORKFLOWS = sorted((ROOT / ".github/workflows").iterdir())
 # pip's command and its options, in a shell or as a list in Python.
 SEPARATOR = r"""[\s"',\\]+"""
 INSTALLATION = re.compile(
-    rf"""\bpip3?{SEPARATOR}(?:(?:-\S+|"\$\S+|python){SEPARATOR})*?(?:install|download|wheel)\b["']?,?\s*(?=["'\-\\*.])"""
+    rf"""\bpip3?{SEPARATOR}(?:(?:-\S+|"\$\S+|python){SEPARATOR})*?(?:install|download|wheel)(?:\s|["'],)\s*(?=[\w"'\-.*$])"""
 )
 OTHERS = re.compile(r"""(?:\buv|-m)["',\s]+build\b|\b(?:uvx|pipx|easy_install)\b|\bsetup\.py\b""")
 
@@ -76,6 +76,14 @@ def test_a_workflow_uses_actions_by_commit_and_keeps_no_credentials(path: Path) 
     for step in used:
         if step["uses"].startswith("actions/checkout@"):
             assert step["with"]["persist-credentials"] is False
+
+
+def test_the_fast_tests_have_their_own_job() -> None:
+    jobs = yaml.safe_load((ROOT / ".github/workflows/test.yaml").read_text())["jobs"].values()
+    fast, everything = ([step.get("run", "") for step in job["steps"]] for job in jobs)
+    assert "make lint" in fast
+    assert any(command.endswith("make test-fast") for command in fast)
+    assert any(command.endswith(".ci/run") for command in everything)
 
 
 def test_a_bot_updates_what_is_pinned() -> None:

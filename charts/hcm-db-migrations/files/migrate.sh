@@ -102,7 +102,8 @@ git_error() {
 import json, re, sys
 said = open(sys.argv[1], "rb").read()
 try:
-    said = json.loads(said)["Err"].encode(errors="replace")
+    error = json.loads(said)
+    said = (error["Err"] or error["Msg"]).encode(errors="replace")
 except (ValueError, KeyError, TypeError, AttributeError):
     pass
 codes = dict(zip(b"abfnrtv", b"\a\b\f\n\r\t\v"))
@@ -207,7 +208,7 @@ if [ -n "$REQUIREMENTS" ]; then
   esac
   if [ "$status" -ne 0 ]; then
     reason="pip could not install $REQUIREMENTS (exit status $status, reason above)"
-    ! grep -qE 'No matching distribution|BackendUnavailable' "$workspace/log" || grep -q 'Retrying' "$workspace/log" ||
+    ! grep -qE 'No matching distribution|BackendUnavailable' "$workspace/log" 2>/dev/null || grep -q 'Retrying' "$workspace/log" ||
       fail 1 "$reason: only wheels are installed; add the missing wheel to the index, or name the package in PIP_NO_BINARY in \"extraEnv\": its code and its build dependencies' then run with the credentials" "Requirements"
     fail 1 "$reason: for a mirror, proxy or private CA set \"extraEnv\"" "Requirements"
   fi
