@@ -206,6 +206,7 @@ def test_a_password_that_is_not_utf_8_reaches_the_server_and_leaves_nothing_for_
     (pod.volume.folder / "password").write_bytes(b"gesch\xfctzt\n")
     before = set(pod.volume.folder.iterdir())
     result = pod.run(forbidding(b"you are in", b"ci:gesch\xfctzt"), git={"httpsSecretName": "token"})
+    git(pod.volume.home, "credential-cache", "exit")  # the pod ends it with the container
     assert "remote: you are in fatal: unable to access" in result.text
     created = {path.name for path in set(pod.volume.folder.iterdir()) - before}
     assert created == {"git", "git-error", "sparse-checkout", "ssh"}
