@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.chart import MINIMAL, TEXT, Helm, environment, migrate, nested
+from tests.support.chart import MINIMAL, TEXT, Helm, environment, merged, migrate, nested
 from tools import docs
 from tools.paths import CHART
 
@@ -70,7 +73,18 @@ def _literals(*names: str) -> str:
 
 
 def _hook_annotation(path: str, name: str) -> str:
-    return f'"{path}" contains "{name}", which the chart sets: set "hook" instead'
+    return f'"{path}" contains "{name}", which the chart sets: remove it, and set "hook"'
+
+
+def _null(path: str) -> str:
+    return f'"{path}" is null, which removes the default: set a value, or leave it out'
+
+
+def _unexpanded(name: str) -> str:
+    return (
+        f'"extraEnv" sets {name} with $(...), which git-sync would get unexpanded: put the whole URL into a Secret and '
+        "reference it by valueFrom"
+    )
 
 
 def _owned(name: str) -> str:
@@ -203,13 +217,17 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
         ]
     ),
     (
+        nested("extraEnv", [{"name": "HTTPS_PROXY", "value": "http://$(PROXY_USER):$(PROXY_PASSWORD)@proxy:3128"}]),
+        [_unexpanded("HTTPS_PROXY")],
+    ),
+    (
         nested("extraEnv", [{"name": "PGPASSWORD", "value": "s3cret"}, {"name": "API_KEY", "value": "s3cret"}]),
         [_literals("PGPASSWORD", "API_KEY")],
     ),
     (nested("commonAnnotations", {"helm.sh/hook": "x"}), [_hook_annotation("commonAnnotations", "helm.sh/hook")]),
     (
-        nested("job.annotations", {"helm.sh/hook-weight": "1"}),
-        [_hook_annotation("job.annotations", "helm.sh/hook-weight")],
+        nested("job.annotations", {"helm.sh/hook-delete-policy": "hook-failed"}),
+        [_hook_annotation("job.annotations", "helm.sh/hook-delete-policy")],
     ),
     *((nested("extraPodSpec", {name: []}), [_owned(name)]) for name in ("containers", "hostNetwork", "tolerations")),
     (nested("enabled", False), [DISABLED]),
@@ -246,6 +264,42 @@ def test_a_url_that_git_understands_is_accepted(helm: Helm, repo: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("path", "named"),
+    [
+        ("hook", "hook"),
+        ("requirements", "requirements"),
+        ("image", "image"),
+        ("image.repository", "image.repository"),
+        ("git.filter", "git.filter"),
+        ("db.secret", "db.secret"),
+        ("job.activeDeadlineSeconds", "job.activeDeadlineSeconds"),
+    ],
+)
+def test_a_null_that_removes_a_default_is_named(helm: Helm, path: str, named: str) -> None:
+    values = nested(path, None)
+    assert _message(_null(named)) in helm.refuse(values)
+    del values["git"]["repo"], values["git"]["branch"]
+    assert _message(_null(named)) in helm.refuse({**values, "hcm-db-migrations": MINIMAL})
+
+
+def _paths(values: dict, path: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        yield f"{path}{key}"
+        if isinstance(value, dict):
+            yield from _paths(value, f"{path}{key}.")
+
+
+def test_no_null_ends_in_an_error_of_a_template(helm4: Helm) -> None:
+    for path in _paths(yaml.safe_load((CHART / "values.yaml").read_text())):
+        null: dict[str, Any] = functools.reduce(lambda value, key: {key: value}, reversed(path.split(".")), None)
+        for values in (merged(MINIMAL, null), {**null, "hcm-db-migrations": MINIMAL}):
+            result = helm4.template(values)
+            if result.returncode:
+                ours, of_the_schema = "Invalid values for hcm-db-migrations:", "meet the specifications of the schema"
+                assert ours in result.stderr or of_the_schema in result.stderr, f"{path}: {result.stderr}"
+
+
+@pytest.mark.parametrize(
     ("name", "value"),
     [
         ("DB_PASSWORD", ""),
@@ -254,7 +308,7 @@ def test_a_url_that_git_understands_is_accepted(helm: Helm, repo: str) -> None:
         ("DATABASE_URL", "postgresql://$(DB_USER):$(DB_PASSWORD)@$(DB_HOST):$(DB_PORT)/$(DB_NAME)?sslmode=require"),
         ("DATABASE_URL", "postgresql://user@host:5432/db"),
         ("PIP_INDEX_URL", "https://mirror.example.org:8443/@scope/simple"),
-        ("HTTPS_PROXY", "http://$(PROXY_USER):$(PROXY_PASSWORD)@proxy:3128"),
+        ("PIP_PROXY", "http://$(PROXY_USER):$(PROXY_PASSWORD)@proxy:3128"),
         ("NO_PROXY", ".svc,.example.org,::1"),
     ],
 )
@@ -336,13 +390,11 @@ def test_a_secret_that_is_set_twice_is_not_shown(helm: Helm) -> None:
         (nested("git.branch", "a*"), "branch"),
         (nested("git.branch", "a\nb"), "branch"),
         (nested("git.branch", "a b"), "branch"),
-        (nested("git.branch", None), "branch"),
         (nested("git.knownHosts", "false"), "knownHosts"),
         (nested("git.secretName", ""), "secretName"),
         (nested("image.tag", 3.1), "tag"),
         (nested("image.digest", "sha256:abc"), "digest"),
         (nested("image.pullPolicy", "Sometimes"), "pullPolicy"),
-        (nested("image", None), "image"),
         (nested("requirements", "/etc/passwd"), "requirements"),
         (nested("args", "upgrade head"), "args"),
         (nested("args", []), "args"),
@@ -351,7 +403,6 @@ def test_a_secret_that_is_set_twice_is_not_shown(helm: Helm) -> None:
         (nested("db.secret.name", "Not_A_Name"), "name"),
         (nested("db.configMap.hostKey", "a b"), "hostKey"),
         (nested("job.activeDeadlineSeconds", 5), "activeDeadlineSeconds"),
-        (nested("job.activeDeadlineSeconds", None), "activeDeadlineSeconds"),
         (nested("job.backoffLimit", -1), "backoffLimit"),
         (nested("job.ttlSecondsAfterFinished", 1.5), "ttlSecondsAfterFinished"),
         (nested("namespace", "Health"), "namespace"),

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.support.hostile_index import BUILD_SYSTEM, HostileIndex, hostile_index
 from tests.support.pod_scripts import CODE, COMMIT, CREDENTIALS, README, Volume, make_wheel
 from tests.support.programs import Result, run
+from tests.support.readme import chart_block
 from tools.paths import ROOT
 
 ALEMBIC = {
@@ -87,7 +89,9 @@ def test_a_requirements_file_that_demands_a_build_runs_no_code_of_the_index(
 
 
 def test_a_package_that_is_named_is_built(install: Callable, index: HostileIndex) -> None:
-    result = install(f"{index.requirement}\n", PIP_INDEX_URL=index.url, PIP_NO_BINARY="alembic")
+    (entry,) = yaml.safe_load(chart_block("PIP_NO_BINARY"))["extraEnv"]
+    named = {entry["name"]: entry["value"].replace("one-package", "alembic")}
+    result = install(f"{index.requirement}\n", PIP_INDEX_URL=index.url, **named)
     assert (result, index.ran) == (Result(0, CODE + INSTALLED), True)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from jsonschema import Draft7Validator
 
 from tests.support.chart import (
     MINIMAL,
@@ -24,7 +25,7 @@ from tests.support.chart import (
     pod,
 )
 from tools import docs
-from tools.paths import CHART
+from tools.paths import CHART, ROOT
 
 SSH = {"git": {"repo": "git@git.example.org:schema", "branch": "main"}}
 DIGEST = "sha256:" + "0123456789abcdef" * 4
@@ -402,6 +403,17 @@ def test_the_schema_describes_every_value_for_editors() -> None:
         for key in name.split("."):
             of = of["properties"][key]
         assert of["description"] == prose.replace("`", "'"), name
+
+
+@pytest.mark.parametrize("path", ["environments/unified-dev.yaml", "charts/hcm-db-migrations/ci/nested-values.yaml"])
+def test_an_overlay_is_valid_in_an_editor(path: str) -> None:
+    """An editor does not merge the defaults."""
+    editor = Draft7Validator(json.loads((CHART / "values.schema.json").read_text()))
+    overlay = yaml.safe_load((ROOT / path).read_text())
+    editor.validate(overlay)
+    editor.validate(overlay["hcm-db-migrations"])
+    assert not editor.is_valid({"hcm-db-migrations": {"gti": {}}})
+    assert not editor.is_valid({"gti": {}})
 
 
 def test_every_example_in_the_schema_is_a_valid_value(helm4: Helm) -> None:

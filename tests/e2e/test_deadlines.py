@@ -47,7 +47,7 @@ def test_a_revision_that_exceeds_the_deadline_is_rolled_back_and_helm_shows_whic
     fault="Helm's `--timeout` is exceeded before the Job has finished",
     sees="The Job's log so far, and `... Job/.../hcm-db-migration-1 not ready. status: InProgress ...`, exit 1",
     state="The Job continues and completes; the release is `failed`",
-    do="Deploy again, with a `--timeout` above `job.activeDeadlineSeconds`",
+    do="Deploy again, with a `--timeout` at least 70 s longer than `job.activeDeadlineSeconds`",
 )
 def test_a_helm_timeout_does_not_stop_the_job(
     release: Release, api: Api, database: Database, audited_repository: Repository

@@ -14,6 +14,7 @@ import pytest
 from tests.support.database import Database
 from tests.support.kubernetes import FIRST_JOB, Api, contacted
 from tests.support.project import PARTS
+from tests.support.readme import chart_command
 from tests.support.release import Release
 from tests.support.repository import Repository
 from tools.cluster import Cluster
@@ -88,7 +89,10 @@ def over_ssh(api: Api, repository: Repository) -> dict[str, Any]:
 def test_an_ssh_key_and_the_servers_host_key_give_access(
     release: Release, api: Api, cluster: Cluster, database: Database, over_ssh: dict
 ) -> None:
-    api.secret("git-creds", ssh=cluster.server_file("ssh"), known_hosts=cluster.server_file("known_hosts"))
+    (release.home / "id_ed25519").write_text(cluster.server_file("ssh"))
+    (release.home / "known_hosts").write_text(cluster.server_file("known_hosts"))
+    created = release.documented(chart_command("git-creds"), release.home)
+    assert created.returncode == 0, created.text
     result = release.upgrade(over_ssh)
     assert (result.returncode, database.at, api.jobs()) == (0, ["001"], []), result.text
     result.line("INFO now at 001 (head)")
@@ -137,10 +141,13 @@ ASSIGNED = {"runAsUser": 1000650000, "runAsGroup": 0, "fsGroup": 1000650000}
 
 
 @pytest.fixture
-def over_https(api: Api, cluster: Cluster, repository: Repository) -> dict[str, Any]:
+def over_https(release: Release, cluster: Cluster, repository: Repository) -> dict[str, Any]:
     """Values for HTTPS with a token, under a private CA."""
-    api.secret("git-https", username="git", password=cluster.passwords["TOKEN"])
-    api.config_map("git-ca", **{"ca.crt": cluster.server_file("ca.crt")})
+    (release.home / "token.txt").write_text(cluster.passwords["TOKEN"])
+    (release.home / "ca.crt").write_text(cluster.server_file("ca.crt"))
+    for command in (chart_command("git-https").replace("username=ci", "username=git"), chart_command("git-ca")):
+        created = release.documented(command, release.home)
+        assert created.returncode == 0, created.text
     address = f"https://server.hcm-fixtures/git/{repository.name}.git"
     return {"git": {"repo": address, "httpsSecretName": "git-https", "ca": {"configMapName": "git-ca"}}, **ONE_ATTEMPT}
 

@@ -5,19 +5,23 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from kubernetes import client
 
 from tests.support.canary import CANARY, PASSWORD, assert_no_secret
 from tests.support.database import Database
 from tests.support.kubernetes import FIRST_JOB, Api, in_node, node, open_gate, sessions_in_revision_002
-from tests.support.programs import start
+from tests.support.programs import run, start
 from tests.support.readme import chart_block, root_block
 from tests.support.release import Release
 from tests.support.repository import Repository
 from tests.support.waiting import until
+from tools.binaries import find_or_build
 from tools.cluster import Cluster
 
 
@@ -89,6 +93,29 @@ def test_openshift_assigns_the_ids(release: Release, api: Api, cluster: Cluster,
             cluster.kubectl("delete", found["kind"], api.namespace)
     assert (pod.spec.security_context.run_as_user, pod.spec.security_context.run_as_group) == (user, None)
     assert (result.returncode, database.at) == (0, ["001"]), result.text
+
+
+def test_the_documented_rights_are_enough_to_deploy(
+    release: Release, api: Api, cluster: Cluster, database: Database
+) -> None:
+    api.core.create_namespaced_service_account(api.namespace, {"metadata": {"name": "deployer"}})
+    role = chart_block("kind: Role").replace("namespace: health", f"namespace: {api.namespace}")
+    cluster.kubectl("apply", "-f", "-", input=role)
+    grant = ("--role=hcm-db-migrations-deployer", f"--serviceaccount={api.namespace}:deployer", "-n", api.namespace)
+    cluster.kubectl("create", "rolebinding", "deployer", *grant)
+    config = yaml.safe_load(Path(cluster.kubeconfig).read_text())
+    token = cluster.kubectl("create", "token", "deployer", "-n", api.namespace).strip()
+    config["users"] = [{"name": user["name"], "user": {"token": token}} for user in config["users"]]
+    kubeconfig = release.home / "kubeconfig"
+    kubeconfig.write_text(yaml.safe_dump(config))
+    release.cluster = replace(cluster, kubeconfig=str(kubeconfig))
+    for result in (release.upgrade(), release.upgrade(), release.run("test", release.name)):
+        assert result.returncode == 0, result.text
+    assert database.at == ["001"]
+    assert release.run("get", "all", release.name).returncode == 0
+    assert release.run("uninstall", release.name).returncode == 0
+    denied = run([find_or_build("kubectl"), f"--kubeconfig={kubeconfig}", "get", "nodes"])
+    assert (denied.returncode, "forbidden" in denied.stderr) == (1, True)
 
 
 @contextmanager

@@ -99,7 +99,11 @@ def test_the_examples_of_args_plan_downgrade_and_stamp(
     repository.revision("002", "CREATE TABLE second ()")
     repository.revision("003", "CREATE TABLE third ()", downgrade="DROP TABLE third")
     repository.push()
-    plan, downgrade, stamp = map(release.example, chart_block("args: [stamp").splitlines())
+    plan, downgrade, stamp = (
+        release.example(chart_block("args: [upgrade")),
+        release.example(chart_block("args: [downgrade")),
+        release.example(chart_block("args: [stamp")),
+    )
     planned = release.upgrade(plan)
     assert (planned.returncode, database.relations) == (0, []), planned.text
     assert [line for line in planned.lines if line.startswith("CREATE TABLE")] == [

@@ -221,7 +221,7 @@ def _v0(volume: Volume, repository: Path) -> dict[str, str]:
 
 @pytest.mark.fault(
     "Code and settings",
-    fault="A git server that speaks protocol v0 only, as over SSH by default, and serves advertised objects only",
+    fault="A git server that speaks protocol v0 only, and serves advertised objects only",
     sees='`FAILED: no checkout of ... from ...: ...; the server does not support partial clones: set "git.filter" to'
     ' "" ...`, exit 1; for a commit `...; the server serves no commit by its SHA: set "git.branch" to a'
     " branch or tag ...`",

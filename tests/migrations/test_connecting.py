@@ -244,10 +244,10 @@ def test_an_http_response_fails_at_once(offline_project: Project) -> None:
 
 @pytest.mark.fault(
     "Network",
-    fault="libpq ignores the password file because of its mode (as in a Secret volume)",
+    fault="libpq ignores the password file because of its mode",
     sees="`... libpq ignores the password file <path>, whose mode is 0644: set 0600`, at once, exit 255",
     state="Nothing was changed",
-    do="Follow the message",
+    do="Follow the message; in the chart, whose Secret volumes cannot have this mode, set `db.secret`",
 )
 def test_a_password_file_that_libpq_ignores_is_named_with_its_mode(
     project: Project, database: Database, tmp_path: Path

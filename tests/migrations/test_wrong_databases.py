@@ -55,8 +55,8 @@ def test_another_projects_version_table_is_refused_and_another_name_avoids_it(
 @pytest.mark.fault(
     "Database",
     fault="`default_transaction_read_only` is on",
-    sees="`cannot execute CREATE TABLE in a read-only transaction (the server is read-only ...):"
-    " set DB_HOST to the primary)`, exit 255",
+    sees="`cannot execute CREATE TABLE in a read-only transaction (the server is read-only (...): set"
+    " DB_HOST to the primary)`, exit 255",
     state="Nothing was changed",
     do="Set the host to the primary's address, or fix the role",
 )

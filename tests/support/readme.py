@@ -47,6 +47,15 @@ def chart_block(part: str) -> str:
     return _cut(CHART_README.read_text(), part)
 
 
+def chart_command(part: str) -> str:
+    """The one `kubectl create` in a sentence or table of the chart's README.md that contains `part`."""
+    found = [
+        command for command in re.findall(r"`(kubectl create [^`]+)`", CHART_README.read_text()) if part in command
+    ]
+    assert len(found) == 1, f"{len(found)} commands contain {part!r}"
+    return found[0]
+
+
 def _cut(document: str, part: str) -> str:
     found = [block.text for block in blocks(document) if part in block.text]
     assert len(found) == 1, f"{len(found)} blocks contain {part!r}"

@@ -68,9 +68,11 @@ class Release:
     def start(self, *arguments: str | Path, is_evidence: bool = True) -> HelmProgram:
         return self._start([self.helm, *arguments, "-n", self.namespace], is_evidence)
 
-    def _start(self, command: list[str | Path], is_evidence: bool = True, stdin: str = "") -> HelmProgram:
+    def _start(
+        self, command: list[str | Path], is_evidence: bool = True, stdin: str = "", cwd: Path = ROOT
+    ) -> HelmProgram:
         environment = {"PATH": os.environ["PATH"], "HOME": str(self.home), "KUBECONFIG": self.cluster.kubeconfig}
-        program = start(command, cwd=ROOT, env=environment, stdin=stdin, one_stream=True, is_evidence=is_evidence)
+        program = start(command, cwd=cwd, env=environment, stdin=stdin, one_stream=True, is_evidence=is_evidence)
         return HelmProgram(program)
 
     def run(self, *arguments: str | Path) -> Result:
@@ -90,17 +92,17 @@ class Release:
     def upgrade(self, values: dict[str, Any] | None = None, *options: str | Path) -> Result:
         return self.start_upgrade(values, *options).wait()
 
-    def start_documented(self, command: str) -> HelmProgram:
+    def start_documented(self, command: str, cwd: Path = ROOT) -> HelmProgram:
         """Start a command of a README with this release's Helm, namespace (for `health`) and values (after its own)."""
         line, _, document = command.partition(" <<EOF\n")
         program, *arguments = shlex.split(line, comments=True)
         path = self.helm if program == "helm" else find_or_build(program)
         options: list[str | Path] = ["-f", self._file({NAME: self.values})] if arguments[0] == "upgrade" else []
         names = (self.namespace if argument == "health" else argument for argument in arguments)
-        return self._start([path, *names, *options], stdin=document.removesuffix("EOF\n"))
+        return self._start([path, *names, *options], stdin=document.removesuffix("EOF\n"), cwd=cwd)
 
-    def documented(self, command: str) -> Result:
-        return self.start_documented(command).wait()
+    def documented(self, command: str, cwd: Path = ROOT) -> Result:
+        return self.start_documented(command, cwd).wait()
 
     def example(self, block: str) -> dict[str, Any]:
         """The values of a README's block; this release's own variables are added to its `extraEnv`."""

@@ -85,7 +85,7 @@ for file in files:
         option, path = re.match(r"\s*(-[rce]|--requirement|--constraint|--editable|)[\s=]*(?:file:)?([^\s#;\[]*)", line).groups()
         includes = option[:3] in ("-r", "-c", "--r", "--c")
         path = os.path.normpath(os.path.join(os.path.dirname(file) if includes else "", path.strip("\"\x27")))
-        inside = os.path.realpath(path).startswith(checkout + "/")
+        inside = f"{os.path.realpath(path)}/".startswith(f"{checkout}/")
         if not os.path.isabs(path) and not (inside and (os.path.exists(path) or not path.startswith(".."))):
             sys.exit(print("outside", path))
         if includes and os.path.isfile(path) and path not in files:

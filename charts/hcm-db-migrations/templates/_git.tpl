@@ -75,7 +75,7 @@
     - {name: GIT_SSL_CAINFO, value: /etc/git-sync/ca.crt}
     {{- end }}
     {{- range $.Values.extraEnv }}
-    {{- if regexMatch "(?i)^(http|https|no|all)_proxy$" .name }}
+    {{- if include "hcm-db-migrations.isProxyVariable" .name }}
     - {{ toYaml . | nindent 6 | trim }}
     {{- end }}
     {{- end }}
@@ -178,4 +178,9 @@ sparse checkout patterns come from an annotation, which needs no separate object
 {{/* Not empty if git.repo is an SSH URL. */}}
 {{- define "hcm-db-migrations.isSSH" -}}
 {{- if regexMatch "^(ssh://|[A-Za-z0-9._-]+@[^/:]+:)" .git.repo }}true{{ end -}}
+{{- end -}}
+
+{{/* Not empty if git reads the variable of this name, too. */}}
+{{- define "hcm-db-migrations.isProxyVariable" -}}
+{{- if regexMatch "(?i)^(http|https|no|all)_proxy$" . }}true{{ end -}}
 {{- end -}}

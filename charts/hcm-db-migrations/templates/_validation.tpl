@@ -1,3 +1,27 @@
+{{/* Adds to "problems" the values that are null, which removed the default, though the templates need them. */}}
+{{- define "hcm-db-migrations.checkNulls" -}}
+{{- $names := list "namespace" "fullnameOverride" "requirements" "args" "hook" "image.repository" "image.pullPolicy" -}}
+{{- $names = concat $names (list "git.path" "git.filter" "git.secretName" "git.knownHosts" "git.httpsSecretName") -}}
+{{- $names = concat $names (list "git.ca.configMapName" "git.ca.secretName" "git.ca.key" "git.image.repository" "git.image.pullPolicy") -}}
+{{- $names = concat $names (list "db.port" "db.configMap.name" "db.configMap.hostKey" "db.configMap.nameKey") -}}
+{{- $names = concat $names (list "db.secret.name" "db.secret.usernameKey" "db.secret.passwordKey" "job.activeDeadlineSeconds" "job.backoffLimit") -}}
+{{- $nulls := list -}}
+{{- range $names -}}
+{{- $value := $.root.Values -}}
+{{- $path := list -}}
+{{- range splitList "." . -}}
+{{- if kindIs "map" $value -}}
+{{- $path = append $path . -}}
+{{- $value = index $value . -}}
+{{- end -}}
+{{- end -}}
+{{- if kindIs "invalid" $value }}{{ $nulls = append $nulls (join "." $path) }}{{ end -}}
+{{- end -}}
+{{- range uniq $nulls -}}
+{{- $_ := set $.problems "list" (append $.problems.list (printf "%q is null, which removes the default: set a value, or leave it out" .)) -}}
+{{- end -}}
+{{- end -}}
+
 {{/* Adds to "problems" what the schema cannot check, or not with a helpful message. */}}
 {{- define "hcm-db-migrations.check" -}}
 {{- $problems := .problems.list -}}
@@ -65,6 +89,11 @@
 {{- $secrets = append $secrets .name -}}
 {{- end -}}
 {{- end -}}
+{{- range .extraEnv -}}
+{{- if and (include "hcm-db-migrations.isProxyVariable" .name) (contains "$(" (.value | default "")) -}}
+{{- $problems = append $problems (printf "\"extraEnv\" sets %s with $(...), which git-sync would get unexpanded: put the whole URL into a Secret and reference it by valueFrom" .name) -}}
+{{- end -}}
+{{- end -}}
 {{- with $secrets -}}
 {{- $problems = append $problems (printf "\"extraEnv\" sets secrets (%s) as literals, which everyone who can read the release or the Job would see: put each into a Secret and reference it\n\n    extraEnv:\n      - {name: %s, valueFrom: {secretKeyRef: {name: <Secret>, key: <key>}}}\n" (join ", " .) (first .)) -}}
 {{- end -}}
@@ -82,8 +111,8 @@
 {{- end -}}
 {{- range $path, $annotations := dict "commonAnnotations" .commonAnnotations "job.annotations" .job.annotations -}}
 {{- range $name, $_ := $annotations -}}
-{{- if hasPrefix "helm.sh/hook" $name -}}
-{{- $problems = append $problems (printf "%q contains %q, which the chart sets: set \"hook\" instead" $path $name) -}}
+{{- if has $name (list "helm.sh/hook" "helm.sh/hook-delete-policy" "helm.sh/hook-output-log-policy") -}}
+{{- $problems = append $problems (printf "%q contains %q, which the chart sets: remove it, and set \"hook\"" $path $name) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

@@ -9,6 +9,9 @@ A second call finds nothing nested and changes nothing. */}}
 {{- include "hcm-db-migrations.merge" (dict "path" "" "from" . "into" $.Values "defaults" $defaults "problems" $problems) -}}
 {{- end -}}
 {{- $_ := unset .Values "hcm-db-migrations" -}}
+{{- include "hcm-db-migrations.checkNulls" (dict "root" . "problems" $problems) -}}
+{{- if not $problems.list -}}
+{{- range list "repo" "branch" }}{{ if not (index $.Values.git .) }}{{ $_ := set $.Values.git . "" }}{{ end }}{{ end -}}
 {{- /* Kubernetes would read a null quantity as 0. */ -}}
 {{- range list .Values.resources .Values.git.resources -}}
 {{- range $quantities := . -}}
@@ -18,6 +21,7 @@ A second call finds nothing nested and changes nothing. */}}
 {{- end -}}
 {{- end -}}
 {{- include "hcm-db-migrations.check" (dict "root" . "problems" $problems) -}}
+{{- end -}}
 {{- with $problems.list -}}
 {{- fail (printf "\n\nInvalid values for hcm-db-migrations:\n\n- %s\n\nSee \"Values\" in README.md of the chart (helm show readme).\n" (join "\n- " .)) -}}
 {{- end -}}
