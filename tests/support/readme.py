@@ -49,9 +49,8 @@ def chart_block(part: str) -> str:
 
 def chart_command(part: str) -> str:
     """The one `kubectl create` in a sentence or table of the chart's README.md that contains `part`."""
-    found = [
-        command for command in re.findall(r"`(kubectl create [^`]+)`", CHART_README.read_text()) if part in command
-    ]
+    commands: list[str] = re.findall(r"`(kubectl create [^`]+)`", CHART_README.read_text())
+    found = [command for command in commands if part in command]
     assert len(found) == 1, f"{len(found)} commands contain {part!r}"
     return found[0]
 
