@@ -69,6 +69,8 @@ def test_a_program_that_embeds_helm_gets_no_annotation_that_crashes_it(
     assert re.fullmatch(r"v4\.\d+", embedded.run("version", "--template={{.Version}}").stdout)
     found = embedded.render()
     assert "output-log" not in str(found)
+    annotated = {"helm.sh/hook-output-log-policy": "hook-failed"}
+    assert "output-log" not in str(one(embedded.render({"podAnnotations": annotated}), "Pod"))
     expected = helm4.render()
     for document in expected:
         document["metadata"].get("annotations", {}).pop("helm.sh/hook-output-log-policy", None)

@@ -39,6 +39,10 @@ ABBREVIATED = (
     '"git.branch" is "0a1b2c3", which looks like an abbreviated commit SHA; git servers only accept full ones: set the '
     "full 40-character SHA (git rev-parse 0a1b2c3), or refs/heads/0a1b2c3 if it is a branch"
 )
+ARGUMENT = (
+    '"args" contains a URL with a password or token, which logs would show: put it into a Secret, and reference that '
+    'as DATABASE_URL in "extraEnv"'
+)
 UNENCRYPTED = (
     '"git.httpsSecretName" is set, but "git.repo" is an http:// URL, which would send the token unencrypted: set an '
     "https:// URL"
@@ -187,6 +191,8 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
         for options in ([], ["-x", "tenant=a"], ["--raiseerr"], ["-n", "other", "-c", "other.ini"])
     ),
     (nested("args", ["upgrade", "$(DB_PASSWORD)"]), [_replaced("args")]),
+    (nested("args", ["-x", "url=postgresql://user:s3cret@host/db", "upgrade", "head"]), [ARGUMENT]),
+    (nested("args", ["upgrade", "he\u200bad"]), [_unprintable("args", "\\u200b")]),
     (nested("args", ["revision", "-m", "costs 5 $$"]), [_replaced("args")]),
     (nested("git.repo", "https://git.example.org/$(DB_PASSWORD)"), [_replaced("git.repo")]),
     (nested("git.branch", "$(DB_PASSWORD)"), [_replaced("git.branch")]),
@@ -214,6 +220,16 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
             ("PIP_INDEX_URL", "https://user:s3cret@mirror.example.org/simple"),
             ("PIP_INDEX_URL", "https://s3cret@mirror.example.org/simple"),
             ("https_proxy", "http://user:s3cret@proxy:3128"),
+            ("HTTPS_PROXY", "user:s3cret@proxy:3128"),
+            ("ALL_PROXY", "socks5://s3cret@proxy"),
+            ("DATABASE_URL", "postgresql://user:12345#s3cret@host/db"),
+            ("DATABASE_URL", "postgresql://user:1/s3cret@host/db"),
+            ("INDEX", "https://mirror.example.org/simple?token=s3cret"),
+            ("DSN", "host=db password = s3cret"),
+            ("DB_PASSWORD_PROD", "s3cret"),
+            ("JWT_SECRET_KEY", "s3cret"),
+            ("DBPASS", "s3cret"),
+            ("SETTINGS", "-----BEGIN RSA PRIVATE KEY-----s3cret"),
         ]
     ),
     (
@@ -310,6 +326,13 @@ def test_no_null_ends_in_an_error_of_a_template(helm4: Helm) -> None:
         ("PIP_INDEX_URL", "https://mirror.example.org:8443/@scope/simple"),
         ("PIP_PROXY", "http://$(PROXY_USER):$(PROXY_PASSWORD)@proxy:3128"),
         ("NO_PROXY", ".svc,.example.org,::1"),
+        ("HTTPS_PROXY", "http://proxy.example.org:3128"),
+        ("DATABASE_URL", "postgresql://h1:5432,h2:5432/db?application_name=a@b"),
+        ("REQUIRE_PASSWORD", "true"),
+        ("DB_PASSWORD_FILE", "/run/secrets/db"),
+        ("GOOGLE_APPLICATION_CREDENTIALS", "/var/run/key.json"),
+        ("SSH_PRIVATE_KEY", "/etc/ssh/key"),
+        ("TOKEN_TTL", "60"),
     ],
 )
 def test_a_literal_that_is_not_a_secret_is_accepted(helm: Helm, name: str, value: str) -> None:
@@ -426,7 +449,18 @@ def test_a_secret_that_is_set_twice_is_not_shown(helm: Helm) -> None:
         (nested("extraVolumeMounts", [{"name": "a", "mountPath": "/a", "readonly": True}]), "readonly"),
         *(
             (nested("extraVolumeMounts", [{"name": "a", "mountPath": path}]), "mountPath")
-            for path in ("/workspace", "//workspace/", "/./workspace", "workspace", "/x/../workspace", "/x/..", "../x")
+            for path in (
+                "/workspace",
+                "//workspace/",
+                "/./workspace",
+                "workspace",
+                "/x/../workspace",
+                "/x/..",
+                "../x",
+                "/",
+                ".",
+                " /workspace",
+            )
         ),
         *(
             (nested(key, [{"name": name, **rest}]), key)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.support.hostile_index import BUILD_SYSTEM, HostileIndex, hostile_index
+from tests.support.hostile_index import BACKEND, BUILD_SYSTEM, IN_TREE, HostileIndex, hostile_index
 from tests.support.pod_scripts import CODE, COMMIT, CREDENTIALS, README, Volume, make_wheel
 from tests.support.programs import Result, run
 from tests.support.readme import chart_block
@@ -37,6 +37,11 @@ NO_HASHES = (
 @pytest.fixture
 def index(volume: Volume) -> Iterator[HostileIndex]:
     with hostile_index(volume.folder / "index", volume.folder, "alembic", ALEMBIC) as found:
+        page = volume.folder / "index" / "simple" / "needs-a-url"
+        page.mkdir()
+        needed = f"Requires-Dist: in_tree @ {found.in_tree}\n"
+        wheel = make_wheel(volume.folder / "index", "needs_a_url", {}, needed)
+        (page / "index.html").write_text(f'<a href="/{wheel.name}">{wheel.name}</a>')
         yield found
 
 
@@ -77,13 +82,24 @@ def test_an_index_without_the_wheel_runs_no_code(install: Callable, index: Hosti
         "alembic @ {source}\n",
         "./package\n",
         "-e ./package\n",
+        "in_tree @ {in_tree}\n",
+        "{in_tree}\n",
+        "--no-binary in_tree\nin_tree==0.0.1\n",
+        "setup_py @ {setup_py}\n",
+        "{setup_py}\n",
+        "--no-binary setup_py\nsetup_py==0.0.1\n",
+        "./building_itself\n",
+        "-e ./building_itself\n",
+        "needs_a_url==0.0.1\n",
     ],
 )
 def test_a_requirements_file_that_demands_a_build_runs_no_code_of_the_index(
     install: Callable, index: HostileIndex, requirements: str
 ) -> None:
-    text = requirements.format(requirement=index.requirement, source=index.source)
-    result = install(text, {"package/pyproject.toml": BUILD_SYSTEM}, PIP_INDEX_URL=index.url)
+    text = requirements.format(**vars(index))
+    packages = {"package/pyproject.toml": BUILD_SYSTEM, "building_itself/pyproject.toml": IN_TREE}
+    packages["building_itself/backend.py"] = BACKEND
+    result = install(text, packages, PIP_INDEX_URL=index.url)
     assert (result.returncode, index.ran) == (1, False), result.text
     assert result.lines[-1].endswith(ONLY_WHEELS)
 
@@ -99,6 +115,13 @@ def test_a_file_that_allows_only_wheels_takes_precedence(install: Callable, inde
     text = f"--only-binary :all:\n{index.requirement}\n"
     result = install(text, PIP_INDEX_URL=index.url, PIP_NO_BINARY="alembic")
     assert (result.returncode, index.ran) == (1, False), result.text
+
+
+@pytest.mark.parametrize("empty", [":none:", " ", ",", ""])
+def test_no_name_at_all_builds_nothing(install: Callable, index: HostileIndex, empty: str) -> None:
+    result = install("./package\n", {"package/pyproject.toml": IN_TREE}, PIP_INDEX_URL=index.url, PIP_NO_BINARY=empty)
+    assert (result.returncode, index.ran) == (1, False), result.text
+    assert result.lines[-1].endswith(ONLY_WHEELS)
 
 
 @pytest.mark.parametrize("variables", [{"PIP_NO_BINARY": "other"}, {"PIP_ONLY_BINARY": ":none:"}])

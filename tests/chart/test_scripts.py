@@ -290,6 +290,11 @@ def test_a_tampered_requirement_stops_the_run_before_the_database(
         ({"requirements.txt": "--editable file:../lib#egg=lib"}, "../lib"),
         ({"requirements.txt": "./../lib"}, "../lib"),
         ({"requirements.txt": "-r pins/all.txt", "pins/all.txt": "-r ../../lib/base.txt"}, "../lib/base.txt"),
+        ({"requirements.txt": "-r pins.txt"}, "pins.txt"),
+        ({"requirements.txt": "--pre -r pins.txt"}, "pins.txt"),
+        ({"requirements.txt": "-r /proc/self/environ"}, "/proc/self/environ"),
+        ({"requirements.txt": "-c file:///proc/self/environ"}, "/proc/self/environ"),
+        ({"requirements.txt": "--pre -r inc.txt", "inc.txt": "--pre -r /proc/1/environ"}, "/proc/1/environ"),
     ],
 )
 def test_requirements_that_lead_out_of_the_checkout_are_named(
@@ -302,12 +307,12 @@ def test_requirements_that_lead_out_of_the_checkout_are_named(
     result = volume.run(container(requirements="requirements.txt"), shell, **CREDENTIALS, PIP_NO_INDEX="1")
     assert (result.returncode, result.lines[-1]) == (
         255,
-        f'FAILED: requirements.txt refers to "{path}", which is not checked out: only "git.path" is, so move it into'
+        f'FAILED: requirements.txt refers to "{path}", which is not in the checkout: only "git.path" is, so add it to'
         f' "utilities/hcm-db-migrations" ({README}, "Requirements")',
     )
 
 
-@pytest.mark.parametrize("line", ["-r pins.txt", "-e ../there", "https://127.0.0.1:9/../a.whl", "absent==1"])
+@pytest.mark.parametrize("line", ["-r /absent.txt", "-e ../there", "https://127.0.0.1:9/../a.whl", "absent==1"])
 def test_other_requirements_that_fail_do_not_lead_out_of_the_checkout(
     volume: Volume, container: Callable, line: str
 ) -> None:
@@ -405,6 +410,37 @@ def test_an_alembic_that_handles_sigterm_prints_the_last_line(volume: Volume, co
     result, seconds = _terminated(volume.start(container(), shell, **CREDENTIALS), volume)
     assert (result.returncode, result.lines[-1]) == (7, "rolled back at 001")
     assert seconds < 2
+
+
+def test_sigterm_before_alembic_starts_prevents_its_start(volume: Volume, container: Callable, shell: str) -> None:
+    """printenv is the first program that the script runs after the checkout was found."""
+    volume.clone("alembic.ini")
+    volume.program("printenv", 'touch "$HOME/running"; sleep 1; echo value')
+    volume.program("alembic", "echo alembic started")
+    result, _ = _terminated(volume.start(container(), shell, **CREDENTIALS), volume)
+    assert result == Result(
+        143,
+        CODE
+        + "stopped by SIGTERM while starting; the database was not contacted; if the Job's deadline was exceeded, raise"
+        ' "job.activeDeadlineSeconds" and Helm\'s --timeout together\n',
+    )
+
+
+def test_submodules_and_symlinks_to_nothing_are_named(volume: Volume, container: Callable, shell: str) -> None:
+    """Alembic would find no revisions there, and succeed."""
+    folder = volume.clone("alembic.ini", "in-the-checkout")
+    modules = '[submodule "%s"]\n\tpath = %s\n\turl = https://git.example.org/x\n'
+    paths = ["utilities/hcm-db-migrations/migrations/versions", "elsewhere"]
+    (volume.folder / "git/code/.gitmodules").write_text("".join(modules % (path, path) for path in paths))
+    (folder / "shared").symlink_to("../../lib/shared")
+    (folder / "also").symlink_to("in-the-checkout")
+    volume.program("alembic", "echo alembic ran")
+    assert volume.run(container(), shell, **CREDENTIALS) == Result(
+        0,
+        CODE
+        + "WARNING: not checked out: migrations/versions, ./shared (submodules are not cloned, and symlinks must lead"
+        f' to a file in "git.path"); revisions there are missing ({README}, "Git access")\nalembic ran\n',
+    )
 
 
 @pytest.fixture
@@ -531,26 +567,31 @@ def test_a_key_that_cannot_be_read_is_not_reported_as_missing(volume: Volume, cl
 
 CLONE_TIMED_OUT = (
     "the clone did not finish within 2 s: the git server does not respond, a firewall, NetworkPolicy or proxy drops the"
-    ' packets, or the network is too slow (then raise "job.activeDeadlineSeconds")\n'
+    ' packets, or the network is too slow (then raise "job.activeDeadlineSeconds")'
 )
 
 
 @pytest.mark.parametrize(
-    ("script", "error"),
+    ("script", "reason"),
     [
-        ("echo reason >git-error; exit 1", "reason\n"),
-        ("echo 'unknown flag: --x' >&2; exit 2", "git-sync failed with exit status 2\n"),
-        ("kill -9 $$", "git-sync failed with exit status 137\n"),
-        ("echo reason of the first attempt >git-error; exec sleep 60", CLONE_TIMED_OUT),
+        ("echo reason >git-error; exit 1", "reason"),
+        ("echo 'unknown flag: --x' >&2; exit 2", "git-sync failed with exit status 2; "),
+        ("exit 124", "git-sync failed with exit status 124; "),
+        ("kill -9 $$", "git-sync failed with exit status 137; most likely out of memory"),
+        ("exec sleep 60", CLONE_TIMED_OUT),
+        ("echo access denied >git-error; exec sleep 60", f"{CLONE_TIMED_OUT}; an attempt before: access denied"),
         ("trap '' TERM; while :; do sleep 1; done", CLONE_TIMED_OUT),
     ],
 )
 def test_a_failed_git_sync_leaves_its_reason_to_the_migrate_container(
-    volume: Volume, clone: Callable, shell: str, script: str, error: str
+    volume: Volume, clone: Callable, container: Callable, shell: str, script: str, reason: str
 ) -> None:
     volume.program("git-sync", script)
     assert volume.run(clone(), shell, CLONE_SECONDS="2").returncode == 0
-    assert (volume.folder / "git-error").read_text() == error
+    result = volume.run(container(), shell, **CREDENTIALS)
+    assert result.returncode == 1
+    prefix = f'FAILED: no checkout of "main" from "https://git.example.org/schema": {reason}'
+    assert result.text.startswith(prefix), result.text
 
 
 def test_an_image_without_timeout_clones_without_a_limit_and_says_so(

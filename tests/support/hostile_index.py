@@ -19,8 +19,10 @@ from pathlib import Path
 from tests.support.pod_scripts import make_wheel
 
 BUILD_SYSTEM = '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n'
+# Without any build dependency: the code that builds the package is in its source.
+IN_TREE = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
 # Leaves a mark as soon as it is imported. What it builds is the wheel in the source.
-SETUPTOOLS = """
+BACKEND = """
 import os, pathlib, shutil
 
 pathlib.Path(os.environ["HOME"], "code-of-the-index-ran").write_text(os.environ.get("DB_PASSWORD", ""))
@@ -38,11 +40,16 @@ class _Handler(SimpleHTTPRequestHandler):
 
 @dataclass(frozen=True)
 class HostileIndex:
-    """`url` is for PIP_INDEX_URL; `requirement` is the package with the hash of its genuine source."""
+    """`url` is for PIP_INDEX_URL; `requirement` is the package with the hash of its genuine source.
+
+    The others are URLs of that source, of one that builds itself, and of one with a setup.py only.
+    """
 
     url: str
-    source: str
     requirement: str
+    source: str
+    in_tree: str
+    setup_py: str
     home: Path
 
     @property
@@ -55,15 +62,22 @@ class HostileIndex:
 def hostile_index(folder: Path, home: Path, name: str, files: dict[str, str]) -> Iterator[HostileIndex]:
     """Serve version 0.0.1 of a package with these files, in `folder`, on the loopback interface."""
     folder.mkdir()
-    source = folder / f"{name}-0.0.1"
-    source.mkdir()
-    make_wheel(source, name, files)
-    (source / "PKG-INFO").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.0.1\n")
-    (source / "pyproject.toml").write_text(BUILD_SYSTEM)
-    with tarfile.open(folder / f"{source.name}.tar.gz", "w:gz") as archive:
-        archive.add(source, source.name)
-    shutil.rmtree(source)
-    make_wheel(folder, "setuptools", {"setuptools/__init__.py": "", "setuptools/build_meta.py": SETUPTOOLS})
+    made_of = {
+        name: {"pyproject.toml": BUILD_SYSTEM},
+        "in_tree": {"pyproject.toml": IN_TREE, "backend.py": BACKEND},
+        "setup_py": {"setup.py": BACKEND},
+    }
+    for package, sources in made_of.items():
+        source = folder / f"{package}-0.0.1"
+        source.mkdir()
+        make_wheel(source, package, files)
+        sources["PKG-INFO"] = f"Metadata-Version: 2.1\nName: {package}\nVersion: 0.0.1\n"
+        for file, text in sources.items():
+            (source / file).write_text(text)
+        with tarfile.open(folder / f"{source.name}.tar.gz", "w:gz") as archive:
+            archive.add(source, source.name)
+        shutil.rmtree(source)
+    make_wheel(folder, "setuptools", {"setuptools/__init__.py": "", "setuptools/build_meta.py": BACKEND})
     for file in [path for path in folder.iterdir() if path.is_file()]:
         page = folder / "simple" / re.sub(r"[-_.]+", "-", file.name.split("-")[0])
         page.mkdir(parents=True)
@@ -74,6 +88,7 @@ def hostile_index(folder: Path, home: Path, name: str, files: dict[str, str]) ->
         address = f"http://127.0.0.1:{server.server_port}"
         requirement = f"{name}==0.0.1 --hash=sha256:{digest}"
         try:
-            yield HostileIndex(f"{address}/simple/", f"{address}/{name}-0.0.1.tar.gz", requirement, home)
+            sources = [f"{address}/{package}-0.0.1.tar.gz" for package in made_of]
+            yield HostileIndex(f"{address}/simple/", requirement, *sources, home)
         finally:
             server.shutdown()

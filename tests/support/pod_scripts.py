@@ -86,11 +86,11 @@ class Volume:
         return self.start(container, shell, prefix, **references).wait()
 
 
-def make_wheel(folder: Path, name: str, files: dict[str, str]) -> Path:
+def make_wheel(folder: Path, name: str, files: dict[str, str], metadata: str = "") -> Path:
     """Create version 0.0.1 of a package; `files` has the contents by name, with additional `.dist-info` files."""
     info = f"{name}-0.0.1.dist-info"
     files = files | {
-        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.0.1\n",
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.0.1\n{metadata}",
         f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
     hashes = {

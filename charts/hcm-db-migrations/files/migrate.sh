@@ -5,7 +5,7 @@
 # Exit status: Alembic's; of this script, 255 (as Alembic's) for a failure that is not retryable, 143 after SIGTERM, else 1.
 set -u
 exec 2>&1 # a container's log may interleave two streams, and the reason would not be the last line
-workspace=$PWD child='' stopped='' interrupted='' stage='starting' effect='the database was not contacted'
+workspace=$PWD child='' stopped='' interrupted='' output='' stage='starting' effect='the database was not contacted'
 
 fail() {
   printf 'FAILED: %s (README.md of the chart, "%s")\n' "$2" "$3" >&2
@@ -15,19 +15,27 @@ fail() {
 # As PID 1, neither this shell nor a program without its own handler exits on SIGTERM: it would run until SIGKILL.
 stop() {
   [ -n "$stopped" ] ||
-    echo "stopped by SIGTERM while $stage; $effect; if the Job's deadline was exceeded, raise \"job.activeDeadlineSeconds\" and Helm's --timeout together" >&2
+    printf '%s\n' "stopped by SIGTERM while $stage; $effect; if the Job's deadline was exceeded, raise \"job.activeDeadlineSeconds\" and Helm's --timeout together" >&2
   stopped=yes interrupted=yes
-  [ -z "$child" ] || kill -TERM "$child" 2>/dev/null
+  [ -z "$child" ] || terminate
 }
 trap stop TERM
 
-# Run a program and return its exit status. A signal interrupts wait, not the program: wait is then called again, and
+# A child that is still this shell, before it becomes the program, would lose the signal.
+terminate() {
+  sleep 0.1
+  kill -TERM "$child" 2>/dev/null
+}
+
+# Run a program and return its exit status; after SIGTERM, none is started. A signal interrupts wait, not the program: wait is then called again, and
 # returns 127 if it has already returned the status. dash would print "Terminated" there.
 run() {
+  status=143
+  [ -z "$stopped" ] || return "$status"
   "$@" &
   child=$!
-  [ -z "$stopped" ] || kill -TERM "$child"
-  wait "$child"
+  [ -z "$stopped" ] || terminate
+  wait "$child" 2>/dev/null
   status=$?
   while [ -n "$interrupted" ]; do
     interrupted=''
@@ -39,16 +47,17 @@ run() {
   return "$status"
 }
 
-# As run, with a copy of the output in ./log, and standard output in the file $output if that is set. tee ends when
-# nothing has the pipe open: at the latest a second after the program, which may have left another one running.
+# As run, with a copy of the output in ./log, and standard output in the file $output if that is set. The program may leave
+# another one running, which has the pipe open: that is waited for at most a second, but the end of the log is not lost.
 run_logged() {
   rm -f "$workspace/log" "$workspace/log-complete" "$workspace/pipe"
   mkfifo "$workspace/pipe" || fail 1 "no file can be created in the pod's volume (reason above): free disk space on the node, or make the repository smaller" "Git access"
   { tee "$workspace/log"; : >"$workspace/log-complete"; } <"$workspace/pipe" 2>/dev/null &
   run into_pipe "$@"
-  for _ in 1 2 3 4 5 6 7 8 9 10; do
-    [ ! -e "$workspace/log-complete" ] || break
+  attempts=10
+  while [ ! -e "$workspace/log-complete" ] && [ "$attempts" -gt 0 ]; do
     sleep 0.1
+    ! ls -l /proc/[0-9]*/fd 2>/dev/null | grep -q "^l-w.* -> $workspace/pipe$" || attempts=$((attempts - 1))
   done
   return "$status"
 }
@@ -70,8 +79,19 @@ in_checkout() {
   [ ! -L "$1" ] && case $(readlink -f -- "$1") in "$checkout"/*) ;; *) false ;; esac
 }
 
+# The paths of the repository's submodules, which git-sync does not clone.
+submodules() { sed -n 's#^[[:space:]]*path[[:space:]]*=[[:space:]]*##p' "$workspace/git/code/.gitmodules" 2>/dev/null; }
+
+# What is in the working directory, git.path, only as a name: submodules, and symlinks out of git.path.
+not_checked_out() {
+  folder="${GIT_PATH#.}"
+  submodules | while read -r path; do case $path in ("${folder:+$folder/}"*) printf '%s, ' "${path#"${folder:+$folder/}"}" ;; esac; done
+  find . -type l ! -exec test -e {} \; -exec printf '%s, ' {} \; 2>/dev/null
+}
+
 # Prints "outside <path>" for a path in the requirements file $1, or in a file that it includes, that is not in the
-# checkout, and "unhashed" if pip checks no hashes: it does if any requirement has one.
+# checkout, and "unhashed" if pip checks no hashes: it does if any requirement has one. pip would print what is not a
+# requirement in an included file, such as the environment in /proc.
 requirements_problem() {
   python3 -I -c '
 import os, re, sys
@@ -80,18 +100,33 @@ for file in files:
     # As pip: a continued line is joined before a comment is cut off.
     text = open(file, errors="replace").read()
     text = re.sub(r"(?m)^(?![ \t]*#)((?:.*\\\n)+)", lambda lines: lines[1].replace("\\\n", ""), text)
-    for line in re.sub(r"(?m)(^|\s)#.*$", "", text).splitlines():
-        options += " ".join(re.findall(r"(?<=\S )\s*--hash\b|--no-require-hashes", line)) + " "
-        option, path = re.match(r"\s*(-[rce]|--requirement|--constraint|--editable|)[\s=]*(?:file:)?([^\s#;\[]*)", line).groups()
-        includes = option[:3] in ("-r", "-c", "--r", "--c")
-        path = os.path.normpath(os.path.join(os.path.dirname(file) if includes else "", path.strip("\"\x27")))
-        inside = f"{os.path.realpath(path)}/".startswith(f"{checkout}/")
-        if not os.path.isabs(path) and not (inside and (os.path.exists(path) or not path.startswith(".."))):
-            sys.exit(print("outside", path))
-        if includes and os.path.isfile(path) and path not in files:
-            files.append(path)
-if "--hash" not in options or "--no-require-hashes" in options:
-    print("unhashed")' "$1" "$checkout"
+    for line in map(str.strip, re.sub(r"(?m)(^|\s)#.*$", "", text).splitlines()):
+        options += " ".join(re.findall(r"(?<=\S )\s*--hash\b|--(?:no-)?require-hashes", line)) + " "
+        for option, path in re.findall(r"(?:^|\s)(-[rce]|--requirement|--constraint|--editable|^(?!-))[\s=]*(?:file:/*(?=/))?(?:file:)?([^\s#;\[]*)", line):
+            includes = option[:3] in ("-r", "-c", "--r", "--c")
+            path = os.path.normpath(os.path.join(os.path.dirname(file) if includes else "", path.strip("\"\x27")))
+            exists = os.path.exists(path) or (not includes and not path.startswith(".."))
+            inside = f"{os.path.realpath(path)}/".startswith(f"{checkout}/") and exists
+            if path.startswith(("/proc/", "/sys/", "/dev/")) or not (inside or os.path.isabs(path) or ":/" in path):
+                sys.exit(print("outside", path))
+            if includes and os.path.isfile(path) and path not in files:
+                files.append(path)
+if "hash" not in options or "--no-require-hashes" in options:
+    print("unhashed")' "$1" "$checkout" 2>/dev/null || echo unhashed
+}
+
+# To build a package, pip would run its code and what the index serves as its build dependencies, which no hash covers. pip
+# builds a folder, an archive or a repository even with --only-binary: the venv's Python then refuses it. Sets
+# pip's option.
+forbid_builds() {
+  build=--no-binary=${PIP_NO_BINARY-}
+  case $(printf '%s' "${PIP_NO_BINARY-}" | tr -d ' ,') in
+  '' | :none:) build=--no-build-isolation ;;
+  *) return 0 ;;
+  esac
+  for folder in "$workspace"/venv/lib/python3*/site-packages; do
+    echo 'import sys; any("pyproject_hooks" in word or "setuptools" in word for word in sys.orig_argv) and sys.exit("only wheels are installed")' >"$folder/only-wheels.pth"
+  done
 }
 
 # The reason in git-sync's error file, on one line without control characters. The file is JSON; its "Err" quotes git's
@@ -128,13 +163,14 @@ sys.stdout.buffer.write(" ".join(text.split()).encode())' "$1" || cat "$1"; } | 
 
 if [ ! -d git/code ]; then
   reason=$(git_error git-error)
+  [ ! -s timed-out ] || reason="$(cat timed-out)${reason:+; an attempt before: $reason}"
   [ -n "$reason" ] || reason='the clone was interrupted'
   case $(cat git-error 2>/dev/null) in # the reason has not all of it
   *'No space left on device'*) ;;
   # 6: without libgcc_s, as in git-sync's image, git aborts when a program that it writes to was killed.
   *'signal: killed'* | *'signal 9'* | *'signal 6'* | *'status 137'*)
     reason="$reason; most likely out of memory: raise \"git.resources.limits.memory\"" ;;
-  *'unadvertised object'*'promisor remote'* | *'not our ref'*'promisor remote'* | *' not valid'*'promisor remote'*)
+  *"filter 'blob:none' not supported"* | *'unadvertised object'*'promisor remote'* | *'not our ref'*'promisor remote'* | *' not valid'*'promisor remote'*)
     reason="$reason; the server does not support partial clones: set \"git.filter\" to \"\"" ;;
   *'unadvertised object'*)
     reason="$reason; the server serves no commit by its SHA: set \"git.branch\" to a branch or tag" ;;
@@ -150,7 +186,7 @@ if [ ! -d git/code ]; then
   fail 1 "no checkout of \"$GIT_REF\" from \"$GIT_REPO\": $reason" "Git access"
 fi
 commit=$(basename "$(readlink git/code)")
-echo "code: repository $GIT_REPO, ref $GIT_REF, commit $commit, path $GIT_PATH"
+printf '%s\n' "code: repository $GIT_REPO, ref $GIT_REF, commit $commit, path $GIT_PATH"
 
 missing=
 while read -r name source; do
@@ -162,8 +198,7 @@ EOF
 
 # git-sync checks out neither a submodule nor, outside of git.path, what a symlink points to.
 if [ ! -f "git/code/$GIT_PATH/${ALEMBIC_CONFIG:-alembic.ini}" ]; then
-  submodule=$(sed -n 's#^[[:space:]]*path[[:space:]]*=[[:space:]]*##p' git/code/.gitmodules 2>/dev/null |
-    while read -r path; do case $GIT_PATH/ in ("${path%/}"/*) echo "${path%/}" ;; esac; done)
+  submodule=$(submodules | while read -r path; do case $GIT_PATH/ in ("${path%/}"/*) echo "${path%/}" ;; esac; done)
   [ -z "$submodule" ] ||
     fail 255 "\"$submodule\" is a submodule in commit $commit, and submodules are not cloned: set \"git.repo\" to the submodule's repository, and \"git.path\" to the folder in it" "Git access"
   [ -d "git/code/$GIT_PATH" ] || [ ! -L "git/code/$GIT_PATH" ] ||
@@ -180,6 +215,10 @@ in_checkout "${ALEMBIC_CONFIG:-alembic.ini}" ||
 [ -f "${ALEMBIC_CONFIG:-alembic.ini}" ] ||
   fail 255 "no ${ALEMBIC_CONFIG:-alembic.ini} in \"$GIT_PATH\" of commit $commit: set \"git.path\" to the folder that contains it" "Git access"
 
+absent=$(not_checked_out)
+[ -z "$absent" ] ||
+  printf '%s\n' "WARNING: not checked out: ${absent%, } (submodules are not cloned, and symlinks must lead to a file in \"git.path\"); revisions there are missing (README.md of the chart, \"Git access\")"
+
 if [ -n "$REQUIREMENTS" ]; then
   stage="installing $REQUIREMENTS"
   in_checkout "$REQUIREMENTS" ||
@@ -188,17 +227,13 @@ if [ -n "$REQUIREMENTS" ]; then
     fail 255 "no $REQUIREMENTS in \"$GIT_PATH\" of commit $commit: set \"requirements\" to its name, or to \"\" if the image already contains the dependencies" "Requirements"
   problem=$(requirements_problem "$REQUIREMENTS")
   case $problem in
-  unhashed) echo "WARNING: $REQUIREMENTS has no hashes, so pip installs whatever the index serves: add them (uv pip compile or pip-compile with --generate-hashes); PIP_REQUIRE_HASHES=1 in \"extraEnv\" refuses a file without them (README.md of the chart, \"Requirements\")" ;;
-  outside*) fail 255 "$REQUIREMENTS refers to \"${problem#outside }\", which is not checked out: only \"git.path\" is, so move it into \"$GIT_PATH\"" "Requirements" ;;
+  unhashed) printf '%s\n' "WARNING: $REQUIREMENTS has no hashes, so pip installs whatever the index serves: add them (uv pip compile or pip-compile with --generate-hashes); PIP_REQUIRE_HASHES=1 in \"extraEnv\" refuses a file without them (README.md of the chart, \"Requirements\")" ;;
+  outside*) fail 255 "$REQUIREMENTS refers to \"${problem#outside }\", which is not in the checkout: only \"git.path\" is, so add it to \"$GIT_PATH\"" "Requirements" ;;
   esac
   # An unreachable index is reported within seconds, not after pip's default of five retries of 15 s each.
   export PIP_RETRIES="${PIP_RETRIES:-2}" PIP_TIMEOUT="${PIP_TIMEOUT:-10}"
-  # To build a package, pip would run what the index serves as its build dependencies: no hash covers them. So only
-  # wheels, and no build dependencies for a requirement that is a folder, an archive or a repository.
-  build=--no-build-isolation
-  [ -z "${PIP_NO_BINARY-}" ] || build=--no-binary=$PIP_NO_BINARY
   # -I: ignores a logging.py or pip.py in the checkout.
-  run python3 -I -m venv --without-pip "$workspace/venv" &&
+  run python3 -I -m venv --without-pip "$workspace/venv" && forbid_builds &&
     run_logged python3 -I -m pip --python "$workspace/venv/bin/python3" --quiet --no-input --disable-pip-version-check \
       install --no-compile --no-cache-dir --only-binary :all: "$build" -r "$REQUIREMENTS"
   status=$?
@@ -208,15 +243,17 @@ if [ -n "$REQUIREMENTS" ]; then
   esac
   if [ "$status" -ne 0 ]; then
     reason="pip could not install $REQUIREMENTS (exit status $status, reason above)"
-    ! grep -qE 'No matching distribution|BackendUnavailable' "$workspace/log" 2>/dev/null || grep -q 'Retrying' "$workspace/log" ||
+    ! grep -qE 'No matching distribution|only wheels are installed' "$workspace/log" 2>/dev/null || grep -q 'Retrying' "$workspace/log" ||
       fail 1 "$reason: only wheels are installed; add the missing wheel to the index, or name the package in PIP_NO_BINARY in \"extraEnv\": its code and its build dependencies' then run with the credentials" "Requirements"
     fail 1 "$reason: for a mirror, proxy or private CA set \"extraEnv\"" "Requirements"
   fi
+  rm -f "$workspace"/venv/lib/python3*/site-packages/only-wheels.pth
   PATH=$workspace/venv/bin:$PATH
 fi
 command -v alembic >/dev/null ||
   fail 255 "alembic is not installed: add it to \"requirements\" ($REQUIREMENTS), or to the image if that is \"\"" "Requirements"
 
+[ -z "$stopped" ] || exit 143
 stage="running alembic $*" effect='PostgreSQL rolls back what was not committed'
 output=${EXPECTED:+$workspace/output}
 run_logged alembic "$@"
@@ -231,7 +268,10 @@ case $status in
   reason=$(last_reason "$workspace/log")
   case $reason in
   '' | FAILED:*) ;;
-  *) echo "FAILED: alembic $*: $reason (exit status 1)" >&2 ;;
+  *)
+    [ -z "$(tail -c 1 "$workspace/log")" ] || echo
+    printf '%s\n' "FAILED: alembic $*: $reason (exit status 1)" >&2
+    ;;
   esac
   ;;
 esac

@@ -38,9 +38,10 @@ child=$!
 wait "$child"
 status=$?
 # timeout exits with 124, or as killed by its signal (after SIGKILL, and BusyBox's always). Before its time, others killed git-sync.
-if [ "$status" -eq 124 ] || { [ "$status" -gt 128 ] && [ "$(($(date +%s) - start))" -ge "$CLONE_SECONDS" ]; }; then
+# git-error may have the reason of an attempt before.
+if { [ "$status" -eq 124 ] || [ "$status" -gt 128 ]; } && [ "$(($(date +%s) - start))" -ge "$CLONE_SECONDS" ]; then
   echo "the clone did not finish within $CLONE_SECONDS s: the git server does not respond, a firewall, NetworkPolicy or proxy" \
-    "drops the packets, or the network is too slow (then raise \"job.activeDeadlineSeconds\")" | tee git-error
+    "drops the packets, or the network is too slow (then raise \"job.activeDeadlineSeconds\")" | tee timed-out
 elif [ "$status" -ne 0 ] && [ ! -s git-error ]; then
   echo "git-sync failed with exit status $status" >git-error
 fi

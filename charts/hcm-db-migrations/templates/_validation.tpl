@@ -54,14 +54,14 @@
 {{- if or (regexMatch "[][*?!\\\\\"\\s]" .git.path) (hasPrefix "/" .git.path) (has ".." (splitList "/" .git.path)) -}}
 {{- $problems = append $problems (printf "\"git.path\" is %q: set a folder relative to the repository's root, such as utilities/hcm-db-migrations, or . for the root (no .., space or * ? [ ] ! \\ \")" .git.path) -}}
 {{- end -}}
-{{- $texts := dict "git.repo" .git.repo "git.branch" .git.branch "git.path" .git.path "requirements" .requirements -}}
+{{- $texts := dict "args" (join "" .args) "git.repo" .git.repo "git.branch" .git.branch "git.path" .git.path "requirements" .requirements -}}
 {{- range $path, $text := $texts -}}
 {{- with regexFind "[\\p{C}\\p{Z}]" (regexReplaceAll "\\s" $text "") -}}
 {{- $problems = append $problems (printf "%q contains the unprintable character %q: remove it" $path .) -}}
 {{- end -}}
 {{- end -}}
-{{- range $path, $texts := merge (dict "args" .args) $texts -}}
-{{- if regexMatch "[$][$(]" ($texts | toJson) -}}
+{{- range $path, $text := $texts -}}
+{{- if regexMatch "[$][$(]" $text -}}
 {{- $problems = append $problems (printf "%q contains $( or $$, which Kubernetes would replace: remove it" $path) -}}
 {{- end -}}
 {{- end -}}
@@ -82,12 +82,7 @@
 {{- end -}}
 {{- $secrets := list -}}
 {{- range .extraEnv -}}
-{{- $value := regexReplaceAll "[$][(][A-Za-z0-9_]+[)]" (.value | default "") "" -}}
-{{- $noPort := regexReplaceAll "(://[^/?#@:]+):[0-9]+([/?#]|$)" $value "${1}${2}" -}}
-{{- $named := regexMatch "(?i)(PASSWORD|PASSWD|PASSPHRASE|SECRET|TOKEN|CREDENTIALS?|(API|ACCESS|PRIVATE)_?KEY|_PASS|_PWD)$" .name -}}
-{{- if or (and $value $named) (regexMatch "(?i)(://[^/?#@]*:[^@]+@|https?://[^/?#@:]+@|(^|[?&;\\s])(ssl)?password=[^&;\\s])" $noPort) -}}
-{{- $secrets = append $secrets .name -}}
-{{- end -}}
+{{- if include "hcm-db-migrations.isSecret" (dict "name" .name "value" .value) }}{{ $secrets = append $secrets .name }}{{ end -}}
 {{- end -}}
 {{- range .extraEnv -}}
 {{- if and (include "hcm-db-migrations.isProxyVariable" .name) (contains "$(" (.value | default "")) -}}
@@ -98,6 +93,9 @@
 {{- $problems = append $problems (printf "\"extraEnv\" sets secrets (%s) as literals, which everyone who can read the release or the Job would see: put each into a Secret and reference it\n\n    extraEnv:\n      - {name: %s, valueFrom: {secretKeyRef: {name: <Secret>, key: <key>}}}\n" (join ", " .) (first .)) -}}
 {{- end -}}
 {{- range .args -}}
+{{- if include "hcm-db-migrations.isSecret" (dict "name" "" "value" .) -}}
+{{- $problems = append $problems "\"args\" contains a URL with a password or token, which logs would show: put it into a Secret, and reference that as DATABASE_URL in \"extraEnv\"" -}}
+{{- end -}}
 {{- if regexMatch "(^|[@:])[+-][0-9]+$" . -}}
 {{- $problems = append $problems (printf "\"args\" contains %q, which is relative to the current revision, and Kubernetes may run a Job's pod twice: name the revision, such as [downgrade, \"002\"]" .) -}}
 {{- end -}}
@@ -132,4 +130,22 @@
 {{- end -}}
 {{- end -}}
 {{- $_ := set .problems "list" $problems -}}
+{{- end -}}
+
+{{/* Not empty if a literal is a secret, by its name or as a URL: (dict "name" "value"). A reference, $(NAME), is not. A number
+after a host is its port. */}}
+{{- define "hcm-db-migrations.isSecret" -}}
+{{- $value := regexReplaceAll "[$][(][A-Za-z0-9_]+[)]" (.value | default "") "" -}}
+{{- $words := "(PASSWORD|PASSWD|PASSPHRASE|SECRET|TOKEN|CREDENTIAL|BEARER|DBPASS|_PASS$|_PWD$|_PW$|_PAT$|_AUTH$|(API|ACCESS|PRIVATE|SIGNING|ENCRYPTION|APP)_?KEY)" -}}
+{{- $harmless := "_(FILE|PATH|NAME|LENGTH|TTL|ID)$" -}}
+{{- $named := and (regexMatch (printf "(?i)%s" $words) .name) (not (regexMatch (printf "(?i)%s" $harmless) .name)) -}}
+{{- $switch := and (regexMatch "^(?i)(|true|false|yes|no|on|off|[01])$" $value) (not (has .name (list "DB_PASSWORD" "PGPASSWORD"))) -}}
+{{- $path := and (hasPrefix "/" $value) (regexMatch "(?i)(KEY|CREDENTIALS?)$" .name) -}}
+{{- $web := regexReplaceAll "(https?://[^/?#@:]+):[0-9]+([/?#]|$)" $value "${1}${2}" -}}
+{{- $urls := "https?://[^/?#@]*:[^@]+@|https?://[^/?#@:]+@|[a-z0-9+]+://[^/?#@]*:[^?@]+@|(^|[?&;\\s])((ssl)?password|pwd|token|access_token|api_key)\\s*=\\s*[^&;\\s]|-----BEGIN [A-Z ]*PRIVATE KEY" -}}
+{{- $isProxy := hasSuffix "PROXY" (upper .name) -}}
+{{- $proxy := and $isProxy (regexMatch "^[^/?#@]+@|://[^/?#@]+@" ($value | replace "://:@" "://")) -}}
+{{- if or (and $value $named (not $switch) (not $path)) (regexMatch (printf "(?i)(%s)" $urls) $web) $proxy -}}
+true
+{{- end -}}
 {{- end -}}
