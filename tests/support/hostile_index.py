@@ -67,13 +67,13 @@ def hostile_index(folder: Path, home: Path, name: str, files: dict[str, str]) ->
         "in_tree": {"pyproject.toml": IN_TREE, "backend.py": BACKEND},
         "setup_py": {"setup.py": BACKEND},
     }
-    for package, sources in made_of.items():
+    for package, parts in made_of.items():
         source = folder / f"{package}-0.0.1"
         source.mkdir()
         make_wheel(source, package, files)
-        sources["PKG-INFO"] = f"Metadata-Version: 2.1\nName: {package}\nVersion: 0.0.1\n"
-        for file, text in sources.items():
-            (source / file).write_text(text)
+        parts["PKG-INFO"] = f"Metadata-Version: 2.1\nName: {package}\nVersion: 0.0.1\n"
+        for part, text in parts.items():
+            (source / part).write_text(text)
         with tarfile.open(folder / f"{source.name}.tar.gz", "w:gz") as archive:
             archive.add(source, source.name)
         shutil.rmtree(source)
@@ -88,7 +88,7 @@ def hostile_index(folder: Path, home: Path, name: str, files: dict[str, str]) ->
         address = f"http://127.0.0.1:{server.server_port}"
         requirement = f"{name}==0.0.1 --hash=sha256:{digest}"
         try:
-            sources = [f"{address}/{package}-0.0.1.tar.gz" for package in made_of]
-            yield HostileIndex(f"{address}/simple/", requirement, *sources, home)
+            source_url, in_tree, setup_py = (f"{address}/{package}-0.0.1.tar.gz" for package in made_of)
+            yield HostileIndex(f"{address}/simple/", requirement, source_url, in_tree, setup_py, home)
         finally:
             server.shutdown()

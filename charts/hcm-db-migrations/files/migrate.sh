@@ -215,10 +215,6 @@ in_checkout "${ALEMBIC_CONFIG:-alembic.ini}" ||
 [ -f "${ALEMBIC_CONFIG:-alembic.ini}" ] ||
   fail 255 "no ${ALEMBIC_CONFIG:-alembic.ini} in \"$GIT_PATH\" of commit $commit: set \"git.path\" to the folder that contains it" "Git access"
 
-absent=$(not_checked_out)
-[ -z "$absent" ] ||
-  printf '%s\n' "WARNING: not checked out: ${absent%, } (submodules are not cloned, and symlinks must lead to a file in \"git.path\"); revisions there are missing (README.md of the chart, \"Git access\")"
-
 if [ -n "$REQUIREMENTS" ]; then
   stage="installing $REQUIREMENTS"
   in_checkout "$REQUIREMENTS" ||
@@ -252,6 +248,10 @@ if [ -n "$REQUIREMENTS" ]; then
 fi
 command -v alembic >/dev/null ||
   fail 255 "alembic is not installed: add it to \"requirements\" ($REQUIREMENTS), or to the image if that is \"\"" "Requirements"
+
+absent=$(not_checked_out)
+[ -z "$absent" ] ||
+  printf '%s\n' "WARNING: not checked out: ${absent%, } (submodules are not cloned, and symlinks must lead to a file in \"git.path\"); revisions there are missing (README.md of the chart, \"Git access\")"
 
 [ -z "$stopped" ] || exit 143
 stage="running alembic $*" effect='PostgreSQL rolls back what was not committed'
