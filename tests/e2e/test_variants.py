@@ -18,6 +18,7 @@ from tests.support.readme import chart_block, root_block
 from tests.support.release import Release
 from tests.support.repository import Repository
 from tests.support.waiting import until
+from tools.cluster import Cluster
 from tools.paths import BIN, CHART
 
 
@@ -65,6 +66,29 @@ def test_without_a_hook_it_is_an_ordinary_job_that_is_recreated_when_a_value_cha
     (second,) = api.jobs()
     assert second != first
     assert NOTHING_TO_DO in api.logs(second)[0]
+
+
+@pytest.mark.fault(
+    "Code and settings",
+    fault='With `hook: ""`, only a literal of `extraEnv` changed',
+    sees="`... field is immutable`, exit 1",
+    state="Nothing was changed",
+    do="`kubectl delete job <name>`, deploy again",
+)
+def test_an_ordinary_job_is_deleted_before_a_literal_alone_is_changed(
+    release: Release, api: Api, cluster: Cluster
+) -> None:
+    """No digest is made of a literal, which could be guessed from it."""
+    values = {"hook": "", "extraEnv": [*release.values["extraEnv"], {"name": "LC_ALL", "value": "C"}]}
+    assert release.upgrade(values).returncode == 0
+    values["extraEnv"][-1] = {"name": "LC_ALL", "value": "C.UTF-8"}
+    refused = release.upgrade(values)
+    assert refused.returncode == 1
+    assert "field is immutable" in refused.text
+    (job,) = api.jobs()
+    cluster.kubectl("delete", "job", job, "-n", api.namespace)
+    assert release.upgrade(values).returncode == 0
+    assert api.jobs() == [job]
 
 
 @pytest.mark.fault(
