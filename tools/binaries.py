@@ -85,6 +85,8 @@ def find_or_build(name: str, *, stamped: bool = True) -> Path:
     folder, package = modules()[name]
     if stamped and (on_path := _on_path(name)):
         return on_path
+    if not stamped:
+        find_or_build(name)  # not both at once: they share nearly all that is compiled
     sources = [folder / "go.mod", folder / "go.sum", *sorted(folder.glob("*.go"))]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
 

@@ -18,7 +18,7 @@ SEPARATOR = r"""[\s"',\\]+"""
 INSTALLATION = re.compile(
     rf"""\bpip3?{SEPARATOR}(?:(?:-\S+|"\$\S+|python){SEPARATOR})*?(?:install|download|wheel)(?:\s|["'],)\s*(?=[\w"'\-.*$])"""
 )
-OTHERS = re.compile(r"""(?:\buv|-m)["',\s]+build\b|\b(?:uvx|pipx|easy_install)\b|\bsetup\.py\b""")
+OTHERS = re.compile(r"""(?:\buv|-m)["',\s]+build\b|\b(?:uvx|pipx|easy_install)\b|\bpython\S*\s+setup\.py\b""")
 
 
 def _files() -> list[Path]:

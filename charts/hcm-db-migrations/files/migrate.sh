@@ -57,7 +57,11 @@ run_logged() {
   attempts=10
   while [ ! -e "$workspace/log-complete" ] && [ "$attempts" -gt 0 ]; do
     sleep 0.1
-    ! ls -l /proc/[0-9]*/fd 2>/dev/null | grep -q "^l-w.* -> $workspace/pipe$" || attempts=$((attempts - 1))
+    case $(ls -l /proc/[0-9]*/fd 2>/dev/null | grep " -> $workspace/pipe$") in
+    *l-w*) attempts=$((attempts - 1)) ;;
+    *lr-*) ;;  # tee, which writes the rest
+    *) break ;; # tee was killed, too
+    esac
   done
   return "$status"
 }
@@ -82,9 +86,9 @@ in_checkout() {
 # The paths of the repository's submodules, which git-sync does not clone.
 submodules() { sed -n 's#^[[:space:]]*path[[:space:]]*=[[:space:]]*##p' "$workspace/git/code/.gitmodules" 2>/dev/null; }
 
-# What is in the working directory, git.path, only as a name: submodules, and symlinks out of git.path.
+# What is in the folder $1, the working directory, only as a name: submodules, and symlinks out of git.path.
 not_checked_out() {
-  folder="${GIT_PATH#.}"
+  folder="${1#.}"
   submodules | while read -r path; do case $path in ("${folder:+$folder/}"*) printf '%s, ' "${path#"${folder:+$folder/}"}" ;; esac; done
   find . -type l ! -exec test -e {} \; -exec printf '%s, ' {} \; 2>/dev/null
 }
@@ -249,7 +253,7 @@ fi
 command -v alembic >/dev/null ||
   fail 255 "alembic is not installed: add it to \"requirements\" ($REQUIREMENTS), or to the image if that is \"\"" "Requirements"
 
-absent=$(not_checked_out)
+absent=$(not_checked_out "$GIT_PATH")
 [ -z "$absent" ] ||
   printf '%s\n' "WARNING: not checked out: ${absent%, } (submodules are not cloned, and symlinks must lead to a file in \"git.path\"); revisions there are missing (README.md of the chart, \"Git access\")"
 
