@@ -40,8 +40,8 @@ ABBREVIATED = (
     "full 40-character SHA (git rev-parse 0a1b2c3), or refs/heads/0a1b2c3 if it is a branch"
 )
 ARGUMENT = (
-    '"args" contains a URL with a password or token, which logs would show: put it into a Secret, and reference that '
-    'as DATABASE_URL in "extraEnv"'
+    '"args" contains a password or token, which logs would show: put it into a Secret, and reference that as '
+    'DATABASE_URL in "extraEnv"'
 )
 UNENCRYPTED = (
     '"git.httpsSecretName" is set, but "git.repo" is an http:// URL, which would send the token unencrypted: set an '
@@ -192,6 +192,7 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ),
     (nested("args", ["upgrade", "$(DB_PASSWORD)"]), [_replaced("args")]),
     (nested("args", ["-x", "url=postgresql://user:s3cret@host/db", "upgrade", "head"]), [ARGUMENT]),
+    (nested("args", ["-x", "db_password=s3cret", "upgrade", "head"]), [ARGUMENT]),
     (nested("args", ["upgrade", "he\u200bad"]), [_unprintable("args", "\\u200b")]),
     (nested("args", ["revision", "-m", "costs 5 $$"]), [_replaced("args")]),
     (nested("git.repo", "https://git.example.org/$(DB_PASSWORD)"), [_replaced("git.repo")]),
@@ -229,6 +230,11 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
             ("DB_PASSWORD_PROD", "s3cret"),
             ("JWT_SECRET_KEY", "s3cret"),
             ("DBPASS", "s3cret"),
+            ("FERNET_KEY", "s3cret"),
+            ("SIGNING_KEY", "/9j/s3cret=="),
+            ("HTTP_AUTHORIZATION", "Bearer s3cret"),
+            ("GIT", "ghp_s3crets3crets3crets3cret"),
+            ("INDEX", "https://mirror.example.org/simple?private_token=s3cret"),
             ("SETTINGS", "-----BEGIN RSA PRIVATE KEY-----s3cret"),
         ]
     ),
@@ -333,6 +339,12 @@ def test_no_null_ends_in_an_error_of_a_template(helm4: Helm) -> None:
         ("GOOGLE_APPLICATION_CREDENTIALS", "/var/run/key.json"),
         ("SSH_PRIVATE_KEY", "/etc/ssh/key"),
         ("TOKEN_TTL", "60"),
+        ("OAUTH_TOKEN_URL", "https://login.example.org/token"),
+        ("DB_SECRET_ARN", "arn:aws:secretsmanager:x"),
+        ("PASSWORD_ENCRYPTION", "scram-sha-256"),
+        ("MAX_TOKENS", "10"),
+        ("ACCESS_TOKEN_EXPIRE_MINUTES", "5"),
+        ("IMAGE", "oci://registry.example.org:5000/x@sha256:0123"),
     ],
 )
 def test_a_literal_that_is_not_a_secret_is_accepted(helm: Helm, name: str, value: str) -> None:

@@ -117,6 +117,15 @@ def test_a_file_that_allows_only_wheels_takes_precedence(install: Callable, inde
     assert (result.returncode, index.ran) == (1, False), result.text
 
 
+def test_a_requirements_file_may_have_any_name(volume: Volume, container: Callable, index: HostileIndex) -> None:
+    folder = volume.clone("alembic.ini")
+    make_wheel(volume.folder, "alembic", ALEMBIC)
+    (folder / "requirements-setuptools.txt").write_text("alembic==0.0.1\n")
+    of = container(requirements="requirements-setuptools.txt")
+    result = volume.run(of, **CREDENTIALS, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(volume.folder))
+    assert (result.returncode, result.lines[-1]) == (0, INSTALLED.strip()), result.text
+
+
 @pytest.mark.parametrize("empty", [":none:", " ", ",", ""])
 def test_no_name_at_all_builds_nothing(install: Callable, index: HostileIndex, empty: str) -> None:
     result = install("./package\n", {"package/pyproject.toml": IN_TREE}, PIP_INDEX_URL=index.url, PIP_NO_BINARY=empty)

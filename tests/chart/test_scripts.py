@@ -293,6 +293,7 @@ def test_a_tampered_requirement_stops_the_run_before_the_database(
         ({"requirements.txt": "-r pins.txt"}, "pins.txt"),
         ({"requirements.txt": "--pre -r pins.txt"}, "pins.txt"),
         ({"requirements.txt": "-r /proc/self/environ"}, "/proc/self/environ"),
+        ({"requirements.txt": "-r //proc/self/environ"}, "//proc/self/environ"),
         ({"requirements.txt": "-c file:///proc/self/environ"}, "/proc/self/environ"),
         ({"requirements.txt": "--pre -r inc.txt", "inc.txt": "--pre -r /proc/1/environ"}, "/proc/1/environ"),
     ],
@@ -312,7 +313,17 @@ def test_requirements_that_lead_out_of_the_checkout_are_named(
     )
 
 
-@pytest.mark.parametrize("line", ["-r /absent.txt", "-e ../there", "https://127.0.0.1:9/../a.whl", "absent==1"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "-r /absent.txt",
+        '-r "my pins.txt"',
+        "-r ${PINS}/x.txt",
+        "-e ../there",
+        "https://127.0.0.1:9/../a.whl",
+        "absent==1",
+    ],
+)
 def test_other_requirements_that_fail_do_not_lead_out_of_the_checkout(
     volume: Volume, container: Callable, line: str
 ) -> None:
@@ -424,6 +435,19 @@ def test_sigterm_before_alembic_starts_prevents_its_start(volume: Volume, contai
         + "stopped by SIGTERM while starting; the database was not contacted; if the Job's deadline was exceeded, raise"
         ' "job.activeDeadlineSeconds" and Helm\'s --timeout together\n',
     )
+
+
+@pytest.mark.parametrize("program", ["mkfifo", "rm", "find"])
+def test_sigterm_between_two_programs_ends_the_run_at_once(
+    volume: Volume, container: Callable, shell: str, program: str
+) -> None:
+    volume.clone("alembic.ini")
+    volume.program(program, f'touch "$HOME/running"; sleep 1; exec {shutil.which(program)} "$@"')
+    volume.program("alembic", "echo alembic started")
+    result, seconds = _terminated(volume.start(container(), shell, **CREDENTIALS), volume)
+    assert (result.returncode, seconds < 4) == (143, True), result.text
+    assert "alembic started" not in result.text
+    assert result.text.count("stopped by SIGTERM") == 1
 
 
 def test_submodules_and_symlinks_to_nothing_are_named(volume: Volume, container: Callable, shell: str) -> None:

@@ -47,8 +47,9 @@ run() {
   return "$status"
 }
 
-# As run, with a copy of the output in ./log, and standard output in the file $output if that is set. The program may leave
-# another one running, which has the pipe open: that is waited for at most a second, but the end of the log is not lost.
+# As run, with a copy of the output in ./log, and standard output in the file $output if that is set. tee is waited for, since
+# a slow reader of the log would lose its end; but for at most a second if the program has left another one running, which
+# has the pipe open, or after SIGTERM.
 run_logged() {
   rm -f "$workspace/log" "$workspace/log-complete" "$workspace/pipe"
   mkfifo "$workspace/pipe" || fail 1 "no file can be created in the pod's volume (reason above): free disk space on the node, or make the repository smaller" "Git access"
@@ -57,8 +58,10 @@ run_logged() {
   attempts=10
   while [ ! -e "$workspace/log-complete" ] && [ "$attempts" -gt 0 ]; do
     sleep 0.1
-    case $(ls -l /proc/[0-9]*/fd 2>/dev/null | grep " -> $workspace/pipe$") in
-    *l-w*) attempts=$((attempts - 1)) ;;
+    true <>"$workspace/pipe" # tee would wait for a program that was stopped before it opened the pipe
+    open=$(ls -l /proc/[0-9]*/fd 2>/dev/null | grep " -> $workspace/pipe$")
+    case $stopped$open in
+    yes* | *l-w*) attempts=$((attempts - 1)) ;;
     *lr-*) ;;  # tee, which writes the rest
     *) break ;; # tee was killed, too
     esac
@@ -72,7 +75,7 @@ into_pipe() { exec "$@" >"${output:-$workspace/pipe}" 2>"$workspace/pipe"; }
 # lines of an exception group start with + or |.
 last_reason() {
   sed -n -e 's/^ *[+|] //' -e 's/^ *\(FAILED: \)/\1/p' -e '/Traceback (most recent call last):$/,/^[^[:space:]]/{
-    /Traceback (most recent call last):$/d; /^[[:space:]]/d; /:[[:space:]]*$/{ $!N; s/[[:space:]]*\n[[:space:]]*/ /; }; p; }' "$1" | tail -n 1
+    /Traceback (most recent call last):$/d; /^[[:space:]]/d; /:[[:space:]]*$/{ $!N; s/[[:space:]]*\n[[:space:]]*/ /; }; p; }' "$1" | tail -n 1 | tr -d '[:cntrl:]'
 }
 
 # Whether $1 is a file of the checkout: through a symlink, a commit could show any file of the container. An absolute
@@ -89,8 +92,10 @@ submodules() { sed -n 's#^[[:space:]]*path[[:space:]]*=[[:space:]]*##p' "$worksp
 # What is in the folder $1, the working directory, only as a name: submodules, and symlinks out of git.path.
 not_checked_out() {
   folder="${1#.}"
-  submodules | while read -r path; do case $path in ("${folder:+$folder/}"*) printf '%s, ' "${path#"${folder:+$folder/}"}" ;; esac; done
-  find . -type l ! -exec test -e {} \; -exec printf '%s, ' {} \; 2>/dev/null
+  {
+    submodules | while read -r path; do case $path in ("${folder:+$folder/}"*) printf '%s, ' "${path#"${folder:+$folder/}"}" ;; esac; done
+    find . -type l -exec sh -c 'for link; do [ -e "$link" ] || printf "%s, " "$link"; done' sh {} + 2>/dev/null
+  } | tr -d '[:cntrl:]' | head -c 2000
 }
 
 # Prints "outside <path>" for a path in the requirements file $1, or in a file that it includes, that is not in the
@@ -108,10 +113,14 @@ for file in files:
         options += " ".join(re.findall(r"(?<=\S )\s*--hash\b|--(?:no-)?require-hashes", line)) + " "
         for option, path in re.findall(r"(?:^|\s)(-[rce]|--requirement|--constraint|--editable|^(?!-))[\s=]*(?:file:/*(?=/))?(?:file:)?([^\s#;\[]*)", line):
             includes = option[:3] in ("-r", "-c", "--r", "--c")
-            path = os.path.normpath(os.path.join(os.path.dirname(file) if includes else "", path.strip("\"\x27")))
+            path = re.sub(r"^([\"\x27])(.*)\1$", r"\2", path)
+            if re.search(r"[\"\x27\\$]", path):
+                continue # only pip knows which file that is
+            path = os.path.normpath(os.path.join(os.path.dirname(file) if includes else "", path))
             exists = os.path.exists(path) or (not includes and not path.startswith(".."))
-            inside = f"{os.path.realpath(path)}/".startswith(f"{checkout}/") and exists
-            if path.startswith(("/proc/", "/sys/", "/dev/")) or not (inside or os.path.isabs(path) or ":/" in path):
+            real = f"{os.path.realpath(path)}/"
+            inside = real.startswith(f"{checkout}/") and exists
+            if re.match("/(proc|sys|dev)/", real) or not (inside or os.path.isabs(path) or ":/" in path):
                 sys.exit(print("outside", path))
             if includes and os.path.isfile(path) and path not in files:
                 files.append(path)
@@ -120,7 +129,7 @@ if "hash" not in options or "--no-require-hashes" in options:
 }
 
 # To build a package, pip would run its code and what the index serves as its build dependencies, which no hash covers. pip
-# builds a folder, an archive or a repository even with --only-binary: the venv's Python then refuses it. Sets
+# builds a folder, an archive or a repository even with --only-binary: the venv's Python then runs nothing but pip. Sets
 # pip's option.
 forbid_builds() {
   build=--no-binary=${PIP_NO_BINARY-}
@@ -129,7 +138,7 @@ forbid_builds() {
   *) return 0 ;;
   esac
   for folder in "$workspace"/venv/lib/python3*/site-packages; do
-    echo 'import sys; any("pyproject_hooks" in word or "setuptools" in word for word in sys.orig_argv) and sys.exit("only wheels are installed")' >"$folder/only-wheels.pth"
+    echo 'import sys; any("__pip-runner__" in word for word in sys.orig_argv[:2]) or sys.exit("only wheels are installed")' >"$folder/only-wheels.pth"
   done
 }
 

@@ -94,7 +94,7 @@
 {{- end -}}
 {{- range .args -}}
 {{- if include "hcm-db-migrations.isSecret" (dict "name" "" "value" .) -}}
-{{- $problems = append $problems "\"args\" contains a URL with a password or token, which logs would show: put it into a Secret, and reference that as DATABASE_URL in \"extraEnv\"" -}}
+{{- $problems = append $problems "\"args\" contains a password or token, which logs would show: put it into a Secret, and reference that as DATABASE_URL in \"extraEnv\"" -}}
 {{- end -}}
 {{- if regexMatch "(^|[@:])[+-][0-9]+$" . -}}
 {{- $problems = append $problems (printf "\"args\" contains %q, which is relative to the current revision, and Kubernetes may run a Job's pod twice: name the revision, such as [downgrade, \"002\"]" .) -}}
@@ -136,13 +136,14 @@
 after a host is its port. */}}
 {{- define "hcm-db-migrations.isSecret" -}}
 {{- $value := regexReplaceAll "[$][(][A-Za-z0-9_]+[)]" (.value | default "") "" -}}
-{{- $words := "(PASSWORD|PASSWD|PASSPHRASE|SECRET|TOKEN|CREDENTIAL|BEARER|DBPASS|_PASS$|_PWD$|_PW$|_PAT$|_AUTH$|(API|ACCESS|PRIVATE|SIGNING|ENCRYPTION|APP)_?KEY)" -}}
-{{- $harmless := "_(FILE|PATH|NAME|LENGTH|TTL|ID)$" -}}
+{{- $words := "(PASSWORD|PASSWD|PASSPHRASE|SECRET|TOKEN|CREDENTIAL|BEARER|JWT|(DB|PG|USER)(PASS|PWD)$|_(PASS|PWD|PSW|PW|PAT)$|AUTHORIZATION$|(API|ACCESS|PRIVATE|SIGNING|ENCRYPTION|APP|MASTER|LICENSE|FERNET)_?KEY)" -}}
+{{- $settings := "FILE|PATH|DIR|NAME|NAMESPACE|LENGTH|TTL|ID|URL|URI|ENDPOINT|ISSUER|AUDIENCE|TYPE|ALGORITHM|REGION|ARN|REF|PROVIDER|BACKEND|STORE|HASHER|HEADER|PREFIX|ALIAS|LEEWAY|POLICY|SECONDS|MINUTES" -}}
+{{- $harmless := printf "_(%s)$|^(MAX|MIN)_|KEYSPACE|PASSWORD_ENCRYPTION" $settings -}}
 {{- $named := and (regexMatch (printf "(?i)%s" $words) .name) (not (regexMatch (printf "(?i)%s" $harmless) .name)) -}}
 {{- $switch := and (regexMatch "^(?i)(|true|false|yes|no|on|off|[01])$" $value) (not (has .name (list "DB_PASSWORD" "PGPASSWORD"))) -}}
-{{- $path := and (hasPrefix "/" $value) (regexMatch "(?i)(KEY|CREDENTIALS?)$" .name) -}}
-{{- $web := regexReplaceAll "(https?://[^/?#@:]+):[0-9]+([/?#]|$)" $value "${1}${2}" -}}
-{{- $urls := "https?://[^/?#@]*:[^@]+@|https?://[^/?#@:]+@|[a-z0-9+]+://[^/?#@]*:[^?@]+@|(^|[?&;\\s])((ssl)?password|pwd|token|access_token|api_key)\\s*=\\s*[^&;\\s]|-----BEGIN [A-Z ]*PRIVATE KEY" -}}
+{{- $path := and (regexMatch "^/[^=+]+$" $value) (regexMatch "(?i)(KEY|CREDENTIALS?)$" .name) -}}
+{{- $web := regexReplaceAll "(https?://[^/?#@:]+):[0-9]+([/?#]|$)" (regexReplaceAll "@sha256:[0-9a-f]+" $value "") "${1}${2}" -}}
+{{- $urls := "https?://[^/?#@]*:[^@]+@|https?://[^/?#@:]+@|[a-z0-9+]+://[^/?#@]*:[^?@]+@|(^|[?&;\\s])([a-z0-9_]*passw(or)?d|dbpass|pwd)\\s*=\\s*[^&;\\s]|(^|[?&;\\s])([a-z]+_)?(token|api_?key|sig)=[^&;\\s]|(gh[pousr]_|github_pat_|glpat-)[a-z0-9_]{16}|eyJ[a-z0-9_-]{6,}[.]eyJ|-----BEGIN [A-Z ]*PRIVATE KEY" -}}
 {{- $isProxy := hasSuffix "PROXY" (upper .name) -}}
 {{- $proxy := and $isProxy (regexMatch "^[^/?#@]+@|://[^/?#@]+@" ($value | replace "://:@" "://")) -}}
 {{- if or (and $value $named (not $switch) (not $path)) (regexMatch (printf "(?i)(%s)" $urls) $web) $proxy -}}
