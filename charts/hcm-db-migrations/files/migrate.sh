@@ -27,8 +27,8 @@ terminate() {
   kill -TERM "$child" 2>/dev/null
 }
 
-# Run a program and return its exit status; after SIGTERM, none is started. A signal interrupts wait, not the program: wait is then called again, and
-# returns 127 if it has already returned the status. dash would print "Terminated" there.
+# Run a program and return its exit status; after SIGTERM, none is started. A signal interrupts wait, not the program: wait
+# is then called again, and returns 127 (bash also -1) if it has already returned the status. dash would print "Terminated".
 run() {
   status=143
   [ -z "$stopped" ] || return "$status"
@@ -41,7 +41,7 @@ run() {
     interrupted=''
     wait "$child" 2>/dev/null
     again=$?
-    [ "$again" -eq 127 ] || status=$again
+    case $again in 127 | -1) ;; *) status=$again ;; esac
   done
   child=''
   return "$status"
