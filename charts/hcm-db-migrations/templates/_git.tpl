@@ -14,15 +14,7 @@
     - sh
     - -c
     - '{ echo "git-sync:x:$(id -u):$(id -g)::/git-home:/sbin/nologin"; cat /etc/passwd; } >/git-home/passwd'
-  terminationMessagePolicy: FallbackToLogsOnError
-  {{- with $.Values.securityContext }}
-  securityContext:
-    {{- toYaml . | nindent 4 }}
-  {{- end }}
-  {{- with .resources }}
-  resources:
-    {{- toYaml . | nindent 4 }}
-  {{- end }}
+  {{- include "hcm-db-migrations.containerSettings" (dict "root" $ "resources" .resources) | nindent 2 }}
   volumeMounts:
     - {name: git-home, mountPath: /git-home}
 {{ end -}}
@@ -87,15 +79,7 @@
         {{ printf "/etc/git-sync/%s key %q of %s %q" .path .key $source.kind $source.name }}
         {{- end }}
         {{- end }}
-  terminationMessagePolicy: FallbackToLogsOnError
-  {{- with $.Values.securityContext }}
-  securityContext:
-    {{- toYaml . | nindent 4 }}
-  {{- end }}
-  {{- with .resources }}
-  resources:
-    {{- toYaml . | nindent 4 }}
-  {{- end }}
+  {{- include "hcm-db-migrations.containerSettings" (dict "root" $ "resources" .resources) | nindent 2 }}
   volumeMounts:
     - {name: workspace, mountPath: /workspace}
     # git's configuration and socket for the credentials, which the migrate container does not see.

@@ -38,15 +38,7 @@ containers:
     workingDir: /workspace
     env:
       {{- include "hcm-db-migrations.env" (dict "root" $root "expected" $.expected) | nindent 6 }}
-    terminationMessagePolicy: FallbackToLogsOnError
-    {{- with .securityContext }}
-    securityContext:
-      {{- toYaml . | nindent 6 }}
-    {{- end }}
-    {{- with .resources }}
-    resources:
-      {{- toYaml . | nindent 6 }}
-    {{- end }}
+    {{- include "hcm-db-migrations.containerSettings" (dict "root" $root "resources" .resources) | nindent 4 }}
     volumeMounts:
       - name: workspace
         mountPath: /workspace
@@ -69,6 +61,19 @@ volumes:
 {{- with .extraPodSpec }}
 {{ toYaml . }}
 {{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* What each container has: (dict "root" $ "resources" <its own>). */}}
+{{- define "hcm-db-migrations.containerSettings" -}}
+terminationMessagePolicy: FallbackToLogsOnError
+{{- with .root.Values.securityContext }}
+securityContext:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .resources }}
+resources:
+  {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end -}}
 

@@ -83,8 +83,6 @@
 {{- $secrets := list -}}
 {{- range .extraEnv -}}
 {{- if include "hcm-db-migrations.isSecret" (dict "name" .name "value" .value) }}{{ $secrets = append $secrets .name }}{{ end -}}
-{{- end -}}
-{{- range .extraEnv -}}
 {{- if and (include "hcm-db-migrations.isProxyVariable" .name) (contains "$(" (.value | default "")) -}}
 {{- $problems = append $problems (printf "\"extraEnv\" sets %s with $(...), which git-sync would get unexpanded: put the whole URL into a Secret and reference it by valueFrom" .name) -}}
 {{- end -}}
