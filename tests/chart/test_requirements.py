@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from tests.support.hostile_index import BACKEND, BUILD_SYSTEM, IN_TREE, HostileIndex, hostile_index
-from tests.support.pod_scripts import CODE, COMMIT, CREDENTIALS, README, Volume, make_wheel
+from tests.support.pod_scripts import CODE, COMMIT, CREDENTIALS, README, Volume, make_wheel, wheels_in
 from tests.support.programs import Result, run
-from tests.support.readme import chart_block
+from tests.support.readme import chart_block, root_block
 from tools.paths import ROOT
 
 ALEMBIC = {
@@ -122,7 +122,7 @@ def test_a_requirements_file_may_have_any_name(volume: Volume, container: Callab
     make_wheel(volume.folder, "alembic", ALEMBIC)
     (folder / "requirements-setuptools.txt").write_text("alembic==0.0.1\n")
     of = container(requirements="requirements-setuptools.txt")
-    result = volume.run(of, **CREDENTIALS, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(volume.folder))
+    result = volume.run(of, **CREDENTIALS, **wheels_in(volume.folder))
     assert (result.returncode, result.lines[-1]) == (0, INSTALLED.strip()), result.text
 
 
@@ -144,7 +144,7 @@ def test_the_command_of_the_readme_runs_no_code_of_the_index(index: HostileIndex
     """With the options of requirements.txt, and a package of the test instead of the real ones."""
     options = re.findall(r"^-.*", (ROOT / "requirements.txt").read_text(), re.M)
     (tmp_path / "requirements.txt").write_text("\n".join([*options, index.requirement, ""]))
-    block = (ROOT / "README.md").read_text().split("## Local development\n\n```bash\n")[1]
+    block = root_block("python3 -m venv venv")
     commands = block[: block.index("cp .env.example")].replace("python3", sys.executable)
     assert "\npip install -r requirements.txt\n" in commands
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PIP_INDEX_URL": index.url}
@@ -180,8 +180,7 @@ def _wheel(folder: Path) -> str:
 def test_requirements_without_hashes_are_reported(install: Callable, volume: Volume, text: str) -> None:
     digest = _wheel(volume.folder)
     others = {"more.txt": "alembic\n", "folder/more.txt": "-r ../more.txt\n"}
-    index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(volume.folder)}
-    result = install(text.format(digest=digest), others, **index)
+    result = install(text.format(digest=digest), others, **wheels_in(volume.folder))
     assert (result.returncode, result.lines[-1] + "\n") == (0, INSTALLED), result.text
     result.line(NO_HASHES)
 
@@ -203,8 +202,7 @@ def test_requirements_with_hashes_are_not_reported(install: Callable, volume: Vo
         "folder/more.txt": "-r last.txt\n",
         "folder/last.txt": f"alembic==0.0.1 --hash=sha256:{digest}\n",
     }
-    index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(volume.folder)}
-    assert install(text.format(digest=digest), others, **index) == Result(0, CODE + INSTALLED)
+    assert install(text.format(digest=digest), others, **wheels_in(volume.folder)) == Result(0, CODE + INSTALLED)
 
 
 def test_hashes_that_pip_is_to_ignore_are_reported(install: Callable) -> None:
@@ -217,8 +215,7 @@ def test_hashes_that_pip_is_to_ignore_are_reported(install: Callable) -> None:
 def test_requirements_without_hashes_are_refused_if_pip_demands_them(install: Callable, volume: Volume) -> None:
     """As the warning says."""
     _wheel(volume.folder)
-    index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(volume.folder)}
-    result = install("alembic==0.0.1\n", PIP_REQUIRE_HASHES="1", **index)
+    result = install("alembic==0.0.1\n", PIP_REQUIRE_HASHES="1", **wheels_in(volume.folder))
     assert result.returncode == 1
     result.line("Hashes are required in --require-hashes mode")
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.support.chart import Helm, git_sync, migrate, nested, one, pod
-from tests.support.pod_scripts import CODE, COMMIT, CREDENTIALS, README, Volume, make_wheel, relocate
+from tests.support.pod_scripts import CODE, COMMIT, CREDENTIALS, README, Volume, make_wheel, relocate, wheels_in
 from tests.support.programs import Program, Result, normalize
 from tests.support.waiting import until
 
@@ -208,8 +208,7 @@ def test_a_file_of_the_checkout_shadows_neither_python_nor_pip(volume: Volume, c
     for name in ("logging.py", "pip.py"):
         (folder / name).write_text("raise SystemExit('not reached')\n")
     (folder / "requirements.txt").write_text(f"alembic==0.0.1 --hash=sha256:{_wheel(volume.folder)}\n")
-    index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(volume.folder)}
-    found = volume.run(container(requirements="requirements.txt"), shell, **CREDENTIALS, **index)
+    found = volume.run(container(requirements="requirements.txt"), shell, **CREDENTIALS, **wheels_in(volume.folder))
     assert found == Result(0, f"{CODE}alembic of the venv: ['upgrade', 'head'] {volume.folder / 'venv'}\n")
 
 
@@ -249,8 +248,7 @@ def test_requirements_are_installed_into_the_volume_by_their_hashes(
 ) -> None:
     folder = volume.clone("alembic.ini")
     (folder / "requirements.txt").write_text(f"alembic==0.0.1 --hash=sha256:{_wheel(volume.folder)}\n")
-    index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(volume.folder)}
-    found = volume.run(container(requirements="requirements.txt"), shell, **CREDENTIALS, **index)
+    found = volume.run(container(requirements="requirements.txt"), shell, **CREDENTIALS, **wheels_in(volume.folder))
     assert found == Result(0, f"{CODE}alembic of the venv: ['upgrade', 'head'] {volume.folder / 'venv'}\n")
     assert not list((volume.folder / "venv").rglob("__pycache__/tool*"))
 
@@ -269,8 +267,7 @@ def test_a_tampered_requirement_stops_the_run_before_the_database(
     folder = volume.clone("alembic.ini")
     _wheel(volume.folder)
     (folder / "requirements.txt").write_text(f"alembic==0.0.1 --hash=sha256:{'0' * 64}\n")
-    index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(volume.folder)}
-    result = volume.run(container(requirements="requirements.txt"), shell, **CREDENTIALS, **index)
+    result = volume.run(container(requirements="requirements.txt"), shell, **CREDENTIALS, **wheels_in(volume.folder))
     assert (result.returncode, result.text.startswith(CODE)) == (1, True)
     assert "THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE" in result.text
     assert result.lines[-1] == (

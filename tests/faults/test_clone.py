@@ -21,7 +21,7 @@ import pytest
 
 from tests.support.chart import Helm, git_sync, merged, migrate
 from tests.support.chart import pod as pod_of
-from tests.support.fault_injection import namespace, root_only
+from tests.support.fault_injection import namespace, root_only, small_disk
 from tests.support.git import git
 from tests.support.pod_scripts import COMMIT, CREDENTIALS, README, STAND_IN, Volume
 from tests.support.programs import Result
@@ -64,10 +64,8 @@ class Pod:
 
     def run_on(self, options: str, repo: str, *prefix: str, path: str) -> Result:
         """The same with a tmpfs of these mount options as the pod's volume."""
-        disk = self.volume.workspace = self.volume.folder / "disk"
-        disk.mkdir()
-        with namespace("mount", f"mount -t tmpfs -o {options} tmpfs {disk}") as enter:
-            return self.run(repo, *enter, *prefix, "sh", "-c", 'cd "$0" && exec "$@"', str(disk), git={"path": path})
+        with small_disk(self.volume, options) as inside:
+            return self.run(repo, *inside, *prefix, git={"path": path})
 
 
 @pytest.fixture

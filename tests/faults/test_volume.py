@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.chart import Helm, migrate
-from tests.support.fault_injection import namespace, root_only
-from tests.support.pod_scripts import CODE, CREDENTIALS, README, Volume, make_wheel
+from tests.support.fault_injection import root_only, small_disk
+from tests.support.pod_scripts import CODE, CREDENTIALS, README, Volume, make_wheel, wheels_in
 
 
 @pytest.mark.fault(
@@ -25,12 +25,8 @@ def test_a_full_volume_while_pip_installs_is_reported(helm4: Helm, volume: Volum
     wheels = tmp_path / "wheels"
     wheels.mkdir()
     make_wheel(wheels, "large", {"large.py": "x = 1\n" * 1_000_000})
-    index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels)}
-    disk = volume.workspace = tmp_path / "disk"
-    disk.mkdir()
-    with namespace("mount", f"mount -t tmpfs -o size=1m tmpfs {disk}; cp -a {volume.folder}/git {disk}") as enter:
-        inside = [*enter, "sh", "-c", 'cd "$0" && exec "$@"', str(disk)]
-        result = volume.run(migrate(helm4.render()), "sh", inside, **CREDENTIALS, **index)
+    with small_disk(volume, "size=1m") as inside:
+        result = volume.run(migrate(helm4.render()), "sh", inside, **CREDENTIALS, **wheels_in(wheels))
     assert (result.returncode, result.text.startswith(CODE)) == (1, True), result
     assert "No space left on device" in result.text
     assert result.lines[-1] == (
@@ -48,15 +44,11 @@ def test_a_full_volume_while_pip_installs_is_reported(helm4: Helm, volume: Volum
     do="Follow the message, deploy again",
 )
 @root_only
-def test_a_volume_without_a_free_inode_is_reported(helm4: Helm, volume: Volume, tmp_path: Path) -> None:
+def test_a_volume_without_a_free_inode_is_reported(helm4: Helm, volume: Volume) -> None:
     volume.clone("alembic.ini")
     volume.program("alembic", "echo not reached")
-    disk = volume.workspace = tmp_path / "disk"
-    disk.mkdir()
     inodes = len(list((volume.folder / "git").rglob("*"))) + 2
-    mount = f"mount -t tmpfs -o nr_inodes={inodes} tmpfs {disk}; cp -a {volume.folder}/git {disk}"
-    with namespace("mount", mount) as enter:
-        inside = [*enter, "sh", "-c", 'cd "$0" && exec "$@"', str(disk)]
+    with small_disk(volume, f"nr_inodes={inodes}") as inside:
         result = volume.run(migrate(helm4.render({"requirements": ""})), "sh", inside, **CREDENTIALS)
     assert (result.returncode, result.text.startswith(CODE)) == (1, True), result
     assert "No space left on device" in result.text

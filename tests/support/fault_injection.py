@@ -18,6 +18,7 @@ import pytest
 from sqlalchemy import URL
 
 from tests.support.database import Database
+from tests.support.pod_scripts import Volume
 from tests.support.programs import start
 from tests.support.waiting import until
 from tools import binaries, debian
@@ -42,6 +43,17 @@ def namespace(kind: str, script: str = "true") -> Iterator[list[str]]:
         yield ["nsenter", f"--{kind}=/proc/{holder.process.pid}/ns/{'mnt' if kind == 'mount' else kind}"]
     finally:
         holder.kill()
+
+
+@contextmanager
+def small_disk(volume: Volume, options: str) -> Iterator[list[str]]:
+    """Make a tmpfs the pod's volume, with a copy of the checkout; yield the prefix of the runs on it."""
+    disk = volume.workspace = volume.folder / "disk"
+    disk.mkdir()
+    checkout = volume.folder / "git"
+    copy = f"; cp -a {checkout} {disk}" if checkout.exists() else ""
+    with namespace("mount", f"mount -t tmpfs -o {options} tmpfs {disk}{copy}") as enter:
+        yield [*enter, "sh", "-c", 'cd "$0" && exec "$@"', str(disk)]
 
 
 class Proxy:

@@ -105,6 +105,11 @@ def make_wheel(folder: Path, name: str, files: dict[str, str], metadata: str = "
     return path
 
 
+def wheels_in(folder: Path) -> dict[str, str]:
+    """The variables for a pip that has the wheels in `folder`, and no index."""
+    return {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder)}
+
+
 @pytest.fixture
 def volume(tmp_path: Path) -> Volume:
     return Volume(tmp_path)

@@ -50,12 +50,14 @@ def chart_block(part: str) -> str:
 def chart_command(part: str) -> str:
     """The one `kubectl create` in a sentence or table of the chart's README.md that contains `part`."""
     commands: list[str] = re.findall(r"`(kubectl create [^`]+)`", CHART_README.read_text())
-    found = [command for command in commands if part in command]
-    assert len(found) == 1, f"{len(found)} commands contain {part!r}"
-    return found[0]
+    return _only(commands, part)
 
 
 def _cut(document: str, part: str) -> str:
-    found = [block.text for block in blocks(document) if part in block.text]
-    assert len(found) == 1, f"{len(found)} blocks contain {part!r}"
+    return _only([block.text for block in blocks(document)], part)
+
+
+def _only(texts: list[str], part: str) -> str:
+    found = [text for text in texts if part in text]
+    assert len(found) == 1, f"{len(found)} contain {part!r}"
     return found[0]
