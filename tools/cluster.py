@@ -181,7 +181,7 @@ class Cluster:
 
     def docker(self, *arguments: str | Path) -> str:
         """Run docker on the cluster's engine, with BuildKit; return its standard output."""
-        return run(["docker", *arguments], env=self._engine_environment() | {"DOCKER_BUILDKIT": "1"})
+        return run(["docker", *arguments], env=self.engine_environment() | {"DOCKER_BUILDKIT": "1"})
 
     def build_image(self, tag: str, context: Path, *arguments: str) -> str:
         """Build an image and load it into the cluster; return its name.
@@ -196,10 +196,11 @@ class Cluster:
             secret = f"--secret=id=pip.conf,src={configuration.name}"
             self.docker("build", "--quiet", "--network=host", secret, *arguments, f"--tag={tag}", context)
         kind: list[str | Path] = [find_or_build("kind"), "load", "docker-image", "--name", NAME, tag]
-        run(kind, env=self._engine_environment())
+        run(kind, env=self.engine_environment())
         return tag
 
-    def _engine_environment(self) -> dict[str, str]:
+    def engine_environment(self) -> dict[str, str]:
+        """The environment in which docker and kind reach the cluster's engine."""
         if self.kind is ClusterKind.EXISTING:
             raise UnavailableError("an image cannot be loaded into an existing cluster")
         return engine.environment() if self.kind is ClusterKind.LOCAL_BUILD else dict(os.environ)

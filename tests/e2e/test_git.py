@@ -141,15 +141,8 @@ ASSIGNED = {"runAsUser": 1000650000, "runAsGroup": 0, "fsGroup": 1000650000}
 
 
 @pytest.fixture
-def over_https(release: Release, cluster: Cluster, repository: Repository) -> dict[str, Any]:
-    """Values for HTTPS with a token, under a private CA."""
-    (release.home / "token.txt").write_text(cluster.passwords["TOKEN"])
-    (release.home / "ca.crt").write_text(cluster.server_file("ca.crt"))
-    for command in (chart_command("git-https").replace("username=ci", "username=git"), chart_command("git-ca")):
-        created = release.documented(command, release.home)
-        assert created.returncode == 0, created.text
-    address = f"https://server.hcm-fixtures/git/{repository.name}.git"
-    return {"git": {"repo": address, "httpsSecretName": "git-https", "ca": {"configMapName": "git-ca"}}, **ONE_ATTEMPT}
+def over_https(over_https: dict[str, Any]) -> dict[str, Any]:
+    return {**over_https, **ONE_ATTEMPT}
 
 
 def test_a_token_and_a_private_ca_give_access(release: Release, api: Api, database: Database, over_https: dict) -> None:

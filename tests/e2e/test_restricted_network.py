@@ -11,6 +11,7 @@ import pytest
 import yaml
 from kubernetes import client
 
+from tests.support.chart import merged
 from tests.support.database import Database
 from tests.support.kubernetes import Api, node
 from tests.support.readme import chart_block
@@ -48,14 +49,10 @@ socketserver.ThreadingTCPServer(("", 8080), Handler).serve_forever()
 
 
 @pytest.fixture
-def over_https(api: Api, cluster: Cluster, repository: Repository, with_pip: dict[str, Any]) -> dict[str, Any]:
+def over_https(api: Api, cluster: Cluster, with_pip: dict[str, Any], over_https: dict[str, Any]) -> dict[str, Any]:
     """Values for git over HTTPS and for pip, whose index is `mirror.example.org`; both have the private CA."""
-    ca = {"ca.crt": cluster.server_file("ca.crt")}
-    api.config_map("git-ca", **ca)
-    api.config_map("mirror-ca", **ca)
-    api.secret("git-https", username="git", password=cluster.passwords["TOKEN"])
-    git = {"httpsSecretName": "git-https", "ca": {"configMapName": "git-ca"}, **with_pip.get("git", {})}
-    return {**with_pip, "git": {**git, "repo": f"https://server.hcm-fixtures/git/{repository.name}.git"}}
+    api.config_map("mirror-ca", **{"ca.crt": cluster.server_file("ca.crt")})
+    return merged(with_pip, over_https)
 
 
 def test_a_mirror_with_a_private_ca_and_a_proxy_for_git(

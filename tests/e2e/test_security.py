@@ -141,13 +141,10 @@ def test_password_and_token_are_in_no_log_event_description_manifest_or_process_
     cluster: Cluster,
     database: Database,
     audited_repository: Repository,
+    over_https: dict[str, Any],
 ) -> None:
-    api.secret("git-https", username="git", password=cluster.passwords["TOKEN"])
-    api.config_map("git-ca", **{"ca.crt": cluster.server_file("ca.crt")})
-    address = f"https://server.hcm-fixtures/git/{audited_repository.name}.git"
-    git = {"repo": address, "httpsSecretName": "git-https", "ca": {"configMapName": "git-ca"}}
     with watched(cluster) as processes:
-        upgrade = release.start_upgrade({"git": git}, "--debug")
+        upgrade = release.start_upgrade(over_https, "--debug")
         until(lambda: sessions_in_revision_002(database))
         (pod,) = api.pods(FIRST_JOB)
         described = [cluster.kubectl("describe", kind, "-n", api.namespace) for kind in ("pods", "jobs", "events")]

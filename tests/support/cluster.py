@@ -21,6 +21,7 @@ from kubernetes import client
 from tests.support.canary import PASSWORD, SECRETS, assert_no_secret
 from tests.support.database import Database
 from tests.support.kubernetes import Api
+from tests.support.readme import chart_command
 from tests.support.release import Release
 from tests.support.repository import Repository
 from tests.support.waiting import until
@@ -199,6 +200,18 @@ def releases(
 def release(releases: Callable[..., Release], api: Api) -> Release:
     """The release hcm-db-migrations in the test's namespace."""
     return releases(api)
+
+
+@pytest.fixture
+def over_https(release: Release, cluster: Cluster, repository: Repository) -> dict[str, Any]:
+    """Values for HTTPS with a token, under a private CA."""
+    (release.home / "token.txt").write_text(cluster.passwords["TOKEN"])
+    (release.home / "ca.crt").write_text(cluster.server_file("ca.crt"))
+    for command in (chart_command("git-https").replace("username=ci", "username=git"), chart_command("git-ca")):
+        created = release.documented(command, release.home)
+        assert created.returncode == 0, created.text
+    address = f"https://server.hcm-fixtures/git/{repository.name}.git"
+    return {"git": {"repo": address, "httpsSecretName": "git-https", "ca": {"configMapName": "git-ca"}}}
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import pytest
@@ -13,7 +12,6 @@ from tests.support.database import Database
 from tests.support.programs import normalize, observed, run
 from tests.support.waiting import until
 from tools.cluster import NAME, Cluster, ClusterKind
-from tools.offline_cluster import engine
 from tools.postgres import execute
 
 JOB = "hcm-db-migration"  # without the revision of the release
@@ -144,8 +142,7 @@ def in_node(cluster: Cluster, *command: str) -> tuple[list[str], dict[str, str]]
     """The command line and the environment that run a command on kind's node."""
     if cluster.kind is ClusterKind.EXISTING:
         pytest.skip("runs commands on the node, which requires a kind cluster of the tests: omit --kubeconfig")
-    environment = engine.environment() if cluster.kind is ClusterKind.LOCAL_BUILD else dict(os.environ)
-    return ["docker", "exec", f"{NAME}-control-plane", *command], environment
+    return ["docker", "exec", f"{NAME}-control-plane", *command], cluster.engine_environment()
 
 
 def node(cluster: Cluster, *command: str) -> str:
