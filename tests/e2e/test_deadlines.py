@@ -6,7 +6,7 @@ import pytest
 from kubernetes import client
 
 from tests.support.database import Database
-from tests.support.kubernetes import FIRST_JOB, Api, SwitchedService, contacted, open_gate
+from tests.support.kubernetes import FIRST_JOB, Api, contacted, open_gate
 from tests.support.release import Release
 from tests.support.repository import Repository
 from tests.support.waiting import until
@@ -74,9 +74,7 @@ def test_a_helm_timeout_does_not_stop_the_job(
 def test_a_git_server_that_hangs_is_reported_before_the_deadline(
     release: Release, api: Api, cluster: Cluster, database: Database, unresponsive_pod: client.V1Pod
 ) -> None:
-    service = SwitchedService(api)
-    service.route_to(unresponsive_pod, 8080)
-    address = f"http://{service.host}/schema.git"
+    address = f"http://{unresponsive_pod.status.pod_ip}:8080/schema.git"
     result = release.upgrade({"git": {"repo": address}, "job": {"activeDeadlineSeconds": 45, "backoffLimit": 0}})
     assert (result.returncode, api.seconds_to_failure(FIRST_JOB) < 45) == (1, True)
     result.line(
