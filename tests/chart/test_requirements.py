@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,10 +19,13 @@ from tests.support.readme import chart_block, root_block
 from tools.paths import ROOT
 
 ALEMBIC = {
-    "tool.py": "import sys\ndef main():\n    print('alembic of the venv:', sys.argv[1:])\n",
+    "tool.py": "import sys\ndef main():\n    print('alembic of the venv:', sys.argv[1:], sys.prefix)\n",
     "alembic-0.0.1.dist-info/entry_points.txt": "[console_scripts]\nalembic = tool:main\n",
 }
-INSTALLED = "alembic of the venv: ['upgrade', 'head']\n"
+NOT_INSTALLED = (
+    "FAILED: pip could not install requirements.txt (exit status 1, reason above): for a mirror, proxy or private "
+    f'CA set "extraEnv" ({README}, "Requirements")'
+)
 ONLY_WHEELS = (
     "reason above): only wheels are installed; add the missing wheel to the index, or name the package in PIP_NO_BINARY"
     ' in "extraEnv": its code and its build dependencies\' then run with the credentials'
@@ -32,6 +36,16 @@ NO_HASHES = (
     ' pip-compile with --generate-hashes); PIP_REQUIRE_HASHES=1 in "extraEnv" refuses a file without them'
     f' ({README}, "Requirements")'
 )
+
+
+def _wheel(folder: Path) -> str:
+    """Create the package "alembic"; return its hash."""
+    return hashlib.sha256(make_wheel(folder, "alembic", ALEMBIC).read_bytes()).hexdigest()
+
+
+def installed(volume: Volume) -> str:
+    """What the package "alembic" prints in the volume's venv."""
+    return f"alembic of the venv: ['upgrade', 'head'] {volume.folder / 'venv'}\n"
 
 
 @pytest.fixture
@@ -57,6 +71,112 @@ def install(volume: Volume, container: Callable, shell: str) -> Callable[..., Re
         return volume.run(container(requirements="requirements.txt"), shell, **CREDENTIALS, **variables)
 
     return run_container
+
+
+def test_missing_requirements_are_named(volume: Volume, container: Callable, shell: str) -> None:
+    volume.clone("alembic.ini")
+    assert volume.run(container(requirements="deploy.txt"), shell, **CREDENTIALS) == Result(
+        255,
+        CODE
+        + f'FAILED: no deploy.txt in "utilities/hcm-db-migrations" of commit {COMMIT}: set "requirements" to its name, '
+        f'or to "" if the image already contains the dependencies ({README}, "Requirements")\n',
+    )
+
+
+def test_requirements_are_installed_into_the_volume_by_their_hashes(install: Callable, volume: Volume) -> None:
+    requirement = f"alembic==0.0.1 --hash=sha256:{_wheel(volume.folder)}\n"
+    assert install(requirement, **wheels_in(volume.folder)) == Result(0, CODE + installed(volume))
+    assert not list((volume.folder / "venv").rglob("__pycache__/tool*"))
+
+
+def test_a_file_of_the_checkout_shadows_neither_python_nor_pip(install: Callable, volume: Volume) -> None:
+    requirement = f"alembic==0.0.1 --hash=sha256:{_wheel(volume.folder)}\n"
+    files = dict.fromkeys(("logging.py", "pip.py"), "raise SystemExit('not reached')\n")
+    assert install(requirement, files, **wheels_in(volume.folder)) == Result(0, CODE + installed(volume))
+
+
+@pytest.mark.fault(
+    "Supply chain",
+    fault="A requirement does not match its hash",
+    sees="`THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE`, then `FAILED: pip could not install"
+    " requirements.txt ...`, exit 1",
+    state="Nothing installed; the database is not contacted",
+    do="Find out who changed the package",
+)
+def test_a_tampered_requirement_stops_the_run_before_the_database(install: Callable, volume: Volume) -> None:
+    _wheel(volume.folder)
+    result = install(f"alembic==0.0.1 --hash=sha256:{'0' * 64}\n", **wheels_in(volume.folder))
+    assert (result.returncode, result.text.startswith(CODE)) == (1, True)
+    assert "THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE" in result.text
+    assert result.lines[-1] == NOT_INSTALLED
+
+
+@pytest.mark.parametrize(
+    ("files", "path"),
+    [
+        ({"requirements.txt": "-r ../lib/base.txt"}, "../lib/base.txt"),
+        ({"requirements.txt": "# -r ../x\nalembic\n  --requirement=../lib/base.txt  # why"}, "../lib/base.txt"),
+        ({"requirements.txt": "-c../constraints.txt"}, "../constraints.txt"),
+        ({"requirements.txt": "--constraint '../constraints.txt'"}, "../constraints.txt"),
+        ({"requirements.txt": "-e ../lib[extra]"}, "../lib"),
+        ({"requirements.txt": "--editable file:../lib#egg=lib"}, "../lib"),
+        ({"requirements.txt": "./../lib"}, "../lib"),
+        ({"requirements.txt": "-r pins/all.txt", "pins/all.txt": "-r ../../lib/base.txt"}, "../lib/base.txt"),
+        ({"requirements.txt": "-r pins.txt"}, "pins.txt"),
+        ({"requirements.txt": "--pre -r pins.txt"}, "pins.txt"),
+        ({"requirements.txt": "-r /proc/self/environ"}, "/proc/self/environ"),
+        ({"requirements.txt": "-r //proc/self/environ"}, "//proc/self/environ"),
+        ({"requirements.txt": "-c file:///proc/self/environ"}, "/proc/self/environ"),
+        ({"requirements.txt": "--pre -r inc.txt", "inc.txt": "--pre -r /proc/1/environ"}, "/proc/1/environ"),
+    ],
+)
+def test_requirements_that_lead_out_of_the_checkout_are_named(
+    install: Callable, files: dict[str, str], path: str
+) -> None:
+    lines = {name: f"{text}\n" for name, text in files.items()}
+    result = install(lines.pop("requirements.txt"), lines, PIP_NO_INDEX="1")
+    assert (result.returncode, result.lines[-1]) == (
+        255,
+        f'FAILED: requirements.txt refers to "{path}", which is not in the checkout: only "git.path" is, so add it to'
+        f' "utilities/hcm-db-migrations" ({README}, "Requirements")',
+    )
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "-r /absent.txt",
+        '-r "my pins.txt"',
+        "-r ${PINS}/x.txt",
+        "-e ../there",
+        "https://127.0.0.1:9/../a.whl",
+        "absent==1",
+    ],
+)
+def test_other_requirements_that_fail_do_not_lead_out_of_the_checkout(
+    install: Callable, volume: Volume, line: str
+) -> None:
+    """git-sync checks out the files of the folders above git.path, too."""
+    (volume.checkout.parent / "there").mkdir(parents=True)
+    result = install(f"{line}\n", PIP_NO_INDEX="1")
+    assert (result.returncode, result.lines[-1][:61]) == (
+        1,
+        "FAILED: pip could not install requirements.txt (exit status 1",
+    )
+
+
+@pytest.mark.fault(
+    "Network",
+    fault="The package index is unreachable",
+    sees="`FAILED: pip could not install requirements.txt ...` within seconds, exit 1",
+    state="The database is not contacted",
+    do="Follow the message, deploy again",
+)
+def test_an_unreachable_index_is_reported_within_seconds(install: Callable) -> None:
+    start = time.monotonic()
+    result = install("alembic==0.0.1\n", PIP_INDEX_URL="http://127.0.0.1:9/simple")
+    assert (result.returncode, result.lines[-1]) == (1, NOT_INSTALLED)
+    assert time.monotonic() - start < 10
 
 
 @pytest.mark.fault(
@@ -104,11 +224,11 @@ def test_a_requirements_file_that_demands_a_build_runs_no_code_of_the_index(
     assert result.lines[-1].endswith(ONLY_WHEELS)
 
 
-def test_a_package_that_is_named_is_built(install: Callable, index: HostileIndex) -> None:
+def test_a_package_that_is_named_is_built(install: Callable, index: HostileIndex, volume: Volume) -> None:
     (entry,) = yaml.safe_load(chart_block("PIP_NO_BINARY"))["extraEnv"]
     named = {entry["name"]: entry["value"].replace("one-package", "alembic")}
     result = install(f"{index.requirement}\n", PIP_INDEX_URL=index.url, **named)
-    assert (result, index.ran) == (Result(0, CODE + INSTALLED), True)
+    assert (result, index.ran) == (Result(0, CODE + installed(volume)), True)
 
 
 def test_a_file_that_allows_only_wheels_takes_precedence(install: Callable, index: HostileIndex) -> None:
@@ -123,7 +243,7 @@ def test_a_requirements_file_may_have_any_name(volume: Volume, container: Callab
     (folder / "requirements-setuptools.txt").write_text("alembic==0.0.1\n")
     of = container(requirements="requirements-setuptools.txt")
     result = volume.run(of, **CREDENTIALS, **wheels_in(volume.folder))
-    assert (result.returncode, result.lines[-1]) == (0, INSTALLED.strip()), result.text
+    assert (result.returncode, result.lines[-1] + "\n") == (0, installed(volume)), result.text
 
 
 @pytest.mark.parametrize("empty", [":none:", " ", ",", ""])
@@ -153,10 +273,6 @@ def test_the_command_of_the_readme_runs_no_code_of_the_index(index: HostileIndex
     result.line("ERROR: No matching distribution found for alembic==0.0.1")
 
 
-def _wheel(folder: Path) -> str:
-    return hashlib.sha256(make_wheel(folder, "alembic", ALEMBIC).read_bytes()).hexdigest()
-
-
 @pytest.mark.fault(
     "Supply chain",
     fault="The requirements have no hashes",
@@ -181,7 +297,7 @@ def test_requirements_without_hashes_are_reported(install: Callable, volume: Vol
     digest = _wheel(volume.folder)
     others = {"more.txt": "alembic\n", "folder/more.txt": "-r ../more.txt\n"}
     result = install(text.format(digest=digest), others, **wheels_in(volume.folder))
-    assert (result.returncode, result.lines[-1] + "\n") == (0, INSTALLED), result.text
+    assert (result.returncode, result.lines[-1] + "\n") == (0, installed(volume)), result.text
     result.line(NO_HASHES)
 
 
@@ -202,7 +318,9 @@ def test_requirements_with_hashes_are_not_reported(install: Callable, volume: Vo
         "folder/more.txt": "-r last.txt\n",
         "folder/last.txt": f"alembic==0.0.1 --hash=sha256:{digest}\n",
     }
-    assert install(text.format(digest=digest), others, **wheels_in(volume.folder)) == Result(0, CODE + INSTALLED)
+    assert install(text.format(digest=digest), others, **wheels_in(volume.folder)) == Result(
+        0, CODE + installed(volume)
+    )
 
 
 def test_hashes_that_pip_is_to_ignore_are_reported(install: Callable) -> None:

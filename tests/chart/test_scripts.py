@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import shutil
 import signal
 import socket
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.support.chart import Helm, git_sync, migrate, nested, one, pod
-from tests.support.pod_scripts import CODE, COMMIT, CREDENTIALS, README, Volume, make_wheel, relocate, wheels_in
+from tests.support.pod_scripts import CODE, COMMIT, CREDENTIALS, README, Volume, relocate
 from tests.support.programs import Program, Result, normalize
 from tests.support.waiting import until
 
@@ -203,15 +201,6 @@ def test_without_requirements_neither_pip_nor_venv_runs(volume: Volume, containe
     assert volume.run(container(), shell, **CREDENTIALS) == Result(0, f"{CODE}alembic ran\n")
 
 
-def test_a_file_of_the_checkout_shadows_neither_python_nor_pip(volume: Volume, container: Callable, shell: str) -> None:
-    folder = volume.clone("alembic.ini")
-    for name in ("logging.py", "pip.py"):
-        (folder / name).write_text("raise SystemExit('not reached')\n")
-    (folder / "requirements.txt").write_text(f"alembic==0.0.1 --hash=sha256:{_wheel(volume.folder)}\n")
-    found = volume.run(container(requirements="requirements.txt"), shell, **CREDENTIALS, **wheels_in(volume.folder))
-    assert found == Result(0, f"{CODE}alembic of the venv: ['upgrade', 'head'] {volume.folder / 'venv'}\n")
-
-
 def test_an_image_without_alembic_is_reported(volume: Volume, container: Callable, shell: str) -> None:
     volume.clone("alembic.ini")
     for program in ("basename", "readlink", "printenv", "dirname"):
@@ -222,138 +211,6 @@ def test_an_image_without_alembic_is_reported(volume: Volume, container: Callabl
         CODE + 'FAILED: alembic is not installed: add it to "requirements" (), or to the image if that is "" '
         f'({README}, "Requirements")\n',
     )
-
-
-def test_missing_requirements_are_named(volume: Volume, container: Callable, shell: str) -> None:
-    volume.clone("alembic.ini")
-    assert volume.run(container(requirements="deploy.txt"), shell, **CREDENTIALS) == Result(
-        255,
-        CODE
-        + f'FAILED: no deploy.txt in "utilities/hcm-db-migrations" of commit {COMMIT}: set "requirements" to its name, '
-        f'or to "" if the image already contains the dependencies ({README}, "Requirements")\n',
-    )
-
-
-def _wheel(folder: Path) -> str:
-    """Create a package "alembic" that prints its arguments; return its hash."""
-    files = {
-        "tool.py": "import sys\ndef main():\n    print('alembic of the venv:', sys.argv[1:], sys.prefix)\n",
-        "alembic-0.0.1.dist-info/entry_points.txt": "[console_scripts]\nalembic = tool:main\n",
-    }
-    return hashlib.sha256(make_wheel(folder, "alembic", files).read_bytes()).hexdigest()
-
-
-def test_requirements_are_installed_into_the_volume_by_their_hashes(
-    volume: Volume, container: Callable, shell: str
-) -> None:
-    folder = volume.clone("alembic.ini")
-    (folder / "requirements.txt").write_text(f"alembic==0.0.1 --hash=sha256:{_wheel(volume.folder)}\n")
-    found = volume.run(container(requirements="requirements.txt"), shell, **CREDENTIALS, **wheels_in(volume.folder))
-    assert found == Result(0, f"{CODE}alembic of the venv: ['upgrade', 'head'] {volume.folder / 'venv'}\n")
-    assert not list((volume.folder / "venv").rglob("__pycache__/tool*"))
-
-
-@pytest.mark.fault(
-    "Supply chain",
-    fault="A requirement does not match its hash",
-    sees="`THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE`, then `FAILED: pip could not install"
-    " requirements.txt ...`, exit 1",
-    state="Nothing installed; the database is not contacted",
-    do="Find out who changed the package",
-)
-def test_a_tampered_requirement_stops_the_run_before_the_database(
-    volume: Volume, container: Callable, shell: str
-) -> None:
-    folder = volume.clone("alembic.ini")
-    _wheel(volume.folder)
-    (folder / "requirements.txt").write_text(f"alembic==0.0.1 --hash=sha256:{'0' * 64}\n")
-    result = volume.run(container(requirements="requirements.txt"), shell, **CREDENTIALS, **wheels_in(volume.folder))
-    assert (result.returncode, result.text.startswith(CODE)) == (1, True)
-    assert "THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE" in result.text
-    assert result.lines[-1] == (
-        "FAILED: pip could not install requirements.txt (exit status 1, reason above): for a mirror, proxy or private "
-        f'CA set "extraEnv" ({README}, "Requirements")'
-    )
-
-
-@pytest.mark.parametrize(
-    ("files", "path"),
-    [
-        ({"requirements.txt": "-r ../lib/base.txt"}, "../lib/base.txt"),
-        ({"requirements.txt": "# -r ../x\nalembic\n  --requirement=../lib/base.txt  # why"}, "../lib/base.txt"),
-        ({"requirements.txt": "-c../constraints.txt"}, "../constraints.txt"),
-        ({"requirements.txt": "--constraint '../constraints.txt'"}, "../constraints.txt"),
-        ({"requirements.txt": "-e ../lib[extra]"}, "../lib"),
-        ({"requirements.txt": "--editable file:../lib#egg=lib"}, "../lib"),
-        ({"requirements.txt": "./../lib"}, "../lib"),
-        ({"requirements.txt": "-r pins/all.txt", "pins/all.txt": "-r ../../lib/base.txt"}, "../lib/base.txt"),
-        ({"requirements.txt": "-r pins.txt"}, "pins.txt"),
-        ({"requirements.txt": "--pre -r pins.txt"}, "pins.txt"),
-        ({"requirements.txt": "-r /proc/self/environ"}, "/proc/self/environ"),
-        ({"requirements.txt": "-r //proc/self/environ"}, "//proc/self/environ"),
-        ({"requirements.txt": "-c file:///proc/self/environ"}, "/proc/self/environ"),
-        ({"requirements.txt": "--pre -r inc.txt", "inc.txt": "--pre -r /proc/1/environ"}, "/proc/1/environ"),
-    ],
-)
-def test_requirements_that_lead_out_of_the_checkout_are_named(
-    volume: Volume, container: Callable, shell: str, files: dict[str, str], path: str
-) -> None:
-    folder = volume.clone("alembic.ini")
-    for name, text in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(f"{text}\n")
-    result = volume.run(container(requirements="requirements.txt"), shell, **CREDENTIALS, PIP_NO_INDEX="1")
-    assert (result.returncode, result.lines[-1]) == (
-        255,
-        f'FAILED: requirements.txt refers to "{path}", which is not in the checkout: only "git.path" is, so add it to'
-        f' "utilities/hcm-db-migrations" ({README}, "Requirements")',
-    )
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "-r /absent.txt",
-        '-r "my pins.txt"',
-        "-r ${PINS}/x.txt",
-        "-e ../there",
-        "https://127.0.0.1:9/../a.whl",
-        "absent==1",
-    ],
-)
-def test_other_requirements_that_fail_do_not_lead_out_of_the_checkout(
-    volume: Volume, container: Callable, line: str
-) -> None:
-    """git-sync checks out the files of the folders above git.path, too."""
-    folder = volume.clone("alembic.ini")
-    (folder.parent / "there").mkdir()
-    (folder / "requirements.txt").write_text(f"{line}\n")
-    result = volume.run(container(requirements="requirements.txt"), **CREDENTIALS, PIP_NO_INDEX="1")
-    assert (result.returncode, result.lines[-1][:61]) == (
-        1,
-        "FAILED: pip could not install requirements.txt (exit status 1",
-    )
-
-
-@pytest.mark.fault(
-    "Network",
-    fault="The package index is unreachable",
-    sees="`FAILED: pip could not install requirements.txt ...` within seconds, exit 1",
-    state="The database is not contacted",
-    do="Follow the message, deploy again",
-)
-def test_an_unreachable_index_is_reported_within_seconds(volume: Volume, container: Callable, shell: str) -> None:
-    folder = volume.clone("alembic.ini")
-    (folder / "requirements.txt").write_text("alembic==0.0.1\n")
-    start = time.monotonic()
-    index = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple"}
-    result = volume.run(container(requirements="requirements.txt"), shell, **CREDENTIALS, **index)
-    assert (result.returncode, result.lines[-1]) == (
-        1,
-        "FAILED: pip could not install requirements.txt (exit status 1, reason above): for a mirror, proxy or private "
-        f'CA set "extraEnv" ({README}, "Requirements")',
-    )
-    assert time.monotonic() - start < 10
 
 
 def _test_container(helm: Helm) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from tests.support.chart import Helm, one
 from tests.support.database import Database
 from tests.support.pod_scripts import CREDENTIALS, Volume
 from tests.support.programs import Result, run
+from tests.support.revisions import edit
 from tools.paths import BIN
 
 FIRST = """
@@ -39,10 +40,9 @@ def test_a_failed_revision_with_alembics_own_env_py_ends_with_its_reason(
 ) -> None:
     folder = volume.clone()
     run([BIN / "alembic", "init", "migrations"], cwd=folder, check=True)
-    env = folder / "migrations" / "env.py"
     url = database.url.set(drivername="postgresql+psycopg2").render_as_string(hide_password=False)
     config = f'config = context.config\nconfig.set_main_option("sqlalchemy.url", {url.replace("%", "%%")!r})\n'
-    env.write_text(env.read_text().replace("config = context.config\n", config))
+    edit(folder / "migrations" / "env.py", "config = context.config\n", config)
     (folder / "migrations/versions/001.py").write_text(FIRST)
     volume.program("alembic", f'exec {BIN}/alembic "$@"')
     result = volume.run(container(), shell, **CREDENTIALS)

@@ -17,6 +17,7 @@ from tests.support.programs import run
 from tests.support.readme import chart_block, root_block
 from tests.support.release import Release
 from tests.support.repository import Repository
+from tests.support.revisions import edit
 from tests.support.waiting import until
 from tools.cluster import Cluster
 from tools.paths import BIN, CHART
@@ -214,13 +215,9 @@ def test_a_folder_created_by_alembic_init_runs_with_its_own_env_py(
         path = repository.folder / path
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     run([BIN / "alembic", "init", "migrations"], cwd=repository.folder, check=True)
-    env = repository.folder / "migrations" / "env.py"
     anchor = "config = context.config\n"
-    assert anchor in env.read_text()
-    env.write_text(env.read_text().replace(anchor, anchor + READS_DATABASE_URL))
-    repository.revision("001", "CREATE TABLE theirs ()")
-    first = repository.folder / "migrations/versions/20251202_143000_001_add.py"
-    first.write_text(first.read_text().replace("down_revision = '000'", "down_revision = None"))
+    edit(repository.folder / "migrations" / "env.py", anchor, anchor + READS_DATABASE_URL)
+    edit(repository.revision("001", "CREATE TABLE theirs ()"), "down_revision = '000'", "down_revision = None")
     repository.push()
     url = database.url.set(host="postgres.hcm-fixtures", port=5432, drivername="postgresql+psycopg2")
     assert url.password == PASSWORD
