@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.support.chart import Helm, git_sync, migrate, nested, one, pod
-from tests.support.pod_scripts import CODE, COMMIT, CREDENTIALS, README, Volume, relocate
+from tests.support.pod_scripts import CODE, COMMIT, CREDENTIALS, README, WITHOUT_CAPABILITIES, Volume, relocate
 from tests.support.programs import Program, Result, normalize
 from tests.support.waiting import until
 
@@ -439,8 +439,7 @@ def test_a_key_that_cannot_be_read_is_not_reported_as_missing(volume: Volume, cl
         (volume.folder / name).write_text("x")
     (volume.folder / "ssh").chmod(0)
     volume.program("git-sync", "echo runs")
-    unprivileged = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
-    assert volume.run(clone(repo="git@host:a"), shell, unprivileged) == Result(0, "runs\n")
+    assert volume.run(clone(repo="git@host:a"), shell, WITHOUT_CAPABILITIES) == Result(0, "runs\n")
 
 
 CLONE_TIMED_OUT = (

@@ -189,8 +189,7 @@ def test_a_pod_that_is_killed_before_it_contacts_the_database_is_followed_by_one
     upgrade = release.start_upgrade(values)
     until(lambda: any(text in api.log(pod, container) for pod in api.pods(FIRST_JOB)))
     (pod,) = api.pods(FIRST_JOB)
-    (server,) = api.core.list_namespaced_pod("hcm-fixtures", label_selector="app=server").items
-    service.route_to(server, 80)
+    service.route_to(api.fixture("server"), 80)
     kill_container(cluster, pod, container)
     until(lambda: api.pods(FIRST_JOB)[0].status.phase == "Failed")
     assert not contacted(cluster, database)

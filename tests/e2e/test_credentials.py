@@ -108,8 +108,7 @@ def test_a_database_that_is_not_up_yet_is_waited_for(
     upgrade = release.start_upgrade()
     waiting = f'INFO waiting, up to 90 s more: connection to server at "{service.host}"'
     until(lambda: any(waiting in log for log in api.logs(FIRST_JOB)))
-    (pod,) = api.core.list_namespaced_pod("hcm-fixtures", label_selector="app=postgres").items
-    service.route_to(pod, 5432)
+    service.route_to(api.fixture("postgres"), 5432)
     result = upgrade.wait()
     assert (result.returncode, database.at) == (0, ["001"]), result.text
     result.line(waiting, "Connection refused")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 
 import pytest
 from kubernetes import client
 
 from tests.support.database import Database
-from tests.support.kubernetes import Api
+from tests.support.kubernetes import Api, admission_policy
 from tests.support.release import Release
 from tests.support.waiting import until
 from tools.cluster import Cluster
@@ -18,35 +17,16 @@ from tools.cluster import Cluster
 @pytest.fixture
 def required_label(cluster: Cluster, api: Api) -> Iterator[str]:
     """An admission policy of the test's namespace: every Job, ConfigMap and Pod must have the label `team`."""
-    name = f"required-label-{api.namespace}"
     kinds = [("batch", "jobs"), ("", "configmaps"), ("", "pods")]
     rules = [
         {"apiGroups": [group], "apiVersions": ["v1"], "operations": ["CREATE", "UPDATE"], "resources": [resource]}
         for group, resource in kinds
     ]
     has_label = "has(object.metadata.labels) && 'team' in object.metadata.labels"
-    policy = {
-        "apiVersion": "admissionregistration.k8s.io/v1",
-        "kind": "ValidatingAdmissionPolicy",
-        "metadata": {"name": name},
-        "spec": {
-            "matchConstraints": {"resourceRules": rules},
-            "validations": [{"expression": has_label, "message": "the label team is required"}],
-        },
+    spec = {
+        "matchConstraints": {"resourceRules": rules},
+        "validations": [{"expression": has_label, "message": "the label team is required"}],
     }
-    selector = {"matchLabels": {"kubernetes.io/metadata.name": api.namespace}}
-    binding = {
-        "apiVersion": "admissionregistration.k8s.io/v1",
-        "kind": "ValidatingAdmissionPolicyBinding",
-        "metadata": {"name": name},
-        "spec": {
-            "policyName": name,
-            "validationActions": ["Deny"],
-            "matchResources": {"namespaceSelector": selector},
-        },
-    }
-    for document in (policy, binding):
-        cluster.apply(document)
 
     def is_enforced() -> bool:
         try:
@@ -55,12 +35,9 @@ def required_label(cluster: Cluster, api: Api) -> Iterator[str]:
             return "the label team is required" in str(error.body)
         return False
 
-    try:
+    with admission_policy(cluster, api.namespace, "ValidatingAdmissionPolicy", spec, validationActions=["Deny"]):
         until(is_enforced)
         yield "team"
-    finally:
-        for document in (binding, policy):
-            cluster.kubectl("delete", "-f", "-", input=json.dumps(document))
 
 
 @pytest.mark.fault(

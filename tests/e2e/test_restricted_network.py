@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import yaml
-from kubernetes import client
 
 from tests.support.chart import merged
 from tests.support.database import Database
@@ -109,14 +108,9 @@ def test_the_network_policy_allows_what_a_run_connects_to_and_needs_each_rule(
     """An install over HTTPS and an upgrade over SSH. The offline cluster's network plugin does not enforce policies, so
     the node's table of connections is compared with the rules.
     """
-
-    def fixture(app: str) -> client.V1Pod:
-        (pod,) = api.core.list_namespaced_pod("hcm-fixtures", label_selector=f"app={app}").items
-        return pod
-
     text = chart_block("kind: NetworkPolicy").replace("health", api.namespace)
-    text = text.replace("192.0.2.10", fixture("postgres").status.pod_ip)
-    policy = yaml.safe_load(text.replace("198.51.100.0/24", f"{fixture('server').status.pod_ip}/32"))
+    text = text.replace("192.0.2.10", api.fixture("postgres").status.pod_ip)
+    policy = yaml.safe_load(text.replace("198.51.100.0/24", f"{api.fixture('server').status.pod_ip}/32"))
     cluster.apply(policy)
     labels = ",".join(f"{name}={value}" for name, value in policy["spec"]["podSelector"]["matchLabels"].items())
 

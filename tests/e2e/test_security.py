@@ -15,7 +15,15 @@ from kubernetes import client
 
 from tests.support.canary import CANARY, PASSWORD, assert_no_secret
 from tests.support.database import Database
-from tests.support.kubernetes import FIRST_JOB, Api, in_node, node, open_gate, sessions_in_revision_002
+from tests.support.kubernetes import (
+    FIRST_JOB,
+    Api,
+    admission_policy,
+    in_node,
+    node,
+    open_gate,
+    sessions_in_revision_002,
+)
 from tests.support.programs import run, start
 from tests.support.readme import chart_block, root_block
 from tests.support.release import Release
@@ -39,12 +47,11 @@ def test_the_restricted_pod_security_standard_admits_the_pods_without_a_warning(
         assert "PodSecurity" not in result.text
 
 
-def _assigned(namespace: str, user: int) -> list[dict[str, Any]]:
-    """An admission policy that assigns ids to the namespace's pods, unless they have some, as OpenShift does."""
-    api, name = {"apiVersion": "admissionregistration.k8s.io/v1"}, {"metadata": {"name": namespace}}
+def _assigning(user: int) -> dict[str, Any]:
+    """The admission policy that assigns ids to pods, unless they have some, as OpenShift does."""
     pods = {"apiGroups": [""], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["pods"]}
     ids = f"Object.spec.securityContext{{runAsUser: {user}, fsGroup: {user}}}"
-    spec = {
+    return {
         "matchConstraints": {"resourceRules": [pods]},
         "matchConditions": [
             {"name": key.lower(), "expression": f"!has(object.spec.securityContext.{key})"}
@@ -58,12 +65,6 @@ def _assigned(namespace: str, user: int) -> list[dict[str, Any]]:
         ],
         "reinvocationPolicy": "Never",
     }
-    selector = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": namespace}}}
-    binding = {"policyName": namespace, "matchResources": selector}
-    return [
-        {**api, **name, "kind": "MutatingAdmissionPolicy", "spec": spec},
-        {**api, **name, "kind": "MutatingAdmissionPolicyBinding", "spec": binding},
-    ]
 
 
 def test_openshift_assigns_the_ids(release: Release, api: Api, cluster: Cluster, database: Database) -> None:
@@ -72,9 +73,7 @@ def test_openshift_assigns_the_ids(release: Release, api: Api, cluster: Cluster,
     values = release.example(root_block("runAsUser: null"))
     assert values == release.example(chart_block("runAsUser: null"))
     user = 1000680000
-    policy = _assigned(api.namespace, user)
-    try:
-        cluster.apply(*policy)
+    with admission_policy(cluster, api.namespace, "MutatingAdmissionPolicy", _assigning(user)):
         context = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
         security = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
         containers = [{"name": "probe", "image": "none", "securityContext": security}]
@@ -88,9 +87,6 @@ def test_openshift_assigns_the_ids(release: Release, api: Api, cluster: Cluster,
         upgrade = release.start_upgrade(values)
         pod = until(lambda: next(iter(api.pods(FIRST_JOB)), None))
         result = upgrade.wait()
-    finally:
-        for found in policy:
-            cluster.kubectl("delete", found["kind"], api.namespace)
     assert (pod.spec.security_context.run_as_user, pod.spec.security_context.run_as_group) == (user, None)
     assert (result.returncode, database.at) == (0, ["001"]), result.text
 

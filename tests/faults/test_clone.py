@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from tests.support.chart import Helm, git_sync, merged, migrate
 from tests.support.chart import pod as pod_of
 from tests.support.fault_injection import namespace, root_only, small_disk
 from tests.support.git import git
-from tests.support.pod_scripts import COMMIT, CREDENTIALS, README, STAND_IN, Volume
+from tests.support.pod_scripts import COMMIT, CREDENTIALS, README, STAND_IN, WITHOUT_CAPABILITIES, Volume
 from tests.support.programs import Result
+from tests.support.servers import serving
 from tools.network import free_port
 
 GIT = f'({README}, "Git access")'
@@ -162,19 +163,15 @@ class Forbidding(BaseHTTPRequestHandler):
 @pytest.fixture
 def forbidding() -> Iterator[Callable[..., str]]:
     """Starts a server that refuses all requests; returns its URL."""
-    servers = []
+    with ExitStack() as servers:
 
-    def begin(message: bytes, login: bytes = b"") -> str:
-        server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Forbidding)
-        server.message, server.login = message, login
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}/a.git"
+        def begin(message: bytes, login: bytes = b"") -> str:
+            server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Forbidding)
+            server.message, server.login = message, login
+            servers.enter_context(serving(server))
+            return f"http://127.0.0.1:{server.server_port}/a.git"
 
-    yield begin
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+        yield begin
 
 
 @pytest.mark.parametrize(
@@ -315,8 +312,7 @@ def test_a_full_volume_during_the_clone_is_reported(pod: Pod, source: Path, opti
     ("options", "reason"), [("ro", "Read-only file system"), ("mode=755,uid=65533", "Permission denied")]
 )
 def test_a_volume_that_cannot_be_written_is_reported(pod: Pod, source: Path, options: str, reason: str) -> None:
-    without_override = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
-    result = pod.run_on(options, f"file://{source}", *without_override, path="db")
+    result = pod.run_on(options, f"file://{source}", *WITHOUT_CAPABILITIES, path="db")
     assert result == Result(1, UNWRITABLE.format(reason, GIT))
 
 

@@ -2,7 +2,6 @@
 
 import re
 import socketserver
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from tests.support.canary import PASSWORD
 from tests.support.database import Database, parts
 from tests.support.messages import target
 from tests.support.project import Project
+from tests.support.servers import serving
 from tools.postgres import Postgres, dsn
 
 
@@ -135,12 +135,9 @@ def responding(response: bytes) -> Iterator[int]:
             self.request.recv(1024)
             self.request.sendall(response)
 
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-        thread.start()
+    server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+    with serving(server):
         yield server.server_address[1]
-        server.shutdown()
-        thread.join()
 
 
 def error_response(sqlstate: str, message: str) -> bytes:

@@ -18,6 +18,7 @@ release            releases of the chart, installed with Helm
 repository         git repositories on the cluster's server
 revisions          revision files, and what the tests' revisions do
 runs               the runs' sessions as the server shows them
+servers            servers in a thread of the test
 suite              plugin: options, cleanup, serialization, no skips in CI
 waiting            waiting for a condition
 """

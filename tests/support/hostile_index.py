@@ -8,7 +8,6 @@ import hashlib
 import re
 import shutil
 import tarfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from tests.support.pod_scripts import make_wheel
+from tests.support.servers import serving
 
 BUILD_SYSTEM = '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n'
 # Without any build dependency: the code that builds the package is in its source.
@@ -83,12 +83,9 @@ def hostile_index(folder: Path, home: Path, name: str, files: dict[str, str]) ->
         page.mkdir(parents=True)
         (page / "index.html").write_text(f'<a href="/{file.name}">{file.name}</a>')
     digest = hashlib.sha256((folder / f"{name}-0.0.1.tar.gz").read_bytes()).hexdigest()
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, directory=str(folder))) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}"
-        requirement = f"{name}==0.0.1 --hash=sha256:{digest}"
-        try:
-            source_url, in_tree, setup_py = (f"{address}/{package}-0.0.1.tar.gz" for package in made_of)
-            yield HostileIndex(f"{address}/simple/", requirement, source_url, in_tree, setup_py, home)
-        finally:
-            server.shutdown()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, directory=str(folder)))
+    address = f"http://127.0.0.1:{server.server_port}"
+    requirement = f"{name}==0.0.1 --hash=sha256:{digest}"
+    source_url, in_tree, setup_py = (f"{address}/{package}-0.0.1.tar.gz" for package in made_of)
+    with serving(server):
+        yield HostileIndex(f"{address}/simple/", requirement, source_url, in_tree, setup_py, home)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from kubernetes import client, config
@@ -112,6 +115,11 @@ class Api:
 
         return until(ready)
 
+    def fixture(self, app: str) -> client.V1Pod:
+        """The pod of `postgres` or of `server`, in hcm-fixtures."""
+        (pod,) = self.core.list_namespaced_pod("hcm-fixtures", label_selector=f"app={app}").items
+        return pod
+
     def config_map(self, name: str, **data: str) -> None:
         self.core.create_namespaced_config_map(self.namespace, {"metadata": {"name": name}, "data": data})
 
@@ -157,6 +165,22 @@ def kill_container(cluster: Cluster, pod: client.V1Pod, name: str) -> None:
     found = node(cluster, "crictl", "ps", "--quiet", f"--name=^{name}$", label).strip()
     pid = node(cluster, "crictl", "inspect", "--output=go-template", "--template={{.info.pid}}", found).strip()
     node(cluster, "kill", "-9", pid)
+
+
+@contextmanager
+def admission_policy(
+    cluster: Cluster, namespace: str, kind: str, spec: dict[str, Any], **binding: Any
+) -> Iterator[None]:
+    """A `ValidatingAdmissionPolicy` or `MutatingAdmissionPolicy` for a namespace. The API server enforces it late."""
+    api, name = {"apiVersion": "admissionregistration.k8s.io/v1"}, {"metadata": {"name": namespace}}
+    selector = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": namespace}}}
+    specs = {kind: spec, f"{kind}Binding": {"policyName": namespace, "matchResources": selector, **binding}}
+    try:
+        cluster.apply(*({**api, **name, "kind": of, "spec": found} for of, found in specs.items()))
+        yield
+    finally:
+        for of in specs:
+            cluster.kubectl("delete", "--ignore-not-found", of, namespace)
 
 
 class SwitchedService:

@@ -25,6 +25,8 @@ README = "README.md of the chart"
 CREDENTIALS = {"DB_HOST": "db", "DB_NAME": "n", "DB_USER": "u", "DB_PASSWORD": "p"}
 # In git-sync's image sh is bash; in Debian's and python's images it is dash.
 SHELLS = ["sh", "bash"]
+# A prefix: as in a pod, root cannot read and write every file.
+WITHOUT_CAPABILITIES = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
 STAND_IN = ROOT / "tools" / "offline_cluster" / "images" / "git-sync"
 
 
