@@ -217,7 +217,7 @@ def test_a_folder_created_by_alembic_init_runs_with_its_own_env_py(
     run([BIN / "alembic", "init", "migrations"], cwd=repository.folder, check=True)
     anchor = "config = context.config\n"
     edit(repository.folder / "migrations" / "env.py", anchor, anchor + READS_DATABASE_URL)
-    edit(repository.revision("001", "CREATE TABLE theirs ()"), "down_revision = '000'", "down_revision = None")
+    repository.revision("001", "CREATE TABLE theirs ()")
     repository.push()
     url = database.url.set(host="postgres.hcm-fixtures", port=5432, drivername="postgresql+psycopg2")
     assert url.password == PASSWORD
