@@ -37,7 +37,7 @@ test-fast: venv ## run the tests that need no cluster
 	@$(BIN)/pytest -n $$(($$(nproc) + 2)) tests/project tests/chart tests/migrations tests/faults
 
 test-e2e: venv ## run the tests that install the chart on a real cluster
-	@$(BIN)/pytest -n 4 tests/e2e
+	@$(BIN)/pytest -n 5 tests/gitops tests/e2e
 
 soak: venv ## 1,000 rounds of ten concurrent runs with random kills (about 17 minutes; ROUNDS=n for another number)
 	@$(BIN)/pytest -s tests/faults/test_random_kills.py --rounds $(ROUNDS)
@@ -45,8 +45,8 @@ soak: venv ## 1,000 rounds of ten concurrent runs with random kills (about 17 mi
 bench: venv ## compare with stock Alembic (about two minutes; REVISIONS=n for another number than 1,000)
 	@$(BIN)/python -m bench.stock_alembic --revisions $(REVISIONS)
 
-cluster: venv ## create a local Kubernetes cluster (kind) with a database, a git server and a package index
-	@$(BIN)/python -m tools.cluster up
+cluster: venv ## create a local Kubernetes cluster (kind) with a database, a git server and a package index (GITOPS=1: and with Argo CD and Flux)
+	@$(BIN)/python -m tools.cluster up $(if $(GITOPS),--gitops)
 
 install: venv ## install the chart on that cluster, print the log and the table
 	@$(BIN)/python -m tools.cluster install

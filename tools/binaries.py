@@ -39,6 +39,8 @@ EXPECTED_DURATION = {
     "trivy": "1 minute",
     "kube-apiserver": "4 minutes",
     "kubectl": "1 minute",
+    "argocd": "4 minutes",
+    "helm-controller": "3 minutes",
 }
 EXPERIMENTS = {"trivy": "jsonv2"}  # Go 1.26's name for encoding/json/v2, which it imports
 
@@ -53,8 +55,8 @@ def modules() -> dict[str, tuple[Path, str]]:
             raise RuntimeError(f"{go_mod} names no tool: add one with `go get -tool PACKAGE`")
         for package in (block[1] or block[2]).split():
             name = re.sub(r"(/v\d+)?$", "", package).rsplit("/", 1)[-1]
-            # The programs of etcd and toxiproxy are called "server": they get their module's name.
-            found[go_mod.parent.name if name == "server" else name] = (go_mod.parent, package)
+            # The programs of etcd, toxiproxy and Argo CD have general names: they get their folder's.
+            found[go_mod.parent.name if name in ("server", "cmd") else name] = (go_mod.parent, package)
     return found
 
 
@@ -140,6 +142,8 @@ def _linker_flags(name: str) -> str:
         stamps = {"helm.sh/helm/v4/internal/version.version": version}
     elif name == "ct":
         stamps = {"github.com/helm/chart-testing/v3/ct/cmd.Version": version}
+    elif name == "argocd":
+        stamps = {"github.com/argoproj/argo-cd/v3/common.version": version.removeprefix("v")}
     elif name.startswith("kube"):
         for package in ("k8s.io/component-base/version", "k8s.io/client-go/pkg/version"):
             stamps |= {f"{package}.gitVersion": version, f"{package}.gitMajor": major, f"{package}.gitMinor": minor}

@@ -1,6 +1,6 @@
 """A kind cluster with what the chart finds in a DIGIT cluster.
 
-    python -m tools.cluster up        create it, unless it is running (make cluster)
+    python -m tools.cluster up        create it, unless it is running (make cluster); --gitops: with Argo CD and Flux
     python -m tools.cluster install   install the chart on it, show the Job's log and the table (make install)
     python -m tools.cluster status    show what is running, and how to reach it
     python -m tools.cluster down      stop and delete it (make cluster-down)
@@ -30,7 +30,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
-from tools import fixtures
+from tools import fixtures, gitops
 from tools.binaries import find_or_build
 from tools.network import free_port
 from tools.offline_cluster import engine, images
@@ -143,6 +143,16 @@ class Cluster:
         return cls(**{**data, "kind": ClusterKind(data["kind"])})
 
     @property
+    def is_existing(self) -> bool:
+        """Whether it is the user's own."""
+        return self.kind is ClusterKind.EXISTING
+
+    @property
+    def is_local_build(self) -> bool:
+        """Whether no public image can be pulled."""
+        return self.kind is ClusterKind.LOCAL_BUILD
+
+    @property
     def git_url(self) -> str:
         """Push to `{git_url}/NAME.git`: a new NAME creates a repository. Pods read `{git_in_cluster}/NAME.git`."""
         return f"http://{self.address}:{self.ports['http']}/git"
@@ -195,15 +205,19 @@ class Cluster:
             configuration.flush()
             secret = f"--secret=id=pip.conf,src={configuration.name}"
             self.docker("build", "--quiet", "--network=host", secret, *arguments, f"--tag={tag}", context)
+        return self.load_image(tag)
+
+    def load_image(self, tag: str) -> str:
+        """Load an image of the engine into the cluster; return its name."""
         kind: list[str | Path] = [find_or_build("kind"), "load", "docker-image", "--name", NAME, tag]
         run(kind, env=self.engine_environment())
         return tag
 
     def engine_environment(self) -> dict[str, str]:
         """The environment in which docker and kind reach the cluster's engine."""
-        if self.kind is ClusterKind.EXISTING:
+        if self.is_existing:
             raise UnavailableError("an image cannot be loaded into an existing cluster")
-        return engine.environment() if self.kind is ClusterKind.LOCAL_BUILD else dict(os.environ)
+        return engine.environment() if self.is_local_build else dict(os.environ)
 
     def image_values(self) -> ImageValues:
         """The chart's values for its images, if the public ones cannot be pulled."""
@@ -433,7 +447,11 @@ def _print_summary(cluster: Cluster) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.cluster", description=__doc__.partition("\n")[0])
     parser.add_argument("command", choices=["up", "install", "status", "down"])
-    command = parser.parse_args().command
+    parser.add_argument("--gitops", action="store_true", help="with Argo CD and Flux, which deploy this checkout")
+    arguments = parser.parse_args()
+    command = arguments.command
+    if arguments.gitops and command != "up":
+        parser.error("--gitops is an option of `up` only")
     try:
         if command == "down":
             delete()
@@ -443,6 +461,8 @@ def main() -> None:
             _print_summary(running)
         else:
             cluster = get_or_create()
+            if arguments.gitops:
+                gitops.deploy_checkout(cluster)
             install(cluster) if command == "install" else _print_summary(cluster)
     except (RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tools import binaries, debian
 from tools.offline_cluster.engine import FOLDER, docker, environment
+from tools.paths import BIN
 from tools.steps import log, remove, run
 
 HERE = Path(__file__).parent
@@ -23,6 +24,7 @@ PYTHON = "hcm-local/python:3.11-debian12"
 GIT_SYNC = "hcm-local/git-sync-standin:v4.7.1"
 SERVER = "hcm-local/server:debian12"
 NODE_BASE = "hcm-local/node-base:debian12"
+CONTROLLERS_BASE = "hcm-local/controllers-base:debian12"
 # Each is one Debian 12 system without recommended packages.
 SYSTEMS = {
     PYTHON: "python3,python3-pip,python3-venv,python-is-python3,ca-certificates",
@@ -30,6 +32,9 @@ SYSTEMS = {
     NODE_BASE: "systemd,systemd-sysv,dbus,containerd,runc,iptables,conntrack,ethtool,socat,iproute2,mount,kmod,procps,"
     "ca-certificates,libseccomp2,hostname",
 }
+# What the controllers of tools.gitops call, and their redis and registry.
+CONTROLLERS_PACKAGES = "git,openssh-client,redis-server,docker-registry,ca-certificates"
+CONTROLLERS_PROGRAMS = ["helm-controller", "source-controller", "argocd"]
 # As in the official python image: pip installs into the system.
 CUSTOM = ['--customize-hook=rm -f "$1"/usr/lib/python3*/EXTERNALLY-MANAGED']
 NODE_PROGRAMS = ["kubeadm", "kubelet", "kubectl", "crictl", "host-local", "loopback", "ptp", "portmap"]
@@ -39,9 +44,7 @@ CONTROL_PLANE = ["kube-apiserver", "kube-controller-manager", "kube-scheduler", 
 def build_images() -> str:
     """Build every image that is missing or out of date. Return the name of the kind node's image."""
     for tag, packages in SYSTEMS.items():
-        system = hashlib.sha256(f"{packages} {CUSTOM}".encode()).hexdigest()[:12]
-        if not _is_current(tag, system):
-            _build_system(tag, packages, system)
+        _build_system(tag, packages)
     digest = hashlib.sha256(str(SYSTEMS).encode())
     for file in sorted((HERE / "images").iterdir()):
         digest.update(file.read_bytes())
@@ -58,6 +61,24 @@ def build_images() -> str:
     return node
 
 
+def build_controllers() -> str:
+    """Build the image of Argo CD's and Flux's programs, if it is missing or out of date; return its name."""
+    _build_system(CONTROLLERS_BASE, CONTROLLERS_PACKAGES)
+    programs = [BIN / "helm", *map(binaries.find_or_build, CONTROLLERS_PROGRAMS)]
+    dockerfile = HERE / "controllers/Dockerfile"
+    # The path of a program that was built contains the digest of its sources.
+    digest = hashlib.sha256(f"{CONTROLLERS_PACKAGES} {programs}".encode() + dockerfile.read_bytes()).hexdigest()
+    tag = f"hcm-local/controllers:{digest[:12]}"
+    if not _is_current(tag, digest):
+        docker("tag", CONTROLLERS_BASE, "hcm-local/controllers-base")
+        with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
+            for file in (dockerfile, *programs):
+                shutil.copy(file, folder)
+            _build(Path(folder), tag, "", digest)
+        remove(binaries.COMPILED)
+    return tag
+
+
 def _is_current(tag: str, digest: str) -> bool:
     """Whether the engine has the image, built from the files and packages with this digest."""
     label = '{{index .Config.Labels "made-from"}}'
@@ -65,7 +86,10 @@ def _is_current(tag: str, digest: str) -> bool:
     return subprocess.run(command, env=environment(), capture_output=True, text=True).stdout.strip() == digest
 
 
-def _build_system(tag: str, packages: str, digest: str) -> None:
+def _build_system(tag: str, packages: str) -> None:
+    digest = hashlib.sha256(f"{packages} {CUSTOM}".encode()).hexdigest()[:12]
+    if _is_current(tag, digest):
+        return
     with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
         sources, archive = Path(folder) / "bookworm.list", Path(folder) / "system.tar"
         sources.write_text(debian.sources_list("bookworm"))
