@@ -61,6 +61,30 @@ def test_the_job_is_a_hook_that_keeps_a_failed_job(helm: Helm) -> None:
     }
 
 
+ARGOCD = "--api-versions=batch/v1,batch/v1/Job"  # as it runs `helm template`
+
+
+def test_argo_cd_gets_a_name_for_each_change_and_keeps_a_job_that_it_finds(helm: Helm) -> None:
+    """To Argo CD, every release has revision 1. It would delete a failed Job, or a running one after a restart."""
+    repositories = [{"git": {"repo": "https://git.example.org/schema", "branch": branch}} for branch in ("a", "a", "b")]
+    jobs = [one(helm.render(values, ARGOCD), "Job")["metadata"] for values in repositories]
+    names = [job["name"] for job in jobs]
+    assert (names[0] == names[1], names[0] == names[2]) == (True, False)
+    assert re.fullmatch(r"hcm-db-migration-[0-9a-f]{8}", names[0])
+    assert jobs[0]["annotations"]["helm.sh/hook-delete-policy"] == "hook-succeeded"
+    assert (
+        one(helm.render({}, "--api-versions=argoproj.io/v1alpha1"), "Job")["metadata"]["name"] == "hcm-db-migration-1"
+    )
+
+
+def test_argo_cd_does_not_stop_an_ordinary_job(helm: Helm) -> None:
+    safe = {"argocd.argoproj.io/sync-options": "Prune=false", "argocd.argoproj.io/compare-options": "IgnoreExtraneous"}
+    assert one(helm.render({"hook": ""}), "Job")["metadata"]["annotations"] == safe
+    own = {"argocd.argoproj.io/sync-options": "Prune=true"}
+    changed = one(helm.render({"hook": "", "job": {"annotations": own}}), "Job")["metadata"]["annotations"]
+    assert changed == safe | own
+
+
 def test_a_program_that_embeds_helm_gets_no_annotation_that_crashes_it(
     helm4: Helm, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -276,7 +300,7 @@ def test_an_ordinary_job_has_a_new_name_exactly_when_its_spec_changes(helm: Helm
     def job(values: dict) -> dict:
         return one(helm.render({"hook": "", **values}), "Job")["metadata"]
 
-    assert "annotations" not in job({})
+    assert "helm.sh/hook" not in job({})["annotations"]
     assert job({})["name"] == job({"fullnameOverride": ""})["name"]
     assert job({})["name"] != job({"args": ["upgrade", "001"]})["name"]
     assert job({})["name"] != job({"job": {"backoffLimit": 0}})["name"]

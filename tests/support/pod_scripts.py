@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.support.chart import Helm, environment, migrate
-from tests.support.programs import Program, Result, start
+from tests.support.programs import Program, Result, normalize, start
 from tools.paths import ROOT
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -33,7 +33,8 @@ STAND_IN = ROOT / "tools" / "offline_cluster" / "images" / "git-sync"
 def relocate(container: dict[str, Any], workspace: Path, home: Path, secrets: Path, git_sync: Path) -> dict[str, Any]:
     """The container with these paths in place of the real ones."""
     text = json.dumps(container)
-    for path, here in {"/workspace": workspace, "/git-home": home, "/etc/git-sync/": f"{secrets}/"}.items():
+    paths = {"/workspace": workspace, "/git-home": home, "/etc/git-sync/": f"{secrets}/"}
+    for path, here in {**paths, "/dev/termination-log": secrets / "bin/termination-log"}.items():
         text = text.replace(path, str(here))
     relocated: dict[str, Any] = json.loads(text.replace('"/git-sync"', f'"{git_sync}"'))
     return relocated
@@ -49,6 +50,7 @@ class Volume:
         self.bin.mkdir()
         self.home = folder / "git-home"
         self.home.mkdir()
+        self.termination_log = self.bin / "termination-log"
         (self.bin / "python3").symlink_to(sys.executable)
         self.checkout = folder / "git" / ".worktrees" / SHA / "utilities" / "hcm-db-migrations"
 
@@ -84,8 +86,13 @@ class Volume:
     def run(
         self, container: dict[str, Any], shell: str = "sh", prefix: Sequence[str] = (), **references: str
     ) -> Result:
-        """Run the container to its end; its log is `stdout`."""
-        return self.start(container, shell, prefix, **references).wait()
+        """Run the container to its end; its log is `stdout`. If it failed, its last line is the termination message."""
+        self.termination_log.write_text("")
+        result = self.start(container, shell, prefix, **references).wait()
+        if container["name"] == "migrate" and result.returncode > 0:
+            message, last = normalize(self.termination_log.read_text()), result.stdout.splitlines()[-1]
+            assert message == last or (not message and last.startswith("code: "))  # alembic may print nothing
+        return result
 
 
 def make_wheel(folder: Path, name: str, files: dict[str, str], metadata: str = "") -> Path:

@@ -7,15 +7,25 @@ set -u
 exec 2>&1 # a container's log may interleave two streams, and the reason would not be the last line
 workspace=$PWD child='' stopped='' interrupted='' output='' stage='starting' effect='the database was not contacted'
 
+# Makes $1 the container's termination message: it is what Argo CD and kubectl describe show, without the log. kubelet cuts
+# off the beginning of a longer one.
+set_termination_message() { [ ! -w /dev/termination-log ] || printf '%.4096s' "$1" >/dev/termination-log; }
+
+# Prints $1, a line that may be the last one.
+say() {
+  printf '%s\n' "$1" >&2
+  set_termination_message "$1"
+}
+
 fail() {
-  printf 'FAILED: %s (README.md of the chart, "%s")\n' "$2" "$3" >&2
+  say "FAILED: $2 (README.md of the chart, \"$3\")"
   exit "$1"
 }
 
 # As PID 1, neither this shell nor a program without its own handler exits on SIGTERM: it would run until SIGKILL.
 stop() {
   [ -n "$stopped" ] ||
-    printf '%s\n' "stopped by SIGTERM while $stage; $effect; if the Job's deadline was exceeded, raise \"job.activeDeadlineSeconds\" and Helm's --timeout together" >&2
+    say "stopped by SIGTERM while $stage; $effect; if the Job's deadline was exceeded, raise \"job.activeDeadlineSeconds\" and Helm's --timeout together"
   stopped=yes interrupted=yes
   [ -z "$child" ] || terminate
 }
@@ -275,15 +285,16 @@ if [ -n "$output" ]; then
   [ "$status" -ne 0 ] || grep -qF -- "$EXPECTED" "$output" ||
     fail 1 "alembic $* did not report \"$EXPECTED\": the database is not at the current head of \"$GIT_REF\"; run helm upgrade" "helm test"
 fi
+[ "$status" -eq 0 ] || set_termination_message "$(tail -n 1 "$workspace/log" 2>/dev/null)"
 case $status in
-137) echo "FAILED: alembic was killed, most likely out of memory: raise \"resources.limits.memory\"" >&2 ;;
+137) say "FAILED: alembic was killed, most likely out of memory: raise \"resources.limits.memory\"" ;;
 1) # Python's for an exception that env.py does not handle
   reason=$(last_reason "$workspace/log")
   case $reason in
   '' | FAILED:*) ;;
   *)
     [ -z "$(tail -c 1 "$workspace/log")" ] || echo
-    printf '%s\n' "FAILED: alembic $*: $reason (exit status 1)" >&2
+    say "FAILED: alembic $*: $reason (exit status 1)"
     ;;
   esac
   ;;

@@ -26,7 +26,8 @@ annotations:
 next Job has another name. */}}
 {{- define "hcm-db-migrations.hookAnnotations" -}}
 helm.sh/hook: {{ .hook | quote }}
-helm.sh/hook-delete-policy: before-hook-creation,hook-succeeded
+{{- /* Argo CD would delete the Job of a failed sync when it retries it, and after its controller was restarted a running one. */}}
+helm.sh/hook-delete-policy: {{ if not (include "hcm-db-migrations.byArgoCD" .root) }}before-hook-creation,{{ end }}hook-succeeded
 {{- /* Flux's helm-controller (1.6.3 and older) crashes on it. Helm's version has three numbers in Helm's own program, which
 prints the log, and two (v4.3) in a program that embeds Helm. */}}
 {{- if regexMatch "^v[0-9]+[.][0-9]+[.][0-9]+" .root.Capabilities.HelmVersion.Version }}
