@@ -7,7 +7,16 @@ from collections.abc import Callable
 import pytest
 
 from tests.support.database import Database
-from tests.support.kubernetes import JOB, NOTHING_TO_DO, TABLE, Api, contacted, open_gate, sessions_in_revision_002
+from tests.support.kubernetes import (
+    FIRST_JOB,
+    JOB,
+    NOTHING_TO_DO,
+    TABLE,
+    Api,
+    contacted,
+    open_gate,
+    sessions_in_revision_002,
+)
 from tests.support.readme import chart_block, root_block
 from tests.support.release import Release
 from tests.support.repository import Repository
@@ -181,6 +190,37 @@ def _kill_helm(release: Release, database: Database) -> None:
     upgrade.kill()
     open_gate(database)
     until(lambda: database.at == ["002"])
+
+
+@pytest.mark.fault(
+    "Process and pod",
+    fault="The Job is deleted while it runs",
+    sees="Helm 3 and Flux take it for a success, exit 0; Helm 4 waits for it until its timeout, exit 1. `helm test`:"
+    " `FAILED: alembic current ... did not report ...`, exit 1",
+    state="The interrupted revision is rolled back",
+    do="Upgrade again; do not delete a running Job",
+)
+@pytest.mark.parametrize(("version", "status"), [(3, 0), (4, 1)])
+def test_helm_test_fails_after_the_job_was_deleted_during_its_run(
+    releases: Callable[..., Release],
+    api: Api,
+    cluster: Cluster,
+    audited_repository: Repository,
+    database: Database,
+    version: int,
+    status: int,
+) -> None:
+    release = releases(api, version)
+    upgrade = release.start_upgrade(None, "--timeout", "20s")
+    until(lambda: sessions_in_revision_002(database))
+    cluster.kubectl("delete", "job", FIRST_JOB, "-n", api.namespace)
+    result = upgrade.wait()
+    until(lambda: not sessions_in_revision_002(database))  # the pod is deleted after its Job
+    assert (result.returncode, database.at) == (status, ["001"]), result.text
+    assert release.run("test", release.name).returncode == 1
+    open_gate(database)
+    assert (release.upgrade().returncode, database.at) == (0, ["002"])
+    assert database.execute("SELECT revision FROM audit") == [("002",)]
 
 
 @pytest.mark.fault(

@@ -1,4 +1,4 @@
-"""Every code block of both READMEs is cut out and run by a test, or its source gives the reason why not."""
+"""Every code block of both READMEs and of docs/gitops.md is run by a test, or its source gives the reason why not."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.readme import CHART_README, README, blocks, chart_block, root_block
+from tests.support.readme import CHART_README, GITOPS, README, blocks, chart_block, gitops_block, root_block
 from tools.paths import ROOT
 
-CUT = {root_block.__name__: README, chart_block.__name__: CHART_README}
+CUT = {root_block.__name__: README, chart_block.__name__: CHART_README, gitops_block.__name__: GITOPS}
 
 
 def _cut_out(source: str) -> Iterator[tuple[str, str]]:

@@ -25,6 +25,7 @@ from tests.support.readme import chart_command
 from tests.support.release import Release
 from tests.support.repository import Repository
 from tests.support.waiting import until
+from tools import gitops
 from tools.binaries import find_or_build
 from tools.cluster import Cluster, ClusterKind, ImageValue, delete, get_or_create
 from tools.paths import BIN, ROOT
@@ -44,6 +45,7 @@ class Shared:
 
 
 SHARED = pytest.StashKey[Shared]()
+NEEDS_GITOPS = pytest.StashKey[bool]()  # whether the tests need Argo CD and Flux
 
 
 def start_cluster(session: pytest.Session) -> None:
@@ -64,6 +66,8 @@ def _start(config: pytest.Config) -> Shared:
         cluster = get_or_create(named, owner=os.getpid())
         if cluster.owner:
             config.add_cleanup(lambda: delete(cluster.owner))
+        if config.stash.get(NEEDS_GITOPS, False):
+            gitops.install(cluster)
         preinstalled_image = cluster.kind is not ClusterKind.EXISTING  # in a user's cluster, pip runs
         if preinstalled_image:
             tag = f"{OWN_IMAGE['repository']}:{OWN_IMAGE['tag']}"
@@ -120,7 +124,7 @@ def namespaces(cluster: Cluster, database: Database) -> Iterator[Callable[[], Ap
     yield create
     with contextlib.ExitStack() as stack:
         for api in created:
-            stack.callback(api.core.delete_namespace, api.namespace)
+            stack.callback(api.delete, everything=not cluster.owner)
             stack.callback(_assert_no_secret_in, api)
 
 

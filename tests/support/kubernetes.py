@@ -120,6 +120,14 @@ class Api:
         (pod,) = self.core.list_namespaced_pod("hcm-fixtures", label_selector=f"app={app}").items
         return pod
 
+    def delete(self, *, everything: bool) -> None:
+        """Delete the namespace, or only what runs in it: for each kind of object, the deletion is a request or two."""
+        if everything:
+            self.core.delete_namespace(self.namespace)
+        else:
+            self.batch.delete_collection_namespaced_job(self.namespace, propagation_policy="Background")
+            self.core.delete_collection_namespaced_pod(self.namespace, grace_period_seconds=0)
+
     def config_map(self, name: str, **data: str) -> None:
         self.core.create_namespaced_config_map(self.namespace, {"metadata": {"name": name}, "data": data})
 

@@ -1,4 +1,6 @@
-"""The code blocks of both READMEs. A test cuts out the block that it runs, so the block cannot change without the test.
+"""The code blocks of both READMEs and of docs/gitops.md.
+
+A test cuts out the block that it runs, so the block cannot change without the test.
 
 tests/project/test_readmes.py fails for a block that no test cuts out, unless its source gives the reason, on the line
 above it: `<!-- not run by a test: <reason> -->`.
@@ -14,7 +16,7 @@ from markdown_it import MarkdownIt
 
 from tools.paths import CHART, ROOT
 
-README, CHART_README = ROOT / "README.md", CHART / "README.md"
+README, CHART_README, GITOPS = ROOT / "README.md", CHART / "README.md", ROOT / "docs/gitops.md"
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ def root_block(part: str) -> str:
 def chart_block(part: str) -> str:
     """The one block of the chart's README.md that contains `part`, a literal."""
     return _cut(CHART_README.read_text(), part)
+
+
+def gitops_block(part: str) -> str:
+    """The one block of docs/gitops.md that contains `part`, a literal."""
+    return _cut(GITOPS.read_text(), part)
 
 
 def chart_command(part: str) -> str:

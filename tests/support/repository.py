@@ -15,19 +15,21 @@ from tools.paths import ROOT
 
 @dataclass
 class Repository:
-    """A test's git repository, on the server in the cluster; it starts with this checkout's migrations, on main."""
+    """A test's git repository, on the server in the cluster; it starts with this checkout's migrations."""
 
-    folder: Path
+    folder: Path  # the project's, in the repository
     cluster: Cluster
     name: str
+    branch: str = "main"
 
     @classmethod
-    def create(cls, folder: Path, cluster: Cluster, name: str) -> Repository:
-        created = cls(folder, cluster, name)
-        folder.mkdir()
-        created.git("init", "--quiet", "--initial-branch=main")
-        copy(folder)
-        shutil.copy(ROOT / "requirements.txt", folder)
+    def create(cls, folder: Path, cluster: Cluster, name: str, path: str = ".", branch: str = "main") -> Repository:
+        """Create it in `folder`, with the project in its folder `path`."""
+        created = cls(folder / path, cluster, name, branch)
+        created.folder.mkdir(parents=True)
+        git(folder, "init", "--quiet", "--initial-branch=main")
+        copy(created.folder)
+        shutil.copy(ROOT / "requirements.txt", created.folder)
         created.push()
         return created
 
@@ -44,11 +46,11 @@ class Repository:
     def git(self, *arguments: str) -> str:
         return git(self.folder, *arguments)
 
-    def push(self, ref: str = "refs/heads/main") -> str:
-        """Commit all changes and push them; return the commit."""
+    def push(self, ref: str = "") -> str:
+        """Commit all changes and push them, by default to the branch; return the commit."""
         self.git("add", "--all")
         self.git("commit", "--quiet", "--allow-empty", "--message=test")
-        self.git("push", "--quiet", "--force", self.remote, f"HEAD:{ref}")
+        self.git("push", "--quiet", "--force", self.remote, f"HEAD:{ref or f'refs/heads/{self.branch}'}")
         return self.git("rev-parse", "HEAD")
 
     def revision(self, number: str, *upgrade: str, downgrade: str = "SELECT 1") -> Path:
