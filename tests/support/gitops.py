@@ -288,7 +288,7 @@ def eventually(condition: Callable[[], T | None]) -> T:
         time.sleep(0.4)
         return condition()
 
-    return until(result)
+    return until(result, 120)
 
 
 def operation(application: Mapping[str, Any]) -> str:
