@@ -1,6 +1,5 @@
 """As in tests/e2e, the cluster's PostgreSQL is the server; Argo CD and Flux are installed for these tests."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -10,8 +9,7 @@ from tests.support.cluster import NEEDS_GITOPS
 from tests.support.gitops import BRANCH, FOLDER
 from tests.support.kubernetes import Api
 from tests.support.repository import Repository
-from tools.cluster import NAME, Cluster
-from tools.paths import CHART, ROOT
+from tools.cluster import Cluster
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -29,8 +27,5 @@ def server(cluster: Cluster) -> URL:
 @pytest.fixture
 def repository(cluster: Cluster, api: Api, tmp_path: Path) -> Repository:
     """A repository with upstream's layout, which contains the chart as well."""
-    created = Repository.create(tmp_path / "repository", cluster, api.namespace, FOLDER, BRANCH)
-    shutil.copytree(CHART, created.folder / "charts" / NAME)
-    shutil.copytree(ROOT / "environments", created.folder / "environments")
-    created.push()
-    return created
+    more = "charts", "environments"
+    return Repository.create(tmp_path / "repository", cluster, api.namespace, FOLDER, BRANCH, more)

@@ -61,9 +61,9 @@ class Project:
         return self.fork(*arguments, **environment).wait()
 
 
-def copy(folder: Path) -> None:
-    """Copy the parts of this checkout that a run needs."""
-    for name in PARTS:
+def copy(folder: Path, *more: str) -> None:
+    """Copy the parts of this checkout that a run needs, and `more` of its files and folders."""
+    for name in (*PARTS, *more):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,6 @@ from tests.support import revisions
 from tests.support.git import git
 from tests.support.project import copy
 from tools.cluster import Cluster
-from tools.paths import ROOT
 
 
 @dataclass
@@ -23,13 +22,14 @@ class Repository:
     branch: str = "main"
 
     @classmethod
-    def create(cls, folder: Path, cluster: Cluster, name: str, path: str = ".", branch: str = "main") -> Repository:
-        """Create it in `folder`, with the project in its folder `path`."""
+    def create(
+        cls, folder: Path, cluster: Cluster, name: str, path: str = ".", branch: str = "main", more: Sequence[str] = ()
+    ) -> Repository:
+        """Create it in `folder`, with the project in its folder `path`, and with `more` of this checkout's folders."""
         created = cls(folder / path, cluster, name, branch)
         created.folder.mkdir(parents=True)
         git(folder, "init", "--quiet", "--initial-branch=main")
-        copy(created.folder)
-        shutil.copy(ROOT / "requirements.txt", created.folder)
+        copy(created.folder, "requirements.txt", *more)
         created.push()
         return created
 
