@@ -63,13 +63,9 @@ def test_with_the_path_annotation_an_unrelated_push_runs_nothing_and_one_during_
     (audited_repository.folder.parent / "README.md").write_text("unrelated\n")
     assert argocd.synced(audited_repository.push())
     assert (deployed_ref(argocd), len(argocd.runs())) == (commit, 1)
-
-    def synced_manually() -> bool:
-        argocd.sync()  # is lost if Argo CD is just repairing drift
-        argocd.settled()
-        return database.at == ["003"]
-
-    until(synced_manually)
+    argocd.sync()
+    assert argocd.synced()
+    assert database.at == ["003"]
 
 
 def test_without_a_push_only_a_manual_sync_runs_the_job(argocd: ArgoCD) -> None:

@@ -264,8 +264,19 @@ class ArgoCD(Environment):
         return (*state(found), operation(found).partition(":")[0]) == ("Synced", "Healthy", "Succeeded")
 
     def sync(self) -> None:
-        """Start a sync; `argocd app sync` does the same."""
-        self.patch(operation={"sync": {}})
+        """Start a sync, as `argocd app sync` does; a request that arrives while Argo CD repairs drift is lost."""
+        user = secrets.token_hex(8)
+
+        def started() -> bool:
+            found = self.get()
+            last = found["status"].get("operationState", {}).get("operation", {})
+            if last.get("initiatedBy", {}).get("username") == user:
+                return True
+            if "operation" not in found:
+                self.patch(operation={"initiatedBy": {"username": user}, "sync": {}})
+            return False
+
+        eventually(started)
 
     def delete(self) -> None:
         super().delete()
