@@ -140,7 +140,7 @@ def failures() -> str:
     if code != pytest.ExitCode.OK:
         raise RuntimeError(output.getvalue())
     tables: dict[str, dict[str, None]] = {group: {} for group in GROUPS}  # one row, however many parameters
-    for item in collected.items:
+    for item in sorted(collected.items, key=lambda item: item.location[:2]):
         path, name = item.path.relative_to(ROOT), item.name.split("[")[0]
         for mark in reversed(list(item.iter_markers("fault"))):
             cells = [mark.kwargs[key].replace("|", "\\|") for key in ("fault", "sees", "state", "do")]

@@ -21,11 +21,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as with Ctrl-C: servers and folders are removed
-    config.addinivalue_line("markers", "disruptive: disturbs other tests; runs last and alone")
+    config.addinivalue_line(
+        "markers", "disruptive: disturbs the other tests on the cluster, or without it; runs after and without them"
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.get_closest_marker("disruptive") is not None)
+    """The tests on the cluster, which wait most, run first, beside the others; disruptive ones are the last of each."""
+    items.sort(key=lambda item: (_needs(item) != "cluster", _is_disruptive(item)))
+
+
+def _is_disruptive(item: pytest.Item) -> bool:
+    return item.get_closest_marker("disruptive") is not None
+
+
+def _needs(item: pytest.Item) -> str:
+    return "cluster" if "cluster" in getattr(item, "fixturenames", ()) else "machine"
 
 
 OUTPUT = pytest.StashKey[list[Output]]()
@@ -53,11 +64,11 @@ def pytest_sessionfinish() -> None:
 def _serialize_disruptive_tests(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[None]:
-    """A disruptive test waits until the other workers are between tests, and they wait for it."""
+    """A disruptive test waits until no worker runs a test that needs what it disturbs, and they wait for it."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if hasattr(request.config, "workerinput") else base
-    with (shared / "disruptive.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX if request.node.get_closest_marker("disruptive") else fcntl.LOCK_SH)
+    with (shared / f"{_needs(request.node)}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if _is_disruptive(request.node) else fcntl.LOCK_SH)
         yield
 
 
