@@ -4,7 +4,6 @@ PYTHON ?= python3
 ROUNDS ?= 1000
 REVISIONS ?= 1000
 BIN := .venv/bin
-PARALLEL = --maxschedchunk 1 -n
 UV_COMPILE = $(BIN)/uv pip compile -q --universal --python-version 3.10 --generate-hashes --only-binary :all: --emit-build-options --no-emit-index-url --no-header
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -32,13 +31,13 @@ migrate: venv ## migrate the database of DATABASE_URL, DB_* or .env
 	@$(BIN)/alembic upgrade head
 
 test: venv ## run every test, with a real PostgreSQL and a real Kubernetes
-	@$(BIN)/pytest $(PARALLEL) 7
+	@$(BIN)/pytest -n 7
 
 test-fast: venv ## run the tests that need no cluster
-	@$(BIN)/pytest $(PARALLEL) $$(($$(nproc) + 2)) tests/project tests/chart tests/migrations tests/faults
+	@$(BIN)/pytest -n $$(($$(nproc) + 2)) tests/project tests/chart tests/migrations tests/faults
 
 test-e2e: venv ## run the tests that install the chart on a real cluster
-	@$(BIN)/pytest $(PARALLEL) 5 tests/gitops tests/e2e
+	@$(BIN)/pytest -n 7 tests/gitops tests/e2e
 
 soak: venv ## 1,000 rounds of ten concurrent runs with random kills (about 17 minutes; ROUNDS=n for another number)
 	@$(BIN)/pytest -s tests/faults/test_random_kills.py --rounds $(ROUNDS)

@@ -21,14 +21,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as with Ctrl-C: servers and folders are removed
-    config.addinivalue_line(
-        "markers", "disruptive: disturbs the other tests on the cluster, or without it; runs after and without them"
-    )
+    config.addinivalue_line("markers", "disruptive: disturbs other tests on the cluster, or others without; runs alone")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests on the cluster, which wait most, run first, beside the others; disruptive ones are the last of each."""
-    items.sort(key=lambda item: (_needs(item) != "cluster", _is_disruptive(item)))
+    """Tests on the cluster wait most, so they run first; disruptive ones run beside tests that they do not disturb."""
+    order = [("machine", True), ("cluster", False), ("cluster", True), ("machine", False)]
+    items.sort(key=lambda item: order.index((_needs(item), _is_disruptive(item))))
 
 
 def _is_disruptive(item: pytest.Item) -> bool:
