@@ -264,7 +264,7 @@ def get_or_create(kubeconfig: str | None = None, owner: int = 0) -> Cluster:
 def current() -> Cluster | None:
     """The running cluster, if any."""
     cluster = _saved_state()
-    if cluster and (cluster.kind is not ClusterKind.LOCAL_BUILD or engine.running()):
+    if cluster and (not cluster.is_local_build or engine.running()):
         find_or_build("kubectl")  # outside the loop, because its errors are not the API server's
         for _ in range(5):  # a busy API server may miss a request
             with contextlib.suppress(RuntimeError):

@@ -13,9 +13,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.chart import MINIMAL, TEXT, Helm, environment, merged, migrate, nested
+from tests.support.chart import MINIMAL, TEXT, Helm, environment, migrate, nested
 from tools import docs
 from tools.paths import CHART
+from tools.values import merged
 
 REPO = "https://git.example.org/schema"
 ADD = """ not set: add to a values file (-f)
@@ -34,6 +35,7 @@ HTTPS_ONLY = (
     '"git.httpsSecretName" and "git.ca" are for https:// URLs only, but "git.repo" is an SSH URL: '
     "unset them, or set an https:// URL"
 )
+
 TWO_CA = '"git.ca.configMapName" and "git.ca.secretName" are both set: keep the one that holds the CA'
 ABBREVIATED = (
     '"git.branch" is "0a1b2c3", which looks like an abbreviated commit SHA; git servers only accept full ones: set the '

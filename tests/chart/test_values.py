@@ -18,7 +18,6 @@ from tests.support.chart import (
     Read,
     environment,
     git_sync,
-    merged,
     migrate,
     nested,
     one,
@@ -26,6 +25,7 @@ from tests.support.chart import (
 )
 from tools import docs
 from tools.paths import CHART, ROOT
+from tools.values import merged
 
 SSH = {"git": {"repo": "git@git.example.org:schema", "branch": "main"}}
 DIGEST = "sha256:" + "0123456789abcdef" * 4

@@ -176,7 +176,7 @@ def test_wait_succeeds_and_a_failed_upgrade_is_rolled_back_to_the_previous_relea
     broken = repository.push()
     failed = release.upgrade({"git": {"branch": broken}}, *options)
     assert (failed.returncode, release.status(), database.at) == (1, "deployed", ["001"])
-    assert api.core.read_namespaced_config_map(JOB, api.namespace).data["ref"] == "main"
+    assert api.release_config_map().data["ref"] == "main"
     (log,) = api.logs(f"{JOB}-2")
     assert "FAILED: revision 002 (20251202_143000_002_add.py) failed: division by zero" in log
     if version == 4:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.support.chart import merged
 from tests.support.database import Database
 from tests.support.kubernetes import Api, node
 from tests.support.readme import chart_block
@@ -18,6 +17,7 @@ from tests.support.release import Release
 from tests.support.repository import Repository
 from tests.support.waiting import until
 from tools.cluster import Cluster
+from tools.values import merged
 
 PROXY = r"""
 import socket, socketserver, threading

@@ -11,10 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft7Validator
 
-from tests.support.chart import TEXT, merged
+from tests.support.chart import TEXT
 from tests.support.release import Release
 from tools.cluster import Cluster
 from tools.paths import CHART
+from tools.values import merged
 
 SCHEMA = json.loads((CHART / "values.schema.json").read_text())
 DEFINITIONS = SCHEMA["definitions"]

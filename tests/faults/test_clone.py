@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.chart import Helm, git_sync, merged, migrate
+from tests.support.chart import Helm, git_sync, migrate
 from tests.support.chart import pod as pod_of
 from tests.support.fault_injection import namespace, root_only, small_disk
 from tests.support.git import git
@@ -27,6 +27,7 @@ from tests.support.pod_scripts import COMMIT, CREDENTIALS, README, STAND_IN, WIT
 from tests.support.programs import Result
 from tests.support.servers import serving
 from tools.network import free_port
+from tools.values import merged
 
 GIT = f'({README}, "Git access")'
 PLACEHOLDER = "https://git.example.org/schema"  # the chart refuses file://, and a token for http://

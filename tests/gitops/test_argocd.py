@@ -52,11 +52,7 @@ def test_with_the_path_annotation_an_unrelated_push_runs_nothing_and_one_during_
     argocd.deploy("dev.yaml")
     argocd.patch(metadata={"annotations": PATHS})
     argocd.poll()
-    until(lambda: sessions_in_revision_002(database))
-    audited_repository.revision("003", "CREATE TABLE skipped ()")
-    commit = audited_repository.push()
-    argocd.poll()
-    open_gate(database)
+    commit = argocd.push_during_the_run(database)
     assert argocd.synced(commit)
     until(lambda: deployed_ref(argocd) == commit)
     assert (database.at, len(argocd.runs())) == (["002"], 1)
@@ -189,8 +185,7 @@ def test_deletion_with_the_finalizer_keeps_the_schema(
     argocd.settled(repository.push())
     assert len(api.jobs()) == 1
     argocd.delete()
-    maps = [each.metadata.name for each in api.core.list_namespaced_config_map(api.namespace).items]
-    assert (api.jobs(), "hcm-db-migration" in maps) == ([], False)
+    assert (api.jobs(), api.release_config_map()) == ([], None)
     assert (database.at, database.relations) == (["001"], TABLE)
 
 
@@ -204,7 +199,7 @@ def test_tracking_by_label_causes_no_run(argocd: ArgoCD) -> None:
 
         def labelled() -> bool:
             argocd.poll()
-            found = argocd.api.core.read_namespaced_config_map("hcm-db-migration", argocd.api.namespace)
+            found = argocd.api.release_config_map()
             return found.metadata.labels["app.kubernetes.io/instance"] == argocd.api.namespace
 
         until(labelled)
@@ -271,7 +266,7 @@ def test_the_value_namespace_takes_precedence_over_the_destination(
     argocd.values["namespace"] = other.namespace
     argocd.deploy("dev.yaml")
     assert state(argocd.settled()) == ("Synced", "Healthy")
-    assert other.core.read_namespaced_config_map("hcm-db-migration", other.namespace)
+    assert other.release_config_map()
     assert (argocd.runs(), database.at) == ([], ["001"])
 
 

@@ -59,12 +59,7 @@ def test_a_push_during_a_run_is_applied_after_it(
     environment: Environment, audited_repository: Repository, database: Database
 ) -> None:
     environment.deploy("dev.yaml")
-    until(lambda: sessions_in_revision_002(database))
-    audited_repository.revision("003", "CREATE TABLE pushed ()")
-    commit = audited_repository.push()
-    environment.fetch()
-    open_gate(database)
-    assert environment.synced(commit)
+    assert environment.synced(environment.push_during_the_run(database))
     assert (database.at, len(environment.runs())) == (["003"], 2)
 
 

@@ -154,17 +154,17 @@ def test_a_second_release_of_the_name_is_refused_unless_it_may_take_over(
 ) -> None:
     flux.deploy("dev.yaml")
     flux.settled()
-    before = flux.api.core.read_namespaced_config_map("hcm-db-migration", flux.api.namespace)
+    before = flux.api.release_config_map()
     second = environments(Flux, namespaces())
     second.values["namespace"] = flux.api.namespace
     second.deploy("dev.yaml")
     refused = f'ConfigMap "hcm-db-migration" in namespace "{flux.api.namespace}" exists and cannot be imported'
     until(lambda: refused in second.conditions().get("Ready", ""))
-    after = flux.api.core.read_namespaced_config_map("hcm-db-migration", flux.api.namespace)
+    after = flux.api.release_config_map()
     assert (after.metadata.resource_version, len(flux.runs())) == (before.metadata.resource_version, 1)
     second.patch(spec={"install": {"disableTakeOwnership": False}})
     assert second.settled()["Ready"].startswith("True ")
-    taken = flux.api.core.read_namespaced_config_map("hcm-db-migration", flux.api.namespace)
+    taken = flux.api.release_config_map()
     assert taken.metadata.annotations["meta.helm.sh/release-namespace"] == second.api.namespace
 
 

@@ -159,15 +159,6 @@ def nested(path: str, value: Any) -> dict[str, Any]:
     return values
 
 
-def merged(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
-    """Values as Helm merges two files of them: maps are merged, everything else is replaced."""
-    result = dict(base)
-    for key, value in overlay.items():
-        nested = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = merged(result[key], value) if nested else value
-    return result
-
-
 @functools.cache
 def _helm4() -> Path:
     return find_or_build("helm")

@@ -27,7 +27,7 @@ from tests.support.repository import Repository
 from tests.support.waiting import until
 from tools import gitops
 from tools.binaries import find_or_build
-from tools.cluster import Cluster, ClusterKind, ImageValue, delete, get_or_create
+from tools.cluster import Cluster, ImageValue, delete, get_or_create
 from tools.paths import BIN, ROOT
 from tools.steps import UnavailableError
 
@@ -68,7 +68,7 @@ def _start(config: pytest.Config) -> Shared:
             config.add_cleanup(lambda: delete(cluster.owner))
         if config.stash.get(NEEDS_GITOPS, False):
             gitops.install(cluster)
-        preinstalled_image = cluster.kind is not ClusterKind.EXISTING  # in a user's cluster, pip runs
+        preinstalled_image = not cluster.is_existing  # in a user's cluster, pip runs
         if preinstalled_image:
             tag = f"{OWN_IMAGE['repository']}:{OWN_IMAGE['tag']}"
             cluster.build_image(tag, ROOT, f"--build-arg=PYTHON={cluster.images['python']}")

@@ -15,7 +15,8 @@ import pytest
 from kubernetes import client
 
 from tests.support.canary import assert_no_secret
-from tests.support.kubernetes import Api
+from tests.support.database import Database
+from tests.support.kubernetes import JOB, Api, open_gate, sessions_in_revision_002
 from tests.support.programs import run
 from tests.support.repository import Repository
 from tests.support.waiting import until
@@ -23,6 +24,7 @@ from tools import gitops
 from tools.binaries import find_or_build
 from tools.cluster import NAME, Cluster
 from tools.gitops import ARGOCD, CODE, CONTROLLERS
+from tools.values import merged
 
 # Of the examples.
 FOLDER = "utilities/hcm-db-migrations"
@@ -109,14 +111,14 @@ class Environment:
 
     def delete_config_map(self) -> None:
         """Delete the release's ConfigMap, and wait until the tool has restored it."""
-        before = self.api.core.read_namespaced_config_map("hcm-db-migration", self.api.namespace)
-        self.api.core.delete_namespaced_config_map("hcm-db-migration", self.api.namespace)
+        before = self.api.release_config_map()
+        assert before
+        self.api.core.delete_namespaced_config_map(JOB, self.api.namespace)
 
         def restored() -> bool:
-            maps = self.api.core.list_namespaced_config_map(self.api.namespace).items
-            found = {each.metadata.name: each.metadata.uid for each in maps}
             self.poll()
-            return "hcm-db-migration" in found and found["hcm-db-migration"] != before.metadata.uid
+            found = self.api.release_config_map()
+            return found is not None and found.metadata.uid != before.metadata.uid
 
         until(restored)
 
@@ -133,10 +135,19 @@ class Environment:
         """
         addresses = {CODE: self.repository.url} if addresses is None else addresses
         objects = gitops.example(f"{self.folder}/{file}", self.api.namespace, addresses, {NAME: self.values})
-        gitops.merge(objects[-1]["spec"], spec)
+        objects[-1]["spec"] = merged(objects[-1]["spec"], spec)
         change(objects[-1]["spec"])
         self.cluster.apply(*objects)
         self.source_kind = objects[0]["kind"]
+
+    def push_during_the_run(self, database: Database) -> str:
+        """Push revision 003 while `audited_repository`'s 002 runs, which then ends; return the commit."""
+        until(lambda: sessions_in_revision_002(database))
+        self.repository.revision("003", "CREATE TABLE pushed ()")
+        commit = self.repository.push()
+        self.fetch()
+        open_gate(database)
+        return commit
 
     def fetch(self) -> None:
         """Have the tool see the last push; during a run, it deploys nothing yet."""

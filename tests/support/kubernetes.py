@@ -14,7 +14,7 @@ from sqlalchemy import make_url
 from tests.support.database import Database
 from tests.support.programs import normalize, observed, run
 from tests.support.waiting import until
-from tools.cluster import NAME, Cluster, ClusterKind
+from tools.cluster import NAME, Cluster
 from tools.postgres import execute
 
 JOB = "hcm-db-migration"  # without the revision of the release
@@ -128,6 +128,12 @@ class Api:
             self.batch.delete_collection_namespaced_job(self.namespace, propagation_policy="Background")
             self.core.delete_collection_namespaced_pod(self.namespace, grace_period_seconds=0)
 
+    def release_config_map(self) -> client.V1ConfigMap | None:
+        """The ConfigMap that the chart installs; None if it does not exist."""
+        name = f"metadata.name={JOB}"
+        found = self.core.list_namespaced_config_map(self.namespace, field_selector=name).items
+        return found[0] if found else None
+
     def config_map(self, name: str, **data: str) -> None:
         self.core.create_namespaced_config_map(self.namespace, {"metadata": {"name": name}, "data": data})
 
@@ -156,7 +162,7 @@ def open_gate(database: Database) -> None:
 
 def in_node(cluster: Cluster, *command: str) -> tuple[list[str], dict[str, str]]:
     """The command line and the environment that run a command on kind's node."""
-    if cluster.kind is ClusterKind.EXISTING:
+    if cluster.is_existing:
         pytest.skip("runs commands on the node, which requires a kind cluster of the tests: omit --kubeconfig")
     return ["docker", "exec", f"{NAME}-control-plane", *command], cluster.engine_environment()
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import yaml
 
-from tests.support.chart import merged
 from tests.support.programs import Program, Result, normalize, observed, start
 from tests.support.readme import chart_block
 from tools.binaries import find_or_build
 from tools.cluster import NAME, Cluster
 from tools.paths import CHART, ROOT
+from tools.values import merged
 
 
 def readable(output: str) -> str:

@@ -18,6 +18,7 @@ from tools.binaries import pinned_version, source_folder
 from tools.offline_cluster import images
 from tools.paths import ROOT
 from tools.steps import log
+from tools.values import merged
 
 if TYPE_CHECKING:
     from tools.cluster import Cluster
@@ -71,20 +72,13 @@ def example(file: str, namespace: str, addresses: Mapping[str, str], values: Map
     for each in objects:
         if each["kind"] == "Application":
             each["metadata"]["name"] = each["spec"]["destination"]["namespace"] = namespace
-            merge(each["spec"]["source"]["helm"].setdefault("valuesObject", {}), values)
+            helm = each["spec"]["source"]["helm"]
+            helm["valuesObject"] = merged(helm.get("valuesObject", {}), values)
         else:
             each["metadata"]["namespace"] = namespace
         if each["kind"] == "HelmRelease":
-            merge(each["spec"].setdefault("values", {}), values)
+            each["spec"]["values"] = merged(each["spec"].get("values", {}), values)
     return objects
-
-
-def merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
-            merge(into[key], value)
-        else:
-            into[key] = value
 
 
 def _flux() -> Iterator[dict[str, Any]]:
