@@ -100,90 +100,95 @@ def untrusted_creators(raw: RawConnection, schemas: Sequence[str]) -> list[str]:
     return [f"{schema} ({roles})" for schema, roles in rows]
 
 
-KINDS = {"v": "view", "m": "materialized view", "f": "foreign table", "p": "partitioned table", "S": "sequence"}
-
-# Everything that runs when the table is read or written: its dependents, and the functions, operators and types that
-# they use, with their owners. System objects have no entry in pg_depend.
-DEPENDENTS = """
-    dependents AS (
-        SELECT classid, objid FROM pg_depend WHERE refclassid = 'pg_class'::regclass AND refobjid = %(oid)s
-        UNION SELECT 'pg_class'::regclass, %(oid)s
-    ), used AS (
-        SELECT d.refclassid AS classid, d.refobjid AS objid
-        FROM pg_depend d JOIN dependents USING (classid, objid)
-    ), owned AS (
-        SELECT 'function ' || p.oid::regprocedure::text AS what, p.proowner AS owner
-        FROM pg_proc p WHERE p.oid IN (SELECT objid FROM used WHERE classid = 'pg_proc'::regclass)
-        UNION ALL
-        SELECT 'function ' || p.oid::regprocedure::text, p.proowner
-        FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid WHERE t.tgrelid = %(oid)s AND NOT t.tgisinternal
-        UNION ALL
-        SELECT 'operator ' || o.oid::regoperator::text, o.oprowner
-        FROM pg_operator o WHERE o.oid IN (SELECT objid FROM used WHERE classid = 'pg_operator'::regclass)
-        UNION ALL
-        SELECT 'type ' || t.oid::regtype::text, t.typowner
-        FROM pg_type t WHERE t.oid IN (SELECT objid FROM used WHERE classid = 'pg_type'::regclass)
-    )
+# The relations of these names in a schema, for the runner's tables. `problem` is the reason to use none of it, or NULL:
+# reading or writing it runs its dependents, and the functions, operators and types that they use, whose owners must all
+# be trusted. System objects have no entry in pg_depend.
+TABLES = (
+    TRUSTED
+    + """
+    SELECT c.oid, c.relname::text, quote_ident(n.nspname) || '.' || quote_ident(c.relname) AS name, c.relhastriggers,
+        CASE
+            WHEN c.relkind <> 'r' THEN concat('is a ', CASE c.relkind
+                WHEN 'v' THEN 'view' WHEN 'm' THEN 'materialized view' WHEN 'f' THEN 'foreign table'
+                WHEN 'p' THEN 'partitioned table' WHEN 'S' THEN 'sequence' ELSE 'relation' END,
+                ', not an ordinary table')
+            WHEN c.relowner NOT IN (SELECT oid FROM trusted) THEN concat('is owned by ', c.relowner::regrole)
+            WHEN code.what IS NOT NULL THEN concat('runs the ', code.what, ', which is owned by ', code.owner)
+        END AS problem,
+        (SELECT jsonb_object_agg(attname, format_type(atttypid, atttypmod)) FROM pg_attribute
+         WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped) AS columns
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    LEFT JOIN LATERAL (
+        WITH dependents AS (
+            SELECT classid, objid FROM pg_depend WHERE refclassid = 'pg_class'::regclass AND refobjid = c.oid
+            UNION SELECT 'pg_class'::regclass, c.oid
+        ), used AS (
+            SELECT d.refclassid AS classid, d.refobjid AS objid
+            FROM pg_depend d JOIN dependents USING (classid, objid)
+        ), owned AS (
+            SELECT 'function ' || p.oid::regprocedure::text AS what, p.proowner AS owner
+            FROM pg_proc p WHERE p.oid IN (SELECT objid FROM used WHERE classid = 'pg_proc'::regclass)
+            UNION ALL
+            SELECT 'function ' || p.oid::regprocedure::text, p.proowner
+            FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid WHERE t.tgrelid = c.oid AND NOT t.tgisinternal
+            UNION ALL
+            SELECT 'operator ' || o.oid::regoperator::text, o.oprowner
+            FROM pg_operator o WHERE o.oid IN (SELECT objid FROM used WHERE classid = 'pg_operator'::regclass)
+            UNION ALL
+            SELECT 'type ' || t.oid::regtype::text, t.typowner
+            FROM pg_type t WHERE t.oid IN (SELECT objid FROM used WHERE classid = 'pg_type'::regclass)
+        )
+        SELECT what, owner::regrole AS owner FROM owned WHERE owner NOT IN (SELECT oid FROM trusted) LIMIT 1
+    ) code ON true
 """
+)
 
 
 @dataclass(frozen=True)
-class VersionTable:
-    """The existing version table."""
+class Table:
+    """One of the runner's own tables; `name` is quoted, with its schema."""
 
-    name: str  # quoted, with its schema
-    problem: str | None  # the reason to refuse it
-    width: int | None  # of version_num, in characters; None: unlimited
+    name: str
     has_triggers: bool
+    problem: str | None  # the reason to use none of it
+    columns: dict[str, str]  # name and type
+    can_read: bool
+    can_write: bool
+
+    def max_length(self, column: str) -> int | None:
+        """In characters; None: unlimited."""
+        length = re.search(r"\((\d+)\)", self.columns[column])
+        return int(length[1]) if length else None
 
 
-def version_table(raw: RawConnection, schema: str, name: str) -> VersionTable | None:
-    """Inspect the version table before anything reads or writes it; None if it does not exist yet."""
-    found = raw.query(
-        TRUSTED
-        + """
-        SELECT c.oid, quote_ident(n.nspname) || '.' || quote_ident(c.relname), c.relkind::text,
-               CASE WHEN c.relowner NOT IN (SELECT oid FROM trusted) THEN c.relowner::regrole::text END,
-               format_type(a.atttypid, NULL), a.atttypmod, c.relhastriggers
-        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-        LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = 'version_num' AND NOT a.attisdropped
-        WHERE n.nspname = %s::name AND c.relname = %s::name
-        """,
+def tables(raw: RawConnection, schema: str, *names: str) -> dict[str, Table]:
+    """Inspect those of the runner's tables that exist, before anything reads or writes them; by their names."""
+    rows = raw.query(
+        f"SELECT relname, name, relhastriggers, problem, coalesce(columns, '{{}}'), has_table_privilege(oid, 'SELECT'),"
+        f" has_table_privilege(oid, 'SELECT') AND has_table_privilege(oid, 'INSERT') FROM ({TABLES}"
+        " WHERE n.nspname = %s::name AND c.relname = ANY (%s::name[])) found",
         schema,
-        name,
+        list(names),
     )
-    if not found:
-        return None
-    oid, table, kind, owner, column, modifier, triggers = found[0]
-    problem = None
-    if kind != "r":
-        problem = f"is a {KINDS.get(kind, 'relation')}, not an ordinary table"
-    elif owner:
-        problem = f"is owned by {owner}"
-    elif foreign := _foreign_code(raw, oid):
-        problem = f"runs the {foreign[0]}, which is owned by {foreign[1]}"
-    elif column not in ("character varying", "text", "character"):
+    return {str(name): Table(*row) for name, *row in rows}
+
+
+def version_table_problem(raw: RawConnection, table: Table) -> str | None:
+    """The reason to refuse the version table, whose rows are read for it."""
+    if table.problem:
+        return table.problem
+    column = table.columns.get("version_num")
+    if column is None or not re.match(r"(character varying|text|character)(\(|$)", column):
         has = f"has a version_num of type {column}" if column else "has no column version_num"
-        problem = f"{has}, so it is not Alembic's"
-    elif raw.query(f"SELECT EXISTS (SELECT FROM {table} WHERE version_num IS NULL)")[0][0]:
-        problem = f"has a row without a revision: DELETE FROM {table} WHERE version_num IS NULL"
-    elif raw.query(f"SELECT EXISTS (SELECT FROM {table} GROUP BY version_num HAVING count(*) > 1)")[0][0]:
-        problem = (
-            f"has a duplicate revision: DELETE FROM {table} a USING {table} b"
+        return f"{has}, so it is not Alembic's"
+    if raw.query(f"SELECT EXISTS (SELECT FROM {table.name} WHERE version_num IS NULL)")[0][0]:
+        return f"has a row without a revision: DELETE FROM {table.name} WHERE version_num IS NULL"
+    if raw.query(f"SELECT EXISTS (SELECT FROM {table.name} GROUP BY version_num HAVING count(*) > 1)")[0][0]:
+        return (
+            f"has a duplicate revision: DELETE FROM {table.name} a USING {table.name} b"
             " WHERE a.version_num = b.version_num AND a.ctid > b.ctid"
         )
-    width = modifier - 4 if column in ("character varying", "character") and modifier and modifier > 0 else None
-    return VersionTable(table, problem, width, triggers)
-
-
-def _foreign_code(raw: RawConnection, oid: int) -> tuple[str, str] | None:
-    query = (
-        TRUSTED.rstrip() + f", {DEPENDENTS} SELECT what, owner::regrole::text FROM owned"
-        " WHERE owner NOT IN (SELECT oid FROM trusted) LIMIT 1"
-    )
-    with raw.cursor() as cursor:
-        rows = raw.query(cursor.mogrify(query, {"oid": oid}))
-    return (rows[0][0], rows[0][1]) if rows else None
+    return None
 
 
 @dataclass(frozen=True)

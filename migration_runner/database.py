@@ -49,6 +49,11 @@ class RawConnection(psycopg2.extensions.connection):
             psycopg2.extensions.TRANSACTION_STATUS_UNKNOWN,
         )
 
+    @property
+    def codec(self) -> str:
+        """Python's name of the client encoding."""
+        return str(psycopg2.extensions.encodings[self.encoding])
+
     def cursor(  # type: ignore[override]
         self, name: Any = None, cursor_factory: Any = None, **options: Any
     ) -> Any:

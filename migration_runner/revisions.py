@@ -18,6 +18,7 @@ from alembic.script import Script, ScriptDirectory
 from alembic.script.revision import RevisionError
 from alembic.util import CommandError, to_tuple
 
+from migration_runner.checksum import sources_kept
 from migration_runner.errors import describe
 
 SEE_README = "see 'Adding a migration' in README.md"
@@ -37,7 +38,8 @@ def validate(script: ScriptDirectory) -> None:
             warnings.filterwarnings("error", message="Revision .* is present more than once")
             warnings.filterwarnings("error", message="Revision .* is not present")
             warnings.filterwarnings("error", message="File .* loaded twice")
-            script.get_heads()
+            with sources_kept():
+                script.get_heads()
     except UserWarning as warning:
         raise CommandError(f"{_explain_warning(script, str(warning))}, {SEE_README}") from None
     except RevisionError as error:
@@ -124,15 +126,15 @@ def applied(script: ScriptDirectory, heads: Iterable[str]) -> set[str]:
     while waiting:
         if (name := waiting.pop()) not in found:
             found.add(name)
-            revision = _get(script, name)
+            revision = get(script, name)
             waiting += _parents(revision)
-            waiting += [_get(script, label).revision for label in to_tuple(revision.dependencies, default=())]
+            waiting += [get(script, label).revision for label in to_tuple(revision.dependencies, default=())]
     return found
 
 
 def branch_heads(script: ScriptDirectory, heads: Iterable[str]) -> set[Script]:
     """What `alembic current` shows; as ScriptDirectory.get_all_current, in linear instead of quadratic time."""
-    found = {name: _get(script, name) for name in applied(script, heads)}
+    found = {name: get(script, name) for name in applied(script, heads)}
     for revision in list(found.values()):
         for parent in _parents(revision):
             found.pop(parent, None)
@@ -150,7 +152,7 @@ def code_heads(script: ScriptDirectory) -> list[str]:
 def superseded(script: ScriptDirectory, heads: tuple[str, ...]) -> str | None:
     """A row of the version table that another one supersedes, if any."""
     for head in heads if len(heads) > 1 else ():
-        if any(head in applied(script, _parents(_get(script, other))) for other in heads if other != head):
+        if any(head in applied(script, _parents(get(script, other))) for other in heads if other != head):
             return head
     return None
 
@@ -173,7 +175,8 @@ def error_location(error: BaseException, script: ScriptDirectory) -> str | None:
     return None
 
 
-def _get(script: ScriptDirectory, name: str) -> Script:
+def get(script: ScriptDirectory, name: str) -> Script:
+    """The revision of that name, which exists."""
     revision = script.get_revision(name)
     assert revision is not None
     return revision
@@ -184,7 +187,7 @@ def _parents(revision: Script) -> tuple[str, ...]:
 
 
 def _file(script: ScriptDirectory, name: str) -> str:
-    return Path(_get(script, name).path).name
+    return Path(get(script, name).path).name
 
 
 def _locations(script: ScriptDirectory) -> list[Path]:

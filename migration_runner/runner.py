@@ -16,7 +16,7 @@ from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy.exc import DBAPIError
 
-from migration_runner import catalog, revisions
+from migration_runner import catalog, record, revisions
 from migration_runner.command import Command, Needs
 from migration_runner.database import Database
 from migration_runner.errors import (
@@ -177,6 +177,7 @@ class Attempt:
         self.runner, self.session = runner, session
         self.monitor = Monitor(runner.database, session.raw.pid, lambda: self.step)
         self.step: StepRun | None = None
+        self.record: record.Record
         self.heads: tuple[str, ...] = ()  # after the last recorded step
         self.lost = False  # the connection, at the end of the attempt
         runner.progress.version_table = (session.schema, session.settings.version_table)
@@ -195,19 +196,26 @@ class Attempt:
         if command.needs is Needs.WRITE:
             acquire_lock(session, self.runner.budget)
         self._warn_of_untrusted_creators()
-        table = catalog.version_table(session.raw, session.schema, session.settings.version_table)
-        session.raw.commit()
-        if table and table.problem:
+        version_table = session.settings.version_table
+        history = record.table_name(version_table)
+        tables = catalog.tables(session.raw, session.schema, version_table, history)
+        table = tables.get(version_table)
+        problem = catalog.version_table_problem(session.raw, table) if table else None
+        if table and problem:
             raise CommandError(
                 printable(
-                    f"the version table {table.name} {table.problem}; fix that, or set ALEMBIC_VERSION_TABLE or"
+                    f"the version table {table.name} {problem}; fix that, or set ALEMBIC_VERSION_TABLE or"
                     " DB_SCHEMA; see 'Troubleshooting' in README.md"
                 )
             )
+        self.record = record.Record(session.raw, command.script, session.settings.origin, tables.get(history))
+        session.raw.commit()
+        if command.needs is Needs.WRITE:
+            self._warn_if_nothing_is_recorded()
         options: dict[str, Any] = {
             "connection": session.connection,
             "transaction_per_migration": True,
-            "version_table": session.settings.version_table,
+            "version_table": version_table,
             "version_table_schema": session.schema,
             "on_version_apply": self._on_version_apply,
             "fn": functools.partial(self._plan, table),
@@ -238,8 +246,13 @@ class Attempt:
                 logging.WARNING,
             )
 
+    def _warn_if_nothing_is_recorded(self) -> None:
+        if problem := self.record.problem:
+            line = f"nothing is recorded: {problem}; {record.SEE_README}"
+            self.runner.progress.log(printable(line), logging.WARNING)
+
     def _plan(
-        self, table: catalog.VersionTable | None, heads: tuple[str, ...], migration: MigrationContext
+        self, table: catalog.Table | None, heads: tuple[str, ...], migration: MigrationContext
     ) -> Iterator[MigrationStep]:
         """Yield Alembic's steps; log each before it starts and after its commit."""
         command, progress, connection = self.runner.command, self.runner.progress, self.session.connection
@@ -249,7 +262,11 @@ class Attempt:
         else:
             progress.position = join(heads)
             self._refuse_unknown(heads, table)
+            applied = revisions.applied(script, heads)
+            self._refuse_changed(applied)
         if command.needs is Needs.READ:
+            self._log_since(self.record.since(applied))
+            self.record.show(applied)
             if command.shows_current and not self._at_head(heads):
                 revisions.validate_one_head(script)  # of two, `current` would call either one the head
             if not heads:  # Alembic prints nothing then
@@ -258,12 +275,16 @@ class Attempt:
             return
         steps = progress.remaining(heads, migration)
         if not steps:
+            self._log_since(self.record.since(applied))
             log.info("at %s: nothing to do", self._describe_heads(heads))
             return
         names = [_name(step) for step in steps[:10]] + ["..."] * (len(steps) > 10)
         progress.log(f"at {self._describe_heads(heads)}; to do: {len(steps)} ({', '.join(names)})")
         _refuse_long_names(steps, table)
         self._note_invalid_indexes()
+        if self.record.table is None:
+            self.record.create(self.session.schema, record.table_name(self.session.settings.version_table))
+            self._warn_if_nothing_is_recorded()
         self.session.use_search_path(self.session.search_path)
         if not command.purges:
             connection.commit()  # each step has its own transaction
@@ -275,13 +296,17 @@ class Attempt:
             self.runner.budget.reset()
             log.info("done in %.2f s", elapsed)
         self._log_new_invalid_indexes()
+        if self.record.writes:
+            with suppress(psycopg2.Error):  # the migration is done, even if this fails
+                self._log_since(self.record.newest())
+                self.session.raw.rollback()
         log.info("now at %s", self._describe_heads(self.heads))
 
     def _wrap(self, step: MigrationStep, migration: MigrationContext) -> MigrationStep:
         """The step with its function wrapped by StepRun."""
         log.info("running %s", printable(str(step)))
         self.monitor.reset()
-        run = self.step = StepRun(self.session, step, self.runner.stop.check)
+        run = self.step = StepRun(self.session, step, self.runner.stop.check, self.record)
         function, block = step.migration_fn, functools.partial(MigrationContext.autocommit_block, migration)
         step.migration_fn = lambda **options: run.apply(
             functools.partial(function, **options), self.runner.progress.invalid_before
@@ -293,7 +318,7 @@ class Attempt:
         """Alembic's callback, before the commit."""
         self.heads = tuple(sorted(heads))
 
-    def _refuse_unknown(self, heads: tuple[str, ...], table: catalog.VersionTable | None) -> None:
+    def _refuse_unknown(self, heads: tuple[str, ...], table: catalog.Table | None) -> None:
         """After `helm rollback` the database is ahead of the code; an automatic downgrade would lose data."""
         script = self.runner.command.script
         if unknown := [head for head in heads if not _known(script, head)]:
@@ -309,6 +334,18 @@ class Attempt:
                 f"the version table has {join(heads)}, and {stale} is an ancestor of another; delete the stale row:"
                 f" {delete}"
             )
+
+    def _refuse_changed(self, applied: set[str]) -> None:
+        """Of two files with one number, one was applied; without the record, a run would take it for the other."""
+        if not (line := self.record.changed(applied)):
+            return
+        if self.runner.command.needs is Needs.WRITE:
+            raise CommandError(line)
+        self.runner.progress.log(line, logging.WARNING)
+
+    def _log_since(self, entry: record.Entry | None) -> None:
+        if entry:
+            log.info("since %s", entry.summary)
 
     def _at_head(self, heads: tuple[str, ...]) -> bool:
         script = self.runner.command.script
@@ -357,13 +394,13 @@ def _name(step: MigrationStep) -> str:
     return printable(f"{revision} {step.doc or ''}".rstrip())
 
 
-def _refuse_long_names(steps: list[MigrationStep], table: catalog.VersionTable | None) -> None:
-    width = table.width if table else 32  # Alembic's own
+def _refuse_long_names(steps: list[MigrationStep], table: catalog.Table | None) -> None:
+    longest = table.max_length("version_num") if table else 32  # Alembic's own
     for step in steps:
         for name in step.to_revisions_no_deps:
-            if width and len(name) > width:
+            if longest and len(name) > longest:
                 widen = f", or widen the column: ALTER TABLE {table.name} ALTER version_num TYPE text" if table else ""
                 raise CommandError(
-                    f"revision {name} has {len(name)} characters, and the version table holds {width};"
+                    f"revision {name} has {len(name)} characters, and the version table holds {longest};"
                     f" shorten it{widen}; {revisions.SEE_README}"
                 )

@@ -80,17 +80,23 @@ class Session:
         return self.connection.invalidated or bool(self.raw.closed)
 
     @property
-    def settings_sql(self) -> bytes:
+    def settings_sql(self) -> str:
         """The query that applies the session's settings."""
         calls = ", ".join(["pg_catalog.set_config(%s, %s, false)"] * len(self.defaults))
         with self.raw.cursor() as cursor:
-            return bytes(cursor.mogrify(f"SELECT {calls}", [text for pair in self.defaults.items() for text in pair]))
+            query = cursor.mogrify(f"SELECT {calls}", [text for pair in self.defaults.items() for text in pair])
+            return str(query.decode(self.raw.codec))
 
     @cached_property
-    def reset_sql(self) -> bytes:
-        """The same, run after each revision; its last columns: the transaction's id, whether the run's lock is held."""
+    def reset_sql(self) -> str:
+        """The same, run after each revision."""
+        return self.settings_sql
+
+    @cached_property
+    def checks_sql(self) -> str:
+        """Two expressions, queried after each revision: the transaction's id, and whether the run's lock is held."""
         held = "true" if self.lock_key is None else f"pg_catalog.pg_try_advisory_lock({self.lock_key})"
-        return self.settings_sql + f", pg_catalog.txid_current_if_assigned(), {held}".encode()
+        return f"pg_catalog.txid_current_if_assigned(), {held}"
 
     def use_search_path(self, path: str) -> None:
         """Resolve names as the revisions do, or as the runner does."""

@@ -22,6 +22,22 @@ SEE_ENV_EXAMPLE = "see .env.example"
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where the revisions are from, as far as known; without credentials."""
+
+    repository: str | None = None
+    ref: str | None = None
+    commit: str | None = None
+
+    @classmethod
+    def from_environment(cls) -> Origin:
+        """Read the Job's variables."""
+        repository, ref, commit = (_readable(os.environ.get(name)) for name in ("GIT_REPO", "GIT_REF", "GIT_COMMIT"))
+        # A token may be the user, the password, or a part of the query.
+        return cls(repository and re.sub(r"(?<=//)[^/]*@|[?#].*", "", repository), ref, commit)
+
+
+@dataclass(frozen=True)
 class Settings:
     """The settings; `url` never goes into Alembic's Config, whose interpolation would print it."""
 
@@ -29,6 +45,7 @@ class Settings:
     schema: str | None
     version_table: str
     wait_seconds: float
+    origin: Origin
     hides_user: bool = False  # the user of DATABASE_URL may be a token; DB_USER is not
 
     @property
@@ -69,6 +86,7 @@ def load(env_file: Path | None = None) -> Settings:
         # The name of its primary key is the table's with _pkc appended.
         version_table=_identifier("ALEMBIC_VERSION_TABLE", 59) or "alembic_version",
         wait_seconds=_wait_seconds(),
+        origin=Origin.from_environment(),
     )
 
 
@@ -175,6 +193,11 @@ def password_hint() -> str:
     if mode & 0o077:
         return f"; libpq ignores the password file {path}, whose mode is {mode:04o}: set 0600"
     return ""
+
+
+def _readable(value: str | None) -> str | None:
+    """The value, or None if it is empty; bytes that are not UTF-8 become `?`."""
+    return value.encode(errors="replace").decode() if value else None
 
 
 def _text(value: str | tuple[str, ...] | None) -> str | None:

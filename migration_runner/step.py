@@ -15,6 +15,7 @@ from sqlalchemy.exc import DBAPIError
 
 from migration_runner import catalog, sql
 from migration_runner.errors import Incomplete, Interrupted, LockLost, OwnTransaction
+from migration_runner.record import Record
 from migration_runner.session import LOCK_TIMEOUT, Session
 
 BEGIN_SQL = """SAVEPOINT {};
@@ -78,8 +79,15 @@ class Transaction(Enum):
 class StepRun:
     """A step of one attempt; each attempt has its own object."""
 
-    def __init__(self, session: Session, step: MigrationStep, check_stopped: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        session: Session,
+        step: MigrationStep,
+        check_stopped: Callable[[], None],
+        record: Record,
+    ) -> None:
         self.session, self.step, self.check_stopped = session, step, check_stopped
+        self.record = record
         self.started = time.monotonic()
         self.connections_before = session.database.opened
         self.statements = StatementLog()
@@ -204,8 +212,13 @@ class StepRun:
         ((self.transaction_id,),) = self.session.raw.query(BEGIN_SQL.format(savepoint(self.step)))
 
     def _end(self, invalid_before: frozenset[int]) -> None:
-        """Check that the transaction is still the same one, then reset the settings."""
-        query = f"RELEASE SAVEPOINT {savepoint(self.step)}; ".encode() + self.session.reset_sql
+        """Check that the transaction is still the same one, reset the settings, and record the step."""
+        session = self.session
+        query = f"RELEASE SAVEPOINT {savepoint(self.step)}; {session.reset_sql}"
+        if self.record.writes:
+            query += f"; {self.record.insert(self.step, self.elapsed)} RETURNING {session.checks_sql}"
+        else:
+            query += f", {session.checks_sql}"
         *_, transaction_id, held = self._require_own_transaction(query)[0]
         if transaction_id != self.transaction_id:  # another transaction with a savepoint of that name
             raise self._own_transaction()
@@ -217,7 +230,7 @@ class StepRun:
             if self.left_invalid(indexes, invalid_before):
                 raise Incomplete
 
-    def _require_own_transaction(self, query: str | bytes) -> list[tuple[object, ...]]:
+    def _require_own_transaction(self, query: str) -> list[tuple[object, ...]]:
         try:
             return self.session.raw.query(query)
         except psycopg2.Error as error:

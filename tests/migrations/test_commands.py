@@ -129,7 +129,9 @@ def test_the_sql_of_an_upgrade_has_the_same_effect_as_the_upgrade(
     assert database.psql(plan.stdout).returncode == 0
     planned = database.dump()
     namespace = f'"{schema}".' if schema else ""
-    database.execute(f"DROP TABLE {namespace}hcm_report_metadata, {namespace}alembic_version")
+    database.execute(
+        f"DROP TABLE {namespace}hcm_report_metadata, {namespace}alembic_version, {namespace}alembic_version_history"
+    )
     assert database.dump() == empty
     result = project.alembic("upgrade", "head", DB_SCHEMA=schema)
     assert result.returncode == 0, result

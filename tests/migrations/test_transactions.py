@@ -204,6 +204,8 @@ def state(database: Database) -> tuple[list[str], str, list[tuple], dict[str, li
     indexes = "SELECT indexrelid::regclass::text, indisvalid FROM pg_index WHERE NOT indisvalid"
     tables = [name for (name,) in database.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")]
     rows = {name: database.execute(f"SELECT t::text FROM {name} t ORDER BY 1") for name in tables}
+    if "alembic_version_history" in rows:
+        rows["alembic_version_history"] = database.history("revision, direction, file, file_sha256, checksum")
     return database.at, database.dump(), database.execute(indexes), rows
 
 

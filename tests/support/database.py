@@ -38,6 +38,10 @@ class Database:
         """The revisions in the version table."""
         return [version for (version,) in self.execute("SELECT version_num FROM alembic_version")]
 
+    def history(self, columns: str = "revision, direction") -> list[tuple[Any, ...]]:
+        """The record's rows, in their order."""
+        return self.execute(f"SELECT {columns} FROM alembic_version_history ORDER BY id")
+
     @property
     def relations(self) -> list[str]:
         """Everything that the revisions created in public: tables, indexes, sequences."""

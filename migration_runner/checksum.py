@@ -1,0 +1,179 @@
+"""The checksum of what a revision does: it ignores what does not change that, and is the same in every Python version.
+
+It covers upgrade() and what that uses of its module: helper functions, constants, imports, and statements that run on
+import. It leaves out downgrade() and what only that uses, comments, docstrings, annotations, formatting, the order of
+functions and imports, and the revision's place among the others. A file that the revision reads, it does not cover.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from typing import Any
+
+from alembic.script import Script
+
+# A checksum that begins with another version was made by other rules, and is not comparable.
+VERSION = "1:"
+
+# Fields that depend on the Python version, or that do nothing.
+_IGNORED_FIELDS = frozenset(["ctx", "kind", "type_comment", "type_params", "annotation", "returns"])
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+_UNORDERED = (*_FUNCTIONS, ast.ClassDef, ast.Import, ast.ImportFrom)
+# What finds a name that the source does not spell out.
+_DYNAMIC = frozenset(["eval", "exec", "globals", "locals", "vars"])
+
+
+@contextmanager
+def sources_kept() -> Iterator[None]:
+    """Keep the source of each module that is loaded, with its loader, so that no file is read twice."""
+    compile_source = SourceFileLoader.source_to_code
+
+    def keep(loader: Any, data: Any, *arguments: Any, **options: Any) -> Any:
+        loader.revision_source = data
+        return compile_source(loader, data, *arguments, **options)
+
+    SourceFileLoader.source_to_code = keep  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        SourceFileLoader.source_to_code = compile_source  # type: ignore[method-assign]
+
+
+def source(revision: Script) -> bytes | None:
+    """The bytes of the revision's file; None if it has only a compiled one."""
+    loader = getattr(revision.module, "__loader__", None)
+    kept = getattr(loader, "revision_source", None)  # not set if a compiled file was loaded
+    if kept is None and Path(revision.path).suffix == ".py":
+        kept = Path(revision.path).read_bytes()
+    return bytes(kept) if kept is not None else None
+
+
+def file_digest(text: bytes) -> str:
+    """SHA-256 of the file, as sha256sum prints it."""
+    return hashlib.sha256(text).hexdigest()
+
+
+def checksum(text: bytes, file_name: str, revision: str) -> str:
+    """The checksum of a revision's source and of the slug in its file's name."""
+    parts = [slug(file_name, revision), *_UpgradePath(ast.parse(text)).parts()]
+    return VERSION + hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def slug(file_name: str, revision: str) -> str:
+    """`add_status` of `20251202_143000_002_add_status.py`; of a name without the revision's id, all of it."""
+    name = Path(file_name).name.removesuffix(".py")
+    found = re.search(rf"(?:^|_){re.escape(revision)}_(.*)", name)
+    return found[1] if found else name
+
+
+class _UpgradePath:
+    """The statements of a module that upgrade() needs."""
+
+    def __init__(self, module: ast.Module) -> None:
+        self.statements = [part for statement in module.body for part in _split(statement)]
+        self.used = {"upgrade"}
+        self.found: dict[int, str] = {}  # by position
+
+    def parts(self) -> list[str]:
+        """In canonical form: definitions and imports in any order, all else in the module's."""
+        waiting = {
+            number: (statement, _bound_names(statement))
+            for number, statement in enumerate(self.statements)
+            if not _does_nothing(statement)
+        }
+        own = {
+            name
+            for statement, names in waiting.values()
+            if not isinstance(statement, ast.Import | ast.ImportFrom)
+            for name in names or ()
+        }
+        while True:
+            reached = [
+                number
+                for number, (statement, names) in waiting.items()
+                if names is None or names & self.used or self.used & _DYNAMIC or self._registers(statement, own)
+            ]
+            if not reached:
+                break
+            for number in reached:
+                statement, _ = waiting.pop(number)
+                self.found[number] = _canonical(statement, self.used)
+        unordered = [n for n in self.found if isinstance(self.statements[n], _UNORDERED)]
+        ordered = sorted(self.found.keys() - set(unordered))
+        return sorted(self.found[n] for n in unordered) + [self.found[n] for n in ordered]
+
+    def _registers(self, statement: ast.stmt, own: set[str]) -> bool:
+        """Whether a definition passes itself to what upgrade() uses, as `Table("a", metadata)` and a subclass do."""
+        runs: list[ast.AST] = []
+        if isinstance(statement, _FUNCTIONS):
+            runs += statement.decorator_list
+        elif isinstance(statement, ast.ClassDef) or any(isinstance(node, ast.Call) for node in ast.walk(statement)):
+            runs.append(statement)
+        read = {node.id for part in runs for node in ast.walk(part) if isinstance(node, ast.Name)}
+        return not read.isdisjoint(own & self.used)
+
+
+def _split(statement: ast.stmt) -> list[ast.stmt]:
+    """An import of several names as several imports."""
+    if isinstance(statement, ast.Import):
+        return [ast.Import([name]) for name in statement.names]
+    if isinstance(statement, ast.ImportFrom):
+        return [ast.ImportFrom(statement.module, [name], statement.level) for name in statement.names]
+    return [statement]
+
+
+def _bound_names(statement: ast.stmt) -> set[str] | None:
+    """The names that a definition, an import or an assignment binds; None for a statement that does something else."""
+    if isinstance(statement, (*_FUNCTIONS, ast.ClassDef)):
+        return {statement.name}
+    if isinstance(statement, ast.Import | ast.ImportFrom):
+        name = statement.names[0]
+        return None if name.name == "*" else {name.asname or name.name.split(".")[0]}
+    if isinstance(statement, ast.Assign | ast.AnnAssign):
+        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+        nodes = [node for target in targets for node in ast.walk(target)]
+        if all(isinstance(node, ast.Name | ast.Tuple | ast.List | ast.Starred | ast.expr_context) for node in nodes):
+            return {node.id for node in nodes if isinstance(node, ast.Name)}
+    return None
+
+
+def _does_nothing(node: ast.AST) -> bool:
+    """Whether it is `pass`, or a constant as a statement, such as a docstring."""
+    return isinstance(node, ast.Pass) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+
+
+def _canonical(value: Any, used: set[str]) -> str:
+    """The syntax tree as text, which `ast.dump` writes in another way in each Python version; adds names to `used`."""
+    if isinstance(value, list):
+        return f"[{','.join(_canonical(item, used) for item in value if not _does_nothing(item))}]"
+    if not isinstance(value, ast.AST):
+        return hex(value) if type(value) is int else ascii(value)
+    if isinstance(value, ast.Name):
+        used.add(value.id)
+    if isinstance(value, ast.JoinedStr):
+        value = ast.JoinedStr(_joined(value.values))
+    fields = [
+        f"{name}={_canonical(field, used)}"
+        for name in value._fields
+        if name not in _IGNORED_FIELDS
+        and ((field := getattr(value, name, None)) not in (None, []) or isinstance(value, ast.Constant))
+    ]
+    return f"{type(value).__name__}({','.join(fields)})"
+
+
+def _joined(values: list[ast.expr]) -> list[ast.expr]:
+    """The parts of an f-string with adjacent texts joined, and no empty one."""
+    parts: list[ast.expr] = []
+    for value in values:
+        last = parts[-1] if parts else None
+        if isinstance(value, ast.Constant) and isinstance(last, ast.Constant):
+            parts[-1] = ast.Constant(str(last.value) + str(value.value))
+        elif not (isinstance(value, ast.Constant) and value.value == ""):
+            parts.append(value)
+    return parts

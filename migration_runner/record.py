@@ -1,0 +1,283 @@
+"""The record of what was applied: a table beside the version table, with a row for each step, in its transaction."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import socket
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import alembic
+import psycopg2
+from alembic.runtime.migration import MigrationStep, RevisionStep
+from alembic.script import Script, ScriptDirectory
+from psycopg2.extensions import QuotedString
+
+from migration_runner import __version__, catalog, checksum, revisions
+from migration_runner.database import RawConnection
+from migration_runner.errors import printable, server_message
+from migration_runner.settings import Origin
+
+SEE_README = "see 'The record of what was applied' in README.md"
+
+# Each column's type, and what CREATE TABLE adds to it.
+COLUMNS = {
+    "id": ("bigint", "GENERATED ALWAYS AS IDENTITY PRIMARY KEY"),
+    "revision": ("text", "NOT NULL"),
+    "direction": ("text", "NOT NULL"),  # upgrade, downgrade, stamp
+    "applied_at": ("timestamp with time zone", "NOT NULL DEFAULT pg_catalog.clock_timestamp()"),
+    "applied_by": ("text", "NOT NULL"),  # run, plan
+    "duration": ("interval", ""),
+    "role": ("text", "NOT NULL DEFAULT session_user"),
+    "host": ("text", ""),  # of a run: in a cluster, the pod
+    "repository": ("text", ""),
+    "ref": ("text", ""),
+    "commit": ("text", ""),
+    "file": ("text", ""),
+    "file_sha256": ("text", ""),
+    "checksum": ("text", ""),  # of what the revision does: checksum.py
+    "runner": ("text", ""),  # version
+    "alembic": ("text", ""),  # version
+}
+TYPES = {name: type_ for name, (type_, _) in COLUMNS.items()}
+TYPES_JSON = json.dumps(TYPES)
+
+
+def table_name(version_table: str) -> str:
+    """The table's name; as the server, it cuts one off at 63 bytes."""
+    return f"{version_table}_history".encode()[:63].decode(errors="ignore")
+
+
+def create_sql(table: str) -> str:
+    """The statement that creates the table; `table` is quoted."""
+    columns = ", ".join(f"{name} {' '.join(parts)}".rstrip() for name, parts in COLUMNS.items())
+    return f"CREATE TABLE IF NOT EXISTS {table} ({columns})"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the record."""
+
+    id: int
+    revision: str  # of a stamp to nothing, `base`
+    direction: str
+    applied_by: str
+    applied_at: datetime
+    duration: timedelta | None
+    role: str
+    host: str | None
+    repository: str | None
+    ref: str | None
+    commit: str | None
+    file: str | None
+    file_sha256: str | None
+    checksum: str | None
+    runner: str | None
+    alembic: str | None
+
+    @property
+    def at(self) -> str:
+        """When, in UTC, by the server's clock."""
+        return self.applied_at.astimezone(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+    @property
+    def summary(self) -> str:
+        """`2026-11-26 17:20:03 UTC: upgrade 002 by app, commit 1aca7e1`."""
+        commit = f", commit {self.commit}" if self.commit else ""
+        return printable(f"{self.at}: {self.direction} {self.revision} by {self.role}{commit}")
+
+    @property
+    def lines(self) -> str:
+        """What `alembic current --verbose` adds to the revision."""
+        did = {"upgrade": "Applied", "downgrade": "Undone", "stamp": "Stamped"}.get(self.direction, self.direction)
+        seconds = f" in {self.duration.total_seconds():.2f} s" if self.duration is not None else ""
+        host = f" on {self.host}" if self.host else " with a plan" if self.applied_by == "plan" else ""
+        code = ", ".join(
+            f"{name} {value}".lstrip()
+            for name, value in (("", self.repository), ("ref", self.ref), ("commit", self.commit))
+            if value
+        )
+        lines = [f"{did}: {self.at}{seconds}, by {self.role}{host}"] + ([f"From: {code}"] if code else [])
+        return "\n".join(map(printable, lines))
+
+
+class Record:
+    """The table in one attempt."""
+
+    def __init__(
+        self, raw: RawConnection, script: ScriptDirectory, origin: Origin, table: catalog.Table | None
+    ) -> None:
+        self.raw, self.script, self.origin = raw, script, origin
+        self.table = table.name if table else None  # quoted; None if it does not exist
+        self.problem = _problem(table) if table else None
+        self.writes = bool(table and not self.problem and table.can_write)
+        self.entries: dict[str, Entry] = {}  # each revision's last row
+        if table and not self.problem and table.can_read:
+            latest = self._entries("DISTINCT ON (revision)", "ORDER BY revision, id DESC")
+            self.entries = {entry.revision: entry for entry in latest}
+        if table and not self.problem and not self.writes:
+            self.problem = f"the role may not SELECT and INSERT in {table.name}"
+
+    def _entries(self, distinct: str, order: str) -> list[Entry]:
+        columns = ", ".join(Entry.__dataclass_fields__)
+        return [Entry(*row) for row in self.raw.query(f"SELECT {distinct} {columns} FROM {self.table} {order}")]
+
+    @functools.cached_property
+    def writer(self) -> Writer:
+        """Writes the statements that add rows."""
+        return Writer(self.script, self.origin, "run", _literals(self.raw))
+
+    def create(self, schema: str, name: str) -> None:
+        """Create the table in the current transaction, which continues if the role may not."""
+        self.table = str(self.raw.query("SELECT quote_ident(%s) || '.' || quote_ident(%s)", schema, name)[0][0])
+        self.raw.query('SAVEPOINT "migration_runner record"')
+        try:
+            self.raw.query(create_sql(self.table))
+            self.writes = True
+        except psycopg2.Error as error:
+            # Class 42: not permitted, or the name is a type's. 25006: read-only, which the first step reports.
+            if not re.match("42|25006", error.pgcode or ""):
+                raise
+            self.raw.query('ROLLBACK TO SAVEPOINT "migration_runner record"')
+            if error.pgcode != "25006":
+                self.problem = f"{self.table} cannot be created: {server_message(error)}"
+
+    def insert(self, step: MigrationStep, seconds: float) -> str:
+        """The INSERT of the step's rows, for the session after the step."""
+        assert self.table
+        return self.writer.insert(self.table, step, f"'{seconds:.6f} s'")
+
+    def newest(self) -> Entry:
+        """The row that was written last."""
+        return self._entries("", "ORDER BY id DESC LIMIT 1")[0]
+
+    def show(self, applied: set[str]) -> None:
+        """Have Alembic's `current --verbose` and `history --verbose -i` print the rows, too."""
+        for revision in self.script.walk_revisions():
+            entry = self.entries.get(revision.revision)
+            if entry or revision.revision in applied:
+                lines = entry.lines if entry else "Applied: not recorded"
+                revision.cmd_format = functools.partial(_with_lines, revision.cmd_format, lines)  # type: ignore[method-assign]
+
+    def since(self, applied: set[str]) -> Entry | None:
+        """The last row, if the database is where it says: else something else has moved it."""
+        entry = max(self.entries.values(), key=lambda entry: entry.id, default=None)
+        if entry is None:
+            return None
+        there = entry.revision in applied or (entry.revision == "base" and not applied)
+        return entry if there != (entry.direction == "downgrade") else None
+
+    def changed(self, applied: set[str]) -> str | None:
+        """The message for an applied revision that the code has with other contents: for the first one, if any."""
+        for entry in sorted(self.entries.values(), key=lambda entry: entry.id):
+            if entry.revision not in applied or entry.direction == "downgrade":
+                continue
+            if not (entry.checksum and entry.checksum.startswith(checksum.VERSION)):
+                continue
+            file = _File(revisions.get(self.script, entry.revision))
+            known = (file.name, file.sha256) == (entry.file, entry.file_sha256)
+            if not known and file.checksum not in (None, entry.checksum):
+                return self._changed_message(entry, file)
+        return None
+
+    def _changed_message(self, entry: Entry, file: _File) -> str:
+        name = entry.revision
+        commit = f" from commit {entry.commit}" if entry.commit else ""
+        now = f"{file.name} claims {name}" if file.name != entry.file else "that file does something else"
+        where = name.replace("'", "''")
+        accept = f"UPDATE {self.table} SET checksum = '{file.checksum}' WHERE revision = '{where}'"
+        return printable(
+            f"revision {name} was changed after it was applied: on {entry.at}{commit} it was {entry.file}, and now"
+            f" {now}; if two files had one number, renumber the one that is not recorded here; if it was edited on"
+            f" purpose, write a new revision instead or, if the database has that change, {accept}; {SEE_README}"
+        )
+
+
+def _with_lines(cmd_format: Callable[..., str], lines: str, verbose: bool, **options: bool) -> str:
+    text = cmd_format(verbose, **options)
+    return text.replace("\n\n", f"\n{lines}\n\n", 1) if verbose else text
+
+
+def _problem(table: catalog.Table) -> str | None:
+    """The reason to leave an existing table alone."""
+    if table.problem:
+        return f"{table.name} {table.problem}"
+    return f"{table.name} is another table: its columns differ" if table.columns != TYPES else None
+
+
+class _File:
+    """A revision's file, as it was loaded."""
+
+    def __init__(self, revision: Script) -> None:
+        self.revision = revision
+        self.name = Path(revision.path).name
+        self.source = checksum.source(revision)
+
+    @functools.cached_property
+    def sha256(self) -> str | None:
+        return checksum.file_digest(self.source) if self.source is not None else None
+
+    @functools.cached_property
+    def checksum(self) -> str | None:
+        if self.source is None:
+            return None
+        return checksum.checksum(self.source, self.name, self.revision.revision)
+
+
+def checksums(script: ScriptDirectory, names: Iterable[str]) -> dict[str, str]:
+    """The checksums of the code's revisions of these names."""
+    files = [_File(revisions.get(script, name)) for name in sorted(names)]
+    return {file.revision.revision: file.checksum for file in files if file.checksum}
+
+
+class Writer:
+    """Writes the statement that adds a step's rows; `literal` quotes a text as SQL."""
+
+    def __init__(
+        self, script: ScriptDirectory, origin: Origin, applied_by: str, literal: Callable[[str | None], str]
+    ) -> None:
+        self.script, self.literal = script, literal
+        common = {
+            "applied_by": applied_by,
+            "host": socket.gethostname() if applied_by == "run" else None,
+            "repository": origin.repository,
+            "ref": origin.ref,
+            "commit": origin.commit,
+            "runner": __version__,
+            "alembic": alembic.__version__,
+        }
+        self.columns = ", ".join(["revision", "direction", "file", "file_sha256", "checksum", "duration", *common])
+        self.common = ", ".join(map(literal, common.values()))
+
+    def insert(self, table: str, step: MigrationStep, duration: str) -> str:
+        """The INSERT; `table` is quoted, and `duration` is an expression of type interval."""
+        if isinstance(step, RevisionStep):
+            direction, files = "upgrade" if step.is_upgrade else "downgrade", [_File(step.revision)]
+        else:
+            direction, files = "stamp", [_File(revisions.get(self.script, name)) for name in step.to_revisions_no_deps]
+        rows: list[tuple[str | None, ...]] = [
+            (file.revision.revision, direction, file.name, file.sha256, file.checksum) for file in files
+        ]
+        values = [
+            f"({', '.join(map(self.literal, row))}, {duration}, {self.common})"
+            for row in rows or [("base", direction, None, None, None)]
+        ]
+        return f"INSERT INTO {table} ({self.columns}) VALUES {', '.join(values)}"
+
+
+def _literals(raw: RawConnection) -> Callable[[str | None], str]:
+    """Quotes as this server reads it; a character that its encoding lacks becomes `?`."""
+    codec = raw.codec
+
+    def literal(text: str | None) -> str:
+        if text is None:
+            return "NULL"
+        quoted = QuotedString(text.encode(codec, "replace").decode(codec))
+        quoted.prepare(raw)
+        return str(quoted.getquoted().decode(codec))
+
+    return literal
