@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.machinery import SourceFileLoader
@@ -24,7 +23,8 @@ VERSION = "1:"
 # Fields that depend on the Python version, or that do nothing.
 _IGNORED_FIELDS = frozenset(["ctx", "kind", "type_comment", "type_params", "annotation", "returns"])
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-_UNORDERED = (*_FUNCTIONS, ast.ClassDef, ast.Import, ast.ImportFrom)
+_IMPORTS = (ast.Import, ast.ImportFrom)
+_UNORDERED = (*_FUNCTIONS, ast.ClassDef, *_IMPORTS)
 # What finds a name that the source does not spell out.
 _DYNAMIC = frozenset(["eval", "exec", "globals", "locals", "vars"])
 
@@ -68,8 +68,8 @@ def checksum(text: bytes, file_name: str, revision: str) -> str:
 def slug(file_name: str, revision: str) -> str:
     """`add_status` of `20251202_143000_002_add_status.py`; of a name without the revision's id, all of it."""
     name = Path(file_name).name.removesuffix(".py")
-    found = re.search(rf"(?:^|_){re.escape(revision)}_(.*)", name)
-    return found[1] if found else name
+    _, found, rest = f"_{name}".partition(f"_{revision}_")  # not by an expression: each would be compiled
+    return rest if found else name
 
 
 class _UpgradePath:
@@ -83,40 +83,42 @@ class _UpgradePath:
     def parts(self) -> list[str]:
         """In canonical form: definitions and imports in any order, all else in the module's."""
         waiting = {
-            number: (statement, _bound_names(statement))
+            number: (_bound_names(statement), _read_on_import(statement))
             for number, statement in enumerate(self.statements)
             if not _does_nothing(statement)
         }
-        own = {
-            name
-            for statement, names in waiting.values()
-            if not isinstance(statement, ast.Import | ast.ImportFrom)
-            for name in names or ()
-        }
+        own: set[str] = set()
+        for number, (names, _) in waiting.items():
+            if names and not isinstance(self.statements[number], _IMPORTS):
+                own |= names
         while True:
             reached = [
                 number
-                for number, (statement, names) in waiting.items()
-                if names is None or names & self.used or self.used & _DYNAMIC or self._registers(statement, own)
+                for number, (names, read) in waiting.items()
+                if names is None or names & self.used or self.used & _DYNAMIC or read & own & self.used
             ]
             if not reached:
                 break
             for number in reached:
-                statement, _ = waiting.pop(number)
-                self.found[number] = _canonical(statement, self.used)
+                del waiting[number]
+                self.found[number] = _canonical(self.statements[number], self.used)
         unordered = [n for n in self.found if isinstance(self.statements[n], _UNORDERED)]
         ordered = sorted(self.found.keys() - set(unordered))
         return sorted(self.found[n] for n in unordered) + [self.found[n] for n in ordered]
 
-    def _registers(self, statement: ast.stmt, own: set[str]) -> bool:
-        """Whether a definition passes itself to what upgrade() uses, as `Table("a", metadata)` and a subclass do."""
-        runs: list[ast.AST] = []
-        if isinstance(statement, _FUNCTIONS):
-            runs += statement.decorator_list
-        elif isinstance(statement, ast.ClassDef) or any(isinstance(node, ast.Call) for node in ast.walk(statement)):
-            runs.append(statement)
-        read = {node.id for part in runs for node in ast.walk(part) if isinstance(node, ast.Name)}
-        return not read.isdisjoint(own & self.used)
+
+def _read_on_import(statement: ast.stmt) -> set[str]:
+    """The names to which a definition passes itself, as `Table("a", metadata)`, a subclass and a decorator do."""
+    runs: list[ast.AST] = []
+    if isinstance(statement, _FUNCTIONS):
+        runs += statement.decorator_list
+    elif isinstance(statement, ast.ClassDef) or (
+        isinstance(statement, ast.Assign | ast.AnnAssign)
+        and not isinstance(statement.value, ast.Constant)
+        and any(isinstance(node, ast.Call) for node in ast.walk(statement))
+    ):
+        runs.append(statement)
+    return {node.id for part in runs for node in ast.walk(part) if isinstance(node, ast.Name)}
 
 
 def _split(statement: ast.stmt) -> list[ast.stmt]:
@@ -132,7 +134,7 @@ def _bound_names(statement: ast.stmt) -> set[str] | None:
     """The names that a definition, an import or an assignment binds; None for a statement that does something else."""
     if isinstance(statement, (*_FUNCTIONS, ast.ClassDef)):
         return {statement.name}
-    if isinstance(statement, ast.Import | ast.ImportFrom):
+    if isinstance(statement, _IMPORTS):
         name = statement.names[0]
         return None if name.name == "*" else {name.asname or name.name.split(".")[0]}
     if isinstance(statement, ast.Assign | ast.AnnAssign):
@@ -143,28 +145,31 @@ def _bound_names(statement: ast.stmt) -> set[str] | None:
     return None
 
 
-def _does_nothing(node: ast.AST) -> bool:
+def _does_nothing(node: Any) -> bool:
     """Whether it is `pass`, or a constant as a statement, such as a docstring."""
     return isinstance(node, ast.Pass) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
 
 
-def _canonical(value: Any, used: set[str]) -> str:
+def _canonical(node: Any, used: set[str]) -> str:
     """The syntax tree as text, which `ast.dump` writes in another way in each Python version; adds names to `used`."""
-    if isinstance(value, list):
-        return f"[{','.join(_canonical(item, used) for item in value if not _does_nothing(item))}]"
-    if not isinstance(value, ast.AST):
-        return hex(value) if type(value) is int else ascii(value)
-    if isinstance(value, ast.Name):
-        used.add(value.id)
-    if isinstance(value, ast.JoinedStr):
-        value = ast.JoinedStr(_joined(value.values))
-    fields = [
-        f"{name}={_canonical(field, used)}"
-        for name in value._fields
-        if name not in _IGNORED_FIELDS
-        and ((field := getattr(value, name, None)) not in (None, []) or isinstance(value, ast.Constant))
-    ]
-    return f"{type(value).__name__}({','.join(fields)})"
+    if isinstance(node, str):
+        return ascii(node)
+    if isinstance(node, list):
+        return f"[{','.join([_canonical(item, used) for item in node if not _does_nothing(item)])}]"
+    if not isinstance(node, ast.AST):
+        return hex(node) if type(node) is int else repr(node)
+    if isinstance(node, ast.Constant):
+        return f"Constant({_canonical(node.value, used)})"
+    if isinstance(node, ast.Name):
+        used.add(node.id)
+    if isinstance(node, ast.JoinedStr):
+        node = ast.JoinedStr(_joined(node.values))
+    text = type(node).__name__
+    for name in node._fields:
+        field = getattr(node, name, None)
+        if field is not None and field != [] and name not in _IGNORED_FIELDS:
+            text += f" {name}={_canonical(field, used)}"
+    return f"({text})"
 
 
 def _joined(values: list[ast.expr]) -> list[ast.expr]:

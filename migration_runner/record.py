@@ -187,13 +187,13 @@ class Record:
     def _changed_message(self, entry: Entry, file: _File) -> str:
         name = entry.revision
         commit = f" from commit {entry.commit}" if entry.commit else ""
-        now = f"{file.name} claims {name}" if file.name != entry.file else "that file does something else"
+        now = f", and now {file.name} claims it" if file.name != entry.file else ", which now does something else"
         where = name.replace("'", "''")
         accept = f"UPDATE {self.table} SET checksum = '{file.checksum}' WHERE revision = '{where}'"
         return printable(
-            f"revision {name} was changed after it was applied: on {entry.at}{commit} it was {entry.file}, and now"
-            f" {now}; if two files had one number, renumber the one that is not recorded here; if it was edited on"
-            f" purpose, write a new revision instead or, if the database has that change, {accept}; {SEE_README}"
+            f"revision {name} was changed after it was applied: on {entry.at}{commit} it was {entry.file}{now};"
+            f" if two files had one number, renumber the one that is not recorded here; if it was edited on purpose,"
+            f" write a new revision instead or, if the database has that change, {accept}; {SEE_README}"
         )
 
 
