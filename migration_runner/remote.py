@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import subprocess
@@ -55,13 +56,12 @@ def _sources(folder: Path, blobs: set[str]) -> dict[str, str]:
     if not blobs or _git(folder, "config", "--get-regexp", r"^(extensions\.partialclone|remote\..*\.promisor)$"):
         return {}
     sources = {}
-    output = _git(folder, "cat-file", "--batch", stdin="".join(f"{blob}\n" for blob in blobs).encode())
-    while output:
-        header, _, output = output.partition(b"\n")
+    output = io.BytesIO(_git(folder, "cat-file", "--batch", stdin="".join(f"{blob}\n" for blob in blobs).encode()))
+    while header := output.readline():
         blob, *kind = header.decode().split()
         if len(kind) == 2:  # else it is `missing`
-            size = int(kind[1])
-            sources[blob], output = output[:size].decode(errors="replace"), output[size + 1 :]
+            sources[blob] = output.read(int(kind[1])).decode(errors="replace")
+            output.read(1)
     return sources
 
 
