@@ -274,9 +274,9 @@ def _explain_warning(script: ScriptDirectory, warning: str) -> str:
     for number, names in files.items():
         if len(names) > 1:
             return (
-                f"revision {number} is claimed by {' and '.join(names)}, and where one is applied, the other one never"
-                " is; give the one that is not applied anywhere the next free number and the other one as its"
-                " 'down_revision'"
+                f"revision {number} is claimed by {' and '.join(names)}, and an environment that has applied one never"
+                " applies the other; give the one that no environment has applied the next free number and the other"
+                " one as its 'down_revision'"
             )
     for parent, names in followers.items():
         if parent not in files:

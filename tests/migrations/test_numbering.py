@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.database import Database
+from tests.support.fault_injection import root_only
 from tests.support.git import Colleague, git
 from tests.support.messages import RULES
 from tests.support.project import Project, copy
@@ -154,6 +155,7 @@ ODD = "$(touch${IFS}owned)\u00a0;ü"
         (["branch --unset-upstream"], "origin/main"),
         (["branch --unset-upstream", "remote rename origin corp"], "corp/main"),
         (["branch --unset-upstream", "push --quiet origin HEAD:refs/heads/master", "fetch --quiet"], "origin/main"),
+        (["update-ref refs/remotes/origin/master origin/main", "branch -d -r origin/main"], "origin/master"),
         (["symbolic-ref refs/remotes/origin/HEAD refs/remotes/origin/gone"], "origin/main"),
         (["checkout --quiet --detach"], "origin/main"),
         (["checkout --quiet --orphan empty"], "origin/main"),
@@ -206,7 +208,7 @@ def test_what_git_cannot_tell_is_not_checked(offline_project: Project, damage: l
     assert fields(new_revision(offline_project, "-m", "x"))["revision"] == "002"
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+@root_only
 def test_a_repository_of_another_user_is_not_checked(offline_project: Project) -> None:
     Colleague.of(offline_project.folder).add("002")
     os.chown(offline_project.folder / ".git", 65534, 65534)
@@ -333,8 +335,8 @@ def test_any_message_creates_one_valid_file_in_the_folder(offline_project: Proje
 @pytest.mark.fault(
     "Code and settings",
     fault="Two files claim the same revision number",
-    sees="`revision 002 is claimed by ... and ..., and where one is applied, the other one never is; give the one that"
-    " is not applied anywhere the next free number ...`, exit 255",
+    sees="`revision 002 is claimed by ... and ..., and an environment that has applied one never applies the other;"
+    " give the one that no environment has applied the next free number ...`, exit 255",
     state="The database is not contacted",
     do="Follow the message",
 )
@@ -349,9 +351,9 @@ def test_two_files_with_the_same_number_are_refused_by_name(offline_project: Pro
     result = offline_project.alembic(*arguments)
     assert (result.returncode, offline_project.files()) == (255, before)
     assert result.failure == (
-        f"revision 002 is claimed by {one.name} and {two.name}, and where one is applied, the other one never is; give"
-        " the one that is not applied anywhere the next free number and the other one as its 'down_revision',"
-        f" {RULES}"
+        f"revision 002 is claimed by {one.name} and {two.name}, and an environment that has applied one never"
+        " applies the other; give the one that no environment has applied the next free number and the other one as its"
+        f" 'down_revision', {RULES}"
     )
 
 
