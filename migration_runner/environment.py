@@ -53,6 +53,8 @@ def _prepare() -> Command | None:
     if command.needs is not Needs.NOTHING:
         revisions.validate_runnable(command.script, command.destination)
         return command
+    if rev_id := getattr(command.environment.config.cmd_opts, "rev_id", None):  # of `revision`, or `merge`
+        revisions.validate_new_id(command.script, rev_id)
     context.configure(dialect_name="postgresql", as_sql=True, process_revision_directives=revisions.assign_revision_id)
     context.run_migrations()
     return None

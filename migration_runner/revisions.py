@@ -18,6 +18,7 @@ from alembic.script import Script, ScriptDirectory
 from alembic.script.revision import RevisionError
 from alembic.util import CommandError, to_tuple
 
+from migration_runner import remote
 from migration_runner.checksum import sources_kept
 from migration_runner.errors import describe
 
@@ -106,17 +107,26 @@ def assign_revision_id(context: MigrationContext, _heads: object, directives: li
     assert config is not None and script is not None
     if getattr(config.cmd_opts, "head", None) in (None, "head"):
         validate_one_head(script)
-    wanted = getattr(config.cmd_opts, "rev_id", None)
-    existing = {revision.revision: revision for revision in script.walk_revisions()}
-    if wanted in existing:
-        raise CommandError(
-            f"revision {wanted} already exists: {Path(existing[wanted].path).name}; choose another --rev-id"
-        )
-    if wanted and not re.fullmatch(r"\w[\w.]*", wanted):  # it becomes part of the file name
-        raise CommandError(f"--rev-id is '{wanted}'; use letters, digits, _ and . only")
-    if not wanted:
-        highest = max((int(number) for number in existing if number.isascii() and number.isdigit()), default=0)
+    if not getattr(config.cmd_opts, "rev_id", None):
+        names = [revision.revision for revision in script.walk_revisions()]
+        highest = max((int(name) for name in names if name.isascii() and name.isdigit()), default=0)
         directives[0].rev_id = f"{highest + 1:03}"
+        validate_new_id(script, directives[0].rev_id)
+
+
+def validate_new_id(script: ScriptDirectory, rev_id: str) -> None:
+    """Refuse an id for a new file that another one has, here or on the remote's branch."""
+    for revision in script.walk_revisions():
+        if revision.revision == rev_id:
+            raise CommandError(f"revision {rev_id} already exists: {Path(revision.path).name}; choose another --rev-id")
+    if not re.fullmatch(r"\w[\w.]*", rev_id):  # it becomes part of the file name
+        raise CommandError(f"--rev-id is '{rev_id}'; use letters, digits, _ and . only")
+    if found := remote.find(rev_id, _locations(script), script.recursive_version_locations):
+        name, branch = found
+        raise CommandError(
+            f"revision {rev_id} already exists on {branch}: {name}; merge {branch} or rebase onto it first, or choose"
+            " another --rev-id"
+        )
 
 
 def applied(script: ScriptDirectory, heads: Iterable[str]) -> set[str]:
@@ -215,7 +225,7 @@ def _takes_no_argument(function: Any) -> bool:
 def _file_with_wrong_id(script: ScriptDirectory) -> str | None:
     for path in _paths(script):
         source = path.read_text(encoding="utf-8", errors="replace") if path.suffix == ".py" else ""
-        name = re.search(r"""^revision(?:\s*:[^=]+)?\s*=\s*(['"])(.*?)\1""", source, re.M)
+        name = remote.ID.search(source)
         if name and (wrong := sorted(set(name[2]) & set("-:@+"))):
             return f"{path.name} has the revision id '{name[2]}', and an id must not contain {' or '.join(wrong)}"
     return None
@@ -267,8 +277,9 @@ def _explain_warning(script: ScriptDirectory, warning: str) -> str:
     for number, names in files.items():
         if len(names) > 1:
             return (
-                f"revision {number} is claimed by {' and '.join(names)}; give the later one the next free number"
-                " and the earlier one as its 'down_revision'"
+                f"revision {number} is claimed by {' and '.join(names)}, and an environment that has applied one never"
+                " applies the other; give the one that no environment has applied the next free number and the other"
+                " one as its 'down_revision'"
             )
     for parent, names in followers.items():
         if parent not in files:

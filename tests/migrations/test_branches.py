@@ -8,6 +8,7 @@ from alembic.script import ScriptDirectory
 
 from migration_runner import revisions
 from tests.support.database import Database
+from tests.support.git import Colleague
 from tests.support.messages import FIX, RULES
 from tests.support.project import Project
 from tests.support.revisions import FIRST, edit
@@ -110,6 +111,17 @@ def test_revisions_in_all_folders_are_run_and_checked_the_same_way(
     duplicate = path.parent / "20260101_000000_001_again.py"
     duplicate.write_text((project.versions / FIRST).read_text())
     assert "revision 001 is claimed by " in project.alembic("upgrade", "head").failure
+
+
+@pytest.mark.parametrize("recursive", [False, True], ids=["two folders", "nested folder"])
+def test_revisions_of_the_remote_are_found_in_all_folders(offline_project: Project, recursive: bool) -> None:
+    versions = "versions/2026" if recursive else "more"
+    add_folders(offline_project, versions, recursive=recursive)
+    name = Colleague.of(offline_project.folder).add("002", versions=versions)
+    assert offline_project.alembic("revision", "-m", "x").failure == (
+        f"revision 002 already exists on origin/main: {name}; merge origin/main or rebase onto it first, or choose"
+        " another --rev-id"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,18 @@
 """`alembic revision`: the number and the file that it creates; errors in revision files and between them."""
 
 import ast
+import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.support.database import Database
+from tests.support.fault_injection import root_only
+from tests.support.git import Colleague, git
 from tests.support.messages import RULES
-from tests.support.project import Project
+from tests.support.project import Project, copy
 from tests.support.revisions import FIRST, edit
 
 
@@ -82,6 +86,215 @@ def test_a_rev_id_that_leaves_the_folder_is_refused(offline_project: Project) ->
     assert offline_project.files() == [FIRST]
 
 
+def taken(number: str, branch: str, name: str) -> str:
+    return (
+        f"revision {number} already exists on {branch}: {name}; merge {branch} or rebase onto it first, or choose"
+        " another --rev-id"
+    )
+
+
+def refused(project: Project, *arguments: str, **environment: str) -> str:
+    """Run `alembic`, which must create no file; return the failure."""
+    before = project.files()
+    result = project.alembic(*(arguments or ("revision", "-m", "x")), **environment)
+    assert (result.returncode, project.files(), result.stderr) == (255, before, "")
+    return result.failure
+
+
+@pytest.mark.fault(
+    "Code and settings",
+    fault="`alembic revision` or `alembic merge` would use an id that the remote's branch already has",
+    sees="`revision 002 already exists on origin/main: ...; merge origin/main or rebase onto it first, ...`, exit 255",
+    state="The database is not contacted",
+    do="Follow the message",
+)
+@pytest.mark.parametrize(
+    "arguments",
+    [("revision", "-m", "x"), ("revision", "--rev-id", "002"), ("merge", "heads", "--rev-id", "002")],
+    ids=" ".join,
+)
+def test_a_number_that_the_remote_uses_is_refused_until_it_is_merged(
+    offline_project: Project, arguments: tuple[str, ...]
+) -> None:
+    name = Colleague.of(offline_project.folder).add("002")
+    assert refused(offline_project, *arguments) == taken("002", "origin/main", name)
+    other = new_revision(offline_project, "-m", "x", "--rev-id", "x2")
+    assert fields(other)["down_revision"] == "001"
+    other.unlink()
+    git(offline_project.folder, "merge", "--quiet", "--ff-only", "origin/main")
+    path = new_revision(offline_project, "-m", "mine")
+    assert (fields(path)["revision"], fields(path)["down_revision"]) == ("003", "002")
+
+
+def test_merge_does_not_reuse_an_id(offline_project: Project) -> None:
+    assert refused(offline_project, "merge", "heads", "--rev-id", "001") == (
+        f"revision 001 already exists: {FIRST}; choose another --rev-id"
+    )
+
+
+def test_both_the_upstream_branch_and_the_remotes_default_branch_are_checked(offline_project: Project) -> None:
+    colleague = Colleague.of(offline_project.folder)
+    name = colleague.add("002", branch="feature")
+    path = new_revision(offline_project, "-m", "on main")
+    assert fields(path)["revision"] == "002"
+    path.unlink()
+    git(offline_project.folder, "branch", "--set-upstream-to=origin/feature")
+    assert refused(offline_project) == taken("002", "origin/feature", name)
+    git(offline_project.folder, "merge", "--quiet", "--ff-only", "origin/feature")
+    name = colleague.add("003")
+    assert refused(offline_project) == taken("003", "origin/main", name)
+
+
+ODD = "$(touch${IFS}owned)\u00a0;ü"
+
+
+@pytest.mark.parametrize(
+    ("commands", "branch"),
+    [
+        (["remote set-head origin develop", "update-ref -d refs/remotes/origin/main"], "origin/develop"),
+        (["branch --unset-upstream"], "origin/main"),
+        (["branch --unset-upstream", "remote rename origin corp"], "corp/main"),
+        (["branch --unset-upstream", "push --quiet origin HEAD:refs/heads/master", "fetch --quiet"], "origin/main"),
+        (["update-ref refs/remotes/origin/master origin/main", "branch -d -r origin/main"], "origin/master"),
+        (["symbolic-ref refs/remotes/origin/HEAD refs/remotes/origin/gone"], "origin/main"),
+        (["checkout --quiet --detach"], "origin/main"),
+        (["checkout --quiet --orphan empty"], "origin/main"),
+        (["fetch --quiet --depth=1"], "origin/main"),
+        (["tag origin/main HEAD", "branch origin/main HEAD"], "origin/main"),
+        ([f"branch --quiet --set-upstream-to=origin/{ODD}"], f"origin/{ODD}"),
+        (["config color.ui always", "config core.quotePath true"], "origin/main"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[-1],
+)
+def test_a_branch_is_found_however_the_clone_was_made(
+    offline_project: Project, commands: list[str], branch: str
+) -> None:
+    colleague = Colleague.of(offline_project.folder)
+    name = colleague.add("002")
+    colleague.push("develop")
+    colleague.push(ODD)
+    for command in commands:
+        git(offline_project.folder, *command.split(" "))
+    assert refused(offline_project) == taken("002", branch, name)
+    assert not list(offline_project.folder.rglob("owned"))
+
+
+def test_a_hooks_variables_do_not_name_the_repository(offline_project: Project, tmp_path: Path) -> None:
+    name = Colleague.of(offline_project.folder).add("002")
+    git(tmp_path, "init", "--quiet", "other")
+    for folder in (".git", str(tmp_path / "other" / ".git")):
+        failure = refused(offline_project, GIT_DIR=folder, GIT_INDEX_FILE=f"{folder}/index")
+        assert failure == taken("002", "origin/main", name)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        ["remote", "remove", "origin"],
+        ["config", "core.bare", "true"],
+        ["config", "core.repositoryFormatVersion", "99"],
+        ["config", "core.worktree", "/nowhere"],
+        ["symbolic-ref", "refs/remotes/origin/main", "refs/heads/main"],
+        [],
+    ],
+    ids=lambda damage: " ".join(damage) or "no git",
+)
+def test_what_git_cannot_tell_is_not_checked(offline_project: Project, damage: list[str]) -> None:
+    Colleague.of(offline_project.folder).add("002")
+    if damage:
+        git(offline_project.folder, *damage)
+    else:
+        offline_project.environment["PATH"] = "/nowhere"
+    assert fields(new_revision(offline_project, "-m", "x"))["revision"] == "002"
+
+
+@root_only
+def test_a_repository_of_another_user_is_not_checked(offline_project: Project) -> None:
+    Colleague.of(offline_project.folder).add("002")
+    os.chown(offline_project.folder / ".git", 65534, 65534)
+    os.chown(offline_project.folder, 65534, 65534)
+    assert fields(new_revision(offline_project, "-m", "x"))["revision"] == "002"
+
+
+@pytest.mark.parametrize("kind", ["blob:none", "tree:0"])
+def test_a_partial_clone_fetches_nothing(offline_project: Project, tmp_path: Path, kind: str) -> None:
+    colleague = Colleague.of(offline_project.folder)
+    remote, mine = tmp_path / "remote.git", tmp_path / "partial"
+    git(remote, "config", "uploadpack.allowFilter", "true")
+    git(tmp_path, "clone", "--quiet", f"--filter={kind}", f"file://{remote}", mine)
+    name = colleague.add("002")
+    git(mine, "fetch", "--quiet")
+    assert "\n?" in git(mine, "rev-list", "--objects", "--all", "--missing=print")
+    git(mine, "config", "remote.origin.url", f"ext::touch {tmp_path}/fetched")
+    git(mine, "config", "protocol.ext.allow", "always")
+    partial = Project(mine, offline_project.environment)
+    if kind == "blob:none":
+        assert refused(partial) == taken("002", "origin/main", name)
+    else:  # not even the names are known
+        assert fields(new_revision(partial, "-m", "x"))["revision"] == "002"
+    assert not (tmp_path / "fetched").exists()
+
+
+def test_a_project_in_a_folder_of_the_repository_is_checked_and_no_other(
+    offline_project: Project, tmp_path: Path
+) -> None:
+    mine = tmp_path / "mono"
+    for path in ("tööls/a b", "other"):
+        (mine / path).mkdir(parents=True)
+        copy(mine / path)
+    project = Project(mine / "tööls/a b", offline_project.environment)
+    colleague = Colleague.of(mine)
+    colleague.add("002", path="other")
+    created = new_revision(project, "-m", "x")
+    assert fields(created)["revision"] == "002"
+    created.unlink()
+    name = colleague.add("002", path="tööls/a b")
+    assert refused(project) == taken("002", "origin/main", name)
+
+
+def test_a_folder_that_has_no_revision_yet_is_checked(offline_project: Project) -> None:
+    Colleague.of(offline_project.folder)
+    shutil.rmtree(offline_project.versions)
+    assert refused(offline_project) == taken("001", "origin/main", FIRST)
+
+
+def test_a_revision_that_both_sides_have_is_no_conflict_whatever_its_file_is_called(offline_project: Project) -> None:
+    colleague = Colleague.of(offline_project.folder)
+    name = colleague.add("002")
+    git(offline_project.folder, "merge", "--quiet", "--ff-only", "origin/main")
+    git(colleague.folder, "mv", f"migrations/versions/{name}", "migrations/versions/20251202_143000_002_renamed.py")
+    colleague.push()
+    assert fields(new_revision(offline_project, "-m", "x"))["revision"] == "003"
+
+
+@pytest.mark.parametrize(
+    ("rev_id", "file", "content", "is_taken"),
+    [
+        ("002", "any.py", b"down_revision = '001'\nrevision: str = \"002\"  # a comment\n", True),
+        ("002", "any.py", b"\xef\xbb\xbfrevision='002'\r\ndown_revision='001'\r\n", True),
+        ("1a2b3c4d5e6f", "x.py", b'"""\nRevision ID: 7\n"""\nrevision = "1a2b3c4d5e6f"\n', True),
+        ("002", "20260101_000000_002_x.py", b"revision, down_revision = '002', '001'\n", True),  # by its name
+        ("002", "20260101_000000_002_x.py", b"revision = '007'\ndown_revision = '002'\n", False),
+        ("002", "20260101_000000_007_fix_002_x.py", b"number = '7'\nrevision = str(number)\n", False),
+        ("002", "002.txt", b"revision = '002'\n", False),
+        ("002", "more/20260101_000000_002_x.py", b"revision = '002'\n", False),
+        ("0.2", "002_x.py", b"\xff\xfe\x00", False),
+    ],
+)
+def test_the_id_in_the_remotes_file_counts_or_else_its_name(
+    offline_project: Project, rev_id: str, file: str, content: bytes, is_taken: bool
+) -> None:
+    colleague = Colleague.of(offline_project.folder)
+    path = colleague.folder / "migrations" / "versions" / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    colleague.push()
+    if is_taken:
+        assert refused(offline_project, "revision", "--rev-id", rev_id) == taken(rev_id, "origin/main", file)
+    else:
+        assert fields(new_revision(offline_project, "-m", "x", "--rev-id", rev_id))["revision"] == rev_id
+
+
 @pytest.mark.parametrize(
     "message",
     [
@@ -122,7 +335,8 @@ def test_any_message_creates_one_valid_file_in_the_folder(offline_project: Proje
 @pytest.mark.fault(
     "Code and settings",
     fault="Two files claim the same revision number",
-    sees="`revision 002 is claimed by ... and ...; give the later one the next free number ...`, exit 255",
+    sees="`revision 002 is claimed by ... and ..., and an environment that has applied one never applies the other;"
+    " give the one that no environment has applied the next free number ...`, exit 255",
     state="The database is not contacted",
     do="Follow the message",
 )
@@ -137,8 +351,9 @@ def test_two_files_with_the_same_number_are_refused_by_name(offline_project: Pro
     result = offline_project.alembic(*arguments)
     assert (result.returncode, offline_project.files()) == (255, before)
     assert result.failure == (
-        f"revision 002 is claimed by {one.name} and {two.name}; give the later one the next free number and the earlier"
-        f" one as its 'down_revision', {RULES}"
+        f"revision 002 is claimed by {one.name} and {two.name}, and an environment that has applied one never"
+        " applies the other; give the one that no environment has applied the next free number and the other one as its"
+        f" 'down_revision', {RULES}"
     )
 
 

@@ -1,8 +1,12 @@
 """git, isolated from the user's settings."""
 
+from __future__ import annotations
+
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support import revisions
 from tests.support.programs import run
 
 
@@ -12,3 +16,41 @@ def git(folder: Path, *arguments: str | Path) -> str:
     author = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
     command = ["git", "-C", folder, *author, *arguments]
     return run(command, env=environment, verbatim=True, check=True).stdout.strip()
+
+
+@dataclass(frozen=True)
+class Colleague:
+    """Another clone of the remote of `mine`, whose pushes are fetched there, and not merged."""
+
+    mine: Path  # a repository
+    folder: Path
+
+    @classmethod
+    def of(cls, mine: Path) -> Colleague:
+        """Make the folder a repository with a remote, to which all is pushed, and clone that."""
+        git(mine, "init", "--quiet", "--initial-branch=main")
+        (mine / ".gitignore").write_text("__pycache__\n")
+        git(mine, "add", "--all")
+        git(mine, "commit", "--quiet", "--message=test")
+        remote, folder = mine.parent / "remote.git", mine.parent / "colleague"
+        git(mine, "clone", "--quiet", "--bare", mine, remote)
+        git(mine, "remote", "add", "origin", remote)
+        git(mine, "clone", "--quiet", remote, folder)
+        git(mine, "fetch", "--quiet")
+        git(mine, "branch", "--quiet", "--set-upstream-to=origin/main")
+        return cls(mine, folder)
+
+    def push(self, branch: str = "main") -> None:
+        """Commit all changes, push them, and fetch them in `mine`."""
+        git(self.folder, "add", "--all")
+        git(self.folder, "commit", "--quiet", "--allow-empty", "--message=test")
+        git(self.folder, "push", "--quiet", "origin", f"HEAD:refs/heads/{branch}")
+        git(self.mine, "fetch", "--quiet", "--all")
+
+    def add(self, number: str, *, path: str = ".", versions: str = "versions", branch: str = "main") -> str:
+        """Push a revision of the project in the folder `path`; return its file's name."""
+        folder = self.folder / path / "migrations" / versions
+        folder.mkdir(parents=True, exist_ok=True)
+        name = revisions.write(folder, number, "pass", "pass", down="001", name="theirs").name
+        self.push(branch)
+        return name
