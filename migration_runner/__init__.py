@@ -9,8 +9,6 @@ An Alembic project gets all of it by these lines in its env.py:
 The database comes from the environment (settings.py); everything else is Alembic's own.
 """
 
-__version__ = "0.1.0"
-
 from migration_runner.environment import run, run_offline, run_online
 
 __all__ = ["run", "run_offline", "run_online"]

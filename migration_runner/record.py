@@ -17,10 +17,12 @@ from alembic.runtime.migration import MigrationStep, RevisionStep
 from alembic.script import Script, ScriptDirectory
 from psycopg2.extensions import QuotedString
 
-from migration_runner import __version__, catalog, checksum, revisions
+from migration_runner import catalog, checksum, revisions
 from migration_runner.database import RawConnection
 from migration_runner.errors import printable, server_message
 from migration_runner.settings import Origin
+
+VERSION = "0.1.0"  # of this package
 
 SEE_README = "see 'The record of what was applied' in README.md"
 
@@ -247,7 +249,7 @@ class Writer:
             "repository": origin.repository,
             "ref": origin.ref,
             "commit": origin.commit,
-            "runner": __version__,
+            "runner": VERSION,
             "alembic": alembic.__version__,
         }
         self.columns = ", ".join(["revision", "direction", "file", "file_sha256", "checksum", "duration", *common])

@@ -45,8 +45,8 @@ class Settings:
     schema: str | None
     version_table: str
     wait_seconds: float
-    origin: Origin
     hides_user: bool = False  # the user of DATABASE_URL may be a token; DB_USER is not
+    origin: Origin = Origin()
 
     @property
     def target(self) -> str:

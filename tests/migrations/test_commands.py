@@ -159,7 +159,7 @@ def test_the_name_and_schema_of_the_version_table_can_be_set(project: Project, d
         assert result.returncode == 0, result
     assert result.lines[-1] == "HH:MM:SS INFO at 001 (head): nothing to do"
     query = "SELECT tablename FROM pg_tables WHERE schemaname = 're ports' ORDER BY 1"
-    assert database.execute(query) == [("Hcm-Version",), ("hcm_report_metadata",)]
+    assert database.execute(query) == [("Hcm-Version",), ("Hcm-Version_history",), ("hcm_report_metadata",)]
     assert database.scalar('SELECT version_num FROM "re ports"."Hcm-Version"') == "001"
     assert database.relations == []
 

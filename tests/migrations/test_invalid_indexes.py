@@ -144,8 +144,9 @@ def test_an_index_of_another_session_that_becomes_invalid_does_not_fail_the_run(
     result = running.wait()
     assert (result.returncode, database.at) == (0, ["003"]), result
     assert database.execute("SELECT indexrelid::regclass::text FROM pg_index WHERE NOT indisvalid") == [("theirs_x",)]
-    assert result.lines[-2:] == [
+    assert result.lines[-3:] == [
         "HH:MM:SS WARNING became INVALID during the run, not caused by it: public.theirs_x",
+        f"HH:MM:SS INFO since YYYY-MM-DD HH:MM:SS UTC: upgrade 003 by {database.role}",
         "HH:MM:SS INFO now at 003 (head)",
     ]
 

@@ -7,6 +7,11 @@ from tests.support.project import Project
 
 
 @pytest.fixture
+def since(database: Database) -> str:
+    return f"HH:MM:SS INFO since YYYY-MM-DD HH:MM:SS UTC: {{}} by {database.role}"
+
+
+@pytest.fixture
 def first_line(database: Database) -> str:
     version = database.scalar("SELECT current_setting('server_version')")
     url = database.url
@@ -16,7 +21,9 @@ def first_line(database: Database) -> str:
     )
 
 
-def test_an_upgrade_logs_the_database_the_steps_and_their_durations(project: Project, first_line: str) -> None:
+def test_an_upgrade_logs_the_database_the_steps_and_their_durations(
+    project: Project, first_line: str, since: str
+) -> None:
     project.add("002", name="add_status_column")
     result = project.alembic("upgrade", "head")
     assert (result.returncode, result.stdout) == (0, "")
@@ -27,15 +34,16 @@ def test_an_upgrade_logs_the_database_the_steps_and_their_durations(project: Pro
         "HH:MM:SS INFO done in N.NN s",
         "HH:MM:SS INFO running upgrade 001 -> 002, add_status_column",
         "HH:MM:SS INFO done in N.NN s",
+        since.format("upgrade 002"),
         "HH:MM:SS INFO now at 002 (head)",
     ]
 
 
-def test_a_second_upgrade_logs_that_there_is_nothing_to_do(project: Project, first_line: str) -> None:
+def test_a_second_upgrade_logs_that_there_is_nothing_to_do(project: Project, first_line: str, since: str) -> None:
     assert project.alembic("upgrade", "head").returncode == 0
     result = project.alembic("upgrade", "head")
     assert (result.returncode, result.stdout) == (0, "")
-    assert result.lines == [first_line, "HH:MM:SS INFO at 001 (head): nothing to do"]
+    assert result.lines == [first_line, since.format("upgrade 001"), "HH:MM:SS INFO at 001 (head): nothing to do"]
 
 
 def test_many_revisions_are_counted_and_the_first_ten_named(project: Project) -> None:
@@ -47,7 +55,7 @@ def test_many_revisions_are_counted_and_the_first_ten_named(project: Project) ->
     assert result.lines[-1] == "HH:MM:SS INFO now at 012 (head)"
 
 
-def test_a_downgrade_logs_the_same(project: Project, first_line: str) -> None:
+def test_a_downgrade_logs_the_same(project: Project, first_line: str, since: str) -> None:
     assert project.alembic("upgrade", "head").returncode == 0
     result = project.alembic("downgrade", "-1")
     assert (result.returncode, result.stdout) == (0, "")
@@ -56,6 +64,7 @@ def test_a_downgrade_logs_the_same(project: Project, first_line: str) -> None:
         "HH:MM:SS INFO at 001 (head); to do: 1 (001 create_hcm_report_metadata)",
         "HH:MM:SS INFO running downgrade 001 -> , create_hcm_report_metadata",
         "HH:MM:SS INFO done in N.NN s",
+        since.format("downgrade 001"),
         "HH:MM:SS INFO now at base (the head is 001)",
     ]
 
@@ -77,10 +86,14 @@ def test_a_failure_ends_with_the_reason_and_the_fix(project: Project, first_line
     ]
 
 
-def test_current_logs_the_database_and_prints_only_the_revision(project: Project, first_line: str) -> None:
+def test_current_logs_the_database_and_prints_only_the_revision(project: Project, first_line: str, since: str) -> None:
     assert project.alembic("upgrade", "head").returncode == 0
     result = project.alembic("current")
-    assert (result.returncode, result.stdout, result.stderr) == (0, "001 (head)\n", f"{first_line}\n")
+    assert (result.returncode, result.stdout, result.stderr) == (
+        0,
+        "001 (head)\n",
+        f"{first_line}\n{since.format('upgrade 001')}\n",
+    )
 
 
 def test_log_messages_of_a_revision_are_shown(project: Project) -> None:

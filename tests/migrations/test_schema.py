@@ -86,8 +86,8 @@ def test_a_downgrade_leaves_nothing_and_another_upgrade_creates_the_same_schema(
     assert project.alembic("downgrade", "base").returncode == 0
     assert database.relations == []
     assert database.at == []
-    tables = "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace ORDER BY 1"
-    assert database.execute(tables) == [("alembic_version",), ("alembic_version_pkc",)]
+    tables = "SELECT tablename FROM pg_tables WHERE schemaname = 'public' ORDER BY 1"
+    assert database.execute(tables) == [("alembic_version",), ("alembic_version_history",)]
     assert project.alembic("upgrade", "head").returncode == 0
     assert database.dump() == once
 

@@ -20,6 +20,7 @@ from tests.support.waiting import until
 # Patterns for text that varies from run to run, and their replacements in a Result.
 VARYING = [
     (r"\b\d\d:\d\d:\d\d(?= [A-Z]{4,})", "HH:MM:SS"),
+    (r"\b\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC", "YYYY-MM-DD HH:MM:SS UTC"),
     (r"\b\d+\.\d\d s\b", "N.NN s"),
     (r"\bpid \d+", "pid N"),
     (r"\b[0-9a-f]{40}\b", "<commit>"),
