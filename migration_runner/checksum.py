@@ -8,7 +8,9 @@ functions and imports, and the revision's place among the others. A file that th
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.machinery import SourceFileLoader
@@ -45,29 +47,34 @@ def sources_kept() -> Iterator[None]:
         SourceFileLoader.source_to_code = compile_source  # type: ignore[method-assign]
 
 
-def source(revision: Script) -> bytes | None:
-    """The bytes of the revision's file; None if it has only a compiled one."""
-    loader = getattr(revision.module, "__loader__", None)
-    kept = getattr(loader, "revision_source", None)  # not set if a compiled file was loaded
-    if kept is None and Path(revision.path).suffix == ".py":
-        kept = Path(revision.path).read_bytes()
-    return bytes(kept) if kept is not None else None
+class RevisionFile:
+    """A revision's file, as it was loaded."""
 
+    def __init__(self, revision: Script) -> None:
+        self.revision = revision.revision
+        self.name = os.path.basename(revision.path)  # noqa: PTH119  a fifth of the time
+        loader = getattr(revision.module, "__loader__", None)
+        self.source: bytes | None = getattr(loader, "revision_source", None)  # not set if a compiled file was loaded
+        if self.source is None and self.name.endswith(".py"):
+            self.source = Path(revision.path).read_bytes()
 
-def file_digest(text: bytes) -> str:
-    """SHA-256 of the file, as sha256sum prints it."""
-    return hashlib.sha256(text).hexdigest()
+    @functools.cached_property
+    def sha256(self) -> str | None:
+        """As sha256sum prints it; None if there is only a compiled file."""
+        return hashlib.sha256(self.source).hexdigest() if self.source is not None else None
 
-
-def checksum(text: bytes, file_name: str, revision: str) -> str:
-    """The checksum of a revision's source and of the slug in its file's name."""
-    parts = [slug(file_name, revision), *_UpgradePath(ast.parse(text)).parts()]
-    return VERSION + hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    @functools.cached_property
+    def checksum(self) -> str | None:
+        """Of what the revision does, and of the slug in the file's name; None if there is only a compiled file."""
+        if self.source is None:
+            return None
+        parts = [slug(self.name, self.revision), *_UpgradePath(ast.parse(self.source)).parts()]
+        return VERSION + hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def slug(file_name: str, revision: str) -> str:
     """`add_status` of `20251202_143000_002_add_status.py`; of a name without the revision's id, all of it."""
-    name = Path(file_name).name.removesuffix(".py")
+    name = file_name.removesuffix(".py")
     _, found, rest = f"_{name}".partition(f"_{revision}_")  # not by an expression: each would be compiled
     return rest if found else name
 

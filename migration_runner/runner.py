@@ -282,6 +282,7 @@ class Attempt:
         progress.log(f"at {self._describe_heads(heads)}; to do: {len(steps)} ({', '.join(names)})")
         _refuse_long_names(steps, table)
         self._note_invalid_indexes()
+        self.record.writer.prepare(steps)
         if self.record.table is None:
             self.record.create(self.session.schema, record.table_name(self.session.settings.version_table))
             self._warn_if_nothing_is_recorded()
