@@ -348,7 +348,9 @@ def _open_record(script: ScriptDirectory, heads: Iterable[str], table: str, sett
 BEGIN
   PERFORM pg_catalog.set_config('search_path', 'pg_catalog', true);
   BEGIN
-    EXECUTE format({_literal(record.create_sql("%I.%I"))}, home, history);
+    IF to_regclass(format('%I.%I', home, history)) IS NULL THEN
+      EXECUTE format({_literal(record.create_sql("%I.%I"))}, home, history);
+    END IF;
   EXCEPTION WHEN syntax_error_or_access_rule_violation THEN
     problem := sqlerrm;
   END;

@@ -57,7 +57,7 @@ def table_name(version_table: str) -> str:
 def create_sql(table: str) -> str:
     """The statement that creates the table; `table` is quoted."""
     columns = ", ".join(f"{name} {' '.join(parts)}".rstrip() for name, parts in COLUMNS.items())
-    return f"CREATE TABLE IF NOT EXISTS {table} ({columns})"
+    return f"CREATE TABLE {table} ({columns})"
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Record:
         """Have Alembic's `current --verbose` and `history --verbose -i` print the rows, too."""
         for revision in self.script.walk_revisions():
             entry = self.entries.get(revision.revision)
-            if entry or revision.revision in applied:
+            if entry or (revision.revision in applied and not self.problem):
                 lines = entry.lines if entry else "Applied: not recorded"
                 revision.cmd_format = functools.partial(_with_lines, revision.cmd_format, lines)  # type: ignore[method-assign]
 

@@ -117,7 +117,7 @@ def _path(value: str) -> str:
 def _extra_env(*names: str) -> str:
     return (
         f'"extraEnv" has duplicate or reserved variable names ({", ".join(names)}): define each variable once, and '
-        "none of EXPECTED, GIT_PATH, GIT_REF, GIT_REPO, NAMESPACE, REQUIRED, REQUIREMENTS, USERNAME_FILE"
+        "none of EXPECTED, GIT_COMMIT, GIT_PATH, GIT_REF, GIT_REPO, NAMESPACE, REQUIRED, REQUIREMENTS, USERNAME_FILE"
     )
 
 

@@ -209,6 +209,7 @@ if [ ! -d git/code ]; then
   fail 1 "no checkout of \"$GIT_REF\" from \"$GIT_REPO\": $reason" "Git access"
 fi
 commit=$(basename "$(readlink git/code)")
+export GIT_COMMIT="$commit" # with GIT_REPO and GIT_REF, for the runner's record
 printf '%s\n' "code: repository $GIT_REPO, ref $GIT_REF, commit $commit, path $GIT_PATH"
 
 missing=

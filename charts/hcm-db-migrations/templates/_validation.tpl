@@ -70,7 +70,7 @@
 {{- $problems = append $problems (printf "%q has neither tag nor digest, and would be unpinned: set \"%s.tag\" or \"%s.digest\"" $path $path $path) -}}
 {{- end -}}
 {{- end -}}
-{{- $taken := list "EXPECTED" "GIT_PATH" "GIT_REF" "GIT_REPO" "NAMESPACE" "REQUIRED" "REQUIREMENTS" "USERNAME_FILE" -}}
+{{- $taken := list "EXPECTED" "GIT_COMMIT" "GIT_PATH" "GIT_REF" "GIT_REPO" "NAMESPACE" "REQUIRED" "REQUIREMENTS" "USERNAME_FILE" -}}
 {{- $seen := list -}}
 {{- $wrong := list -}}
 {{- range .extraEnv -}}
