@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from alembic.script import Script
+if TYPE_CHECKING:
+    from alembic.script import Script
 
 # A checksum that begins with another version was made by other rules, and is not comparable.
 VERSION = "1:"
@@ -171,6 +172,8 @@ def _canonical(node: Any, used: set[str]) -> str:
         used.add(node.id)
     if isinstance(node, ast.JoinedStr):
         node = ast.JoinedStr(_joined(node.values))
+    if isinstance(node, ast.AnnAssign) and node.value is not None:
+        node = ast.Assign([node.target], node.value)
     text = type(node).__name__
     for name in node._fields:
         field = getattr(node, name, None)

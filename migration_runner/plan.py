@@ -339,12 +339,12 @@ def _open_record(script: ScriptDirectory, heads: Iterable[str], table: str, sett
     """As Record: find or create it, and refuse a database that has another revision under one of these names."""
     checksums = record.checksums(script, revisions.applied(script, heads))
     return f"""DO $plan$ DECLARE
-  path text := pg_catalog.current_setting('search_path');
-  home text := {_schema(table, settings)};
-  history text := {_text(record.table_name(settings.version_table))};
-  found text;
-  problem text := 'no privileges on it, or it is another table';
-  changed text;
+  path pg_catalog.text := pg_catalog.current_setting('search_path');
+  home pg_catalog.text := {_schema(table, settings)};
+  history pg_catalog.text := {_text(record.table_name(settings.version_table))};
+  found pg_catalog.text;
+  problem pg_catalog.text := 'no privileges on it, or it is another table';
+  changed pg_catalog.text;
 BEGIN
   PERFORM pg_catalog.set_config('search_path', 'pg_catalog', true);
   BEGIN
