@@ -12,7 +12,7 @@ from datetime import datetime, timedelta, timezone
 
 import alembic
 import psycopg2
-from alembic.runtime.migration import MigrationStep, RevisionStep
+from alembic.runtime.migration import MigrationStep, RevisionStep, StampStep
 from alembic.script import Script, ScriptDirectory
 from psycopg2.extensions import QuotedString
 
@@ -148,6 +148,11 @@ class Record:
         """The INSERT of the step's rows, for the session after the step."""
         assert self.table
         return self.writer.insert(self.table, step, f"'{seconds:.6f} s'")
+
+    def write_purge(self) -> None:
+        """Write the row of `stamp --purge base`, in the current transaction."""
+        if self.writes:
+            self.raw.query(self.insert(StampStep(None, None, is_upgrade=False, branch_move=True), 0))
 
     def newest(self) -> Entry:
         """The row that was written last."""

@@ -246,6 +246,11 @@ class Attempt:
                 logging.WARNING,
             )
 
+    def _create_record(self) -> None:
+        if self.record.table is None:
+            self.record.create(self.session.schema, record.table_name(self.session.settings.version_table))
+            self._warn_if_nothing_is_recorded()
+
     def _warn_if_nothing_is_recorded(self) -> None:
         if problem := self.record.problem:
             line = f"nothing is recorded: {problem}; {record.SEE_README}"
@@ -257,6 +262,7 @@ class Attempt:
         """Yield Alembic's steps; log each before it starts and after its commit."""
         command, progress, connection = self.runner.command, self.runner.progress, self.session.connection
         script = command.script
+        applied: set[str] = set()
         if command.purges:  # Alembic has deleted the rows, and passes no heads
             self.session.use_search_path(SAFE_PATH)
         else:
@@ -275,6 +281,9 @@ class Attempt:
             return
         steps = progress.remaining(heads, migration)
         if not steps:
+            if command.purges:  # of `stamp --purge base`, Alembic makes no step
+                self._create_record()
+                self.record.write_purge()
             self._log_since(self.record.since(applied))
             log.info("at %s: nothing to do", self._describe_heads(heads))
             return
@@ -283,9 +292,7 @@ class Attempt:
         _refuse_long_names(steps, table)
         self._note_invalid_indexes()
         self.record.writer.prepare(steps)
-        if self.record.table is None:
-            self.record.create(self.session.schema, record.table_name(self.session.settings.version_table))
-            self._warn_if_nothing_is_recorded()
+        self._create_record()
         self.session.use_search_path(self.session.search_path)
         if not command.purges:
             connection.commit()  # each step has its own transaction

@@ -41,9 +41,12 @@ def test_install_migrates_an_empty_database_shows_the_log_and_leaves_no_job(
         "HH:MM:SS INFO at base (the head is 001); to do: 1 (001 create_hcm_report_metadata)",
         "HH:MM:SS INFO running upgrade  -> 001, create_hcm_report_metadata",
         "HH:MM:SS INFO done in N.NN s",
+        f"HH:MM:SS INFO since YYYY-MM-DD HH:MM:SS UTC: upgrade 001 by {database.role}, commit <commit>",
         "HH:MM:SS INFO now at 001 (head)",
     ]
     assert "\n".join(log) in result.text, result.text
+    ((host, *origin),) = database.history("host, repository, ref, commit")
+    assert (host.startswith(f"{JOB}-1-"), origin) == (True, [repository.url, "main", commit])
     assert (database.relations, database.at) == (TABLE, ["001"])
     assert (api.jobs(), api.pods()) == ([], [])
 
@@ -149,6 +152,7 @@ def test_helm_test_passes_after_an_install_and_fails_if_the_schema_is_behind(
     passed = release.run("test", release.name)
     assert passed.returncode == 0, passed.text
     passed.line("Phase:", "Succeeded")
+    passed.line("INFO since YYYY-MM-DD HH:MM:SS UTC: upgrade 001 by ")
     repository.revision("002", "CREATE TABLE added ()")
     repository.push()
     failed = release.run("test", release.name)

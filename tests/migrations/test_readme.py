@@ -10,7 +10,7 @@ from tests.support.project import Project
 from tests.support.readme import root_block
 from tests.support.revisions import edit
 from tools.paths import BIN, ROOT
-from tools.postgres import dsn
+from tools.postgres import dsn, execute
 
 
 def _statements(text: str, database: Database) -> list[str]:
@@ -95,3 +95,26 @@ def test_a_new_environment_migrates_the_database_of_its_dotenv_file(project: Pro
     shell = run(["bash", "-ec", root_block("python3 -m venv venv")], cwd=project.folder, env=project.environment | pip)
     assert (shell.returncode, database.at) == (0, ["001"]), shell.text
     shell.line("INFO settings read from .env")
+
+
+def test_the_record_is_read_as_the_readme_says(project: Project, database: Database) -> None:
+    assert project.alembic("upgrade", "head").returncode == 0
+    shown = _shell(project, root_block("alembic current --verbose"))
+    names = [line.partition(":")[0] for line in root_block("Applied: ").splitlines()]
+    assert [name for name in names if f"\n{name}: " in f"\n{shown.stdout}"] == names[:-1] == names[:4]  # not From
+    reader = f"r{database.name}"
+    database.execute(f"CREATE ROLE {reader} LOGIN PASSWORD 'unused'")
+    try:
+        for statement in _statements(root_block("TO hcm_readonly").replace("hcm_readonly", reader), database):
+            database.execute(statement)
+        url = database.url.set(username=reader, password="unused")  # noqa: S106
+        ((at, *row),) = execute(url, root_block("ORDER BY id DESC"))
+        assert row[:2] == ["upgrade", "001"]
+        panel = root_block("$__timeFilter").replace(  # as Grafana does
+            "$__timeFilter(applied_at)", "applied_at BETWEEN '2020-01-01T00:00:00Z' AND '2100-01-01T00:00:00Z'"
+        )
+        ((time, direction, revision, seconds, *_),) = execute(url, panel)
+        assert (time, direction, revision, 0 < seconds < 60) == (at, "upgrade", "001", True)
+        assert "Applied: " in project.alembic("current", "--verbose", DATABASE_URL=dsn(url)).stdout
+    finally:
+        database.execute(f"DROP OWNED BY {reader}; DROP ROLE {reader}")

@@ -51,6 +51,7 @@ def test_a_downgrade_and_an_upgrade_again_have_rows(project: Project, database: 
         ([("upgrade", "001"), ("stamp", "head")], [("001", "upgrade"), ("003", "stamp")]),
         ([("stamp", "head"), ("stamp", "base")], [("003", "stamp"), ("base", "stamp")]),
         ([("stamp", "head"), ("stamp", "--purge", "002")], [("003", "stamp"), ("002", "stamp")]),
+        ([("stamp", "head"), ("stamp", "--purge", "base")], [("003", "stamp"), ("base", "stamp")]),
     ],
 )
 def test_a_stamp_has_a_row(
