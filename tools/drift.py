@@ -91,7 +91,8 @@ def database_url() -> URL:
 def reading(url: URL) -> Iterator[Query]:
     """A function that queries one snapshot of the database, and cannot write."""
     _, options = url.set(drivername="postgresql+psycopg2").get_dialect()().create_connect_args(url)
-    connection = psycopg2.connect(**{"connect_timeout": 5, "fallback_application_name": "hcm-drift", **options})
+    defaults = {"connect_timeout": 5, "fallback_application_name": "hcm-drift", "client_encoding": "utf8"}
+    connection = psycopg2.connect(**{**defaults, **options})
     try:
         connection.set_session(isolation_level="REPEATABLE READ", readonly=True)
         with connection.cursor() as cursor:

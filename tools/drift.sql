@@ -159,7 +159,7 @@ SELECT regexp_replace(i.type, '^.* (column|constraint)$', '\1') AS kind, i.ident
 FROM object o
 LEFT JOIN namespace n ON n.oid = o.namespace
 CROSS JOIN LATERAL pg_identify_object(o.classid, o.objid, o.objsubid) i
-WHERE NOT EXISTS (
+WHERE i.identity IS NOT NULL AND NOT EXISTS (  -- it was dropped meanwhile
     SELECT FROM pg_depend e
     WHERE e.deptype = 'e' AND (e.classid, e.objid) IN ((o.classid, o.objid), (o.root_class, o.root))
 ) AND NOT EXISTS (
