@@ -30,7 +30,7 @@ demo: venv ## upgrade an empty database and downgrade it again, in under a minut
 migrate: venv ## migrate the database of DATABASE_URL, DB_* or .env
 	@$(BIN)/alembic upgrade head
 
-drift: venv ## compare that database with what its revisions make (read only; EXCLUDE='keycloak eg_*' leaves out other services' objects)
+drift: venv ## compare that database with what its revisions make, read only (EXCLUDE='keycloak eg_*' leaves out other services' objects)
 	@$(BIN)/python -m tools.drift
 
 test: venv ## run every test, with a real PostgreSQL and a real Kubernetes

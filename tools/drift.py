@@ -51,7 +51,6 @@ DATABASE = """SELECT current_database()::text, current_user::text, current_setti
 VERSION_TABLE = """SELECT c.oid::regclass::text, pg_get_userbyid(c.relowner)::text
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %(schema)s AND c.relname = %(table)s"""
 
-
 Query = Callable[..., list[tuple[Any, ...]]]
 
 
@@ -179,16 +178,17 @@ class Target:
             if self.version < 17_00_00:
                 expected[key] = old._replace(privileges=[row for row in old.privileges if row[0] != "MAINTAIN"])
             if old.definition != new.definition and "view" in new.kind:
-                found[key] = new._replace(definition=self.reprinted(server, new.definition or ""))
+                found[key] = new._replace(definition=reprinted(new.definition or "", server, self.name))
         return list(differences(expected, found))
 
-    def reprinted(self, server: Postgres, definition: str) -> str:
-        """The definition of a view as this server prints it: PostgreSQL 15 and older qualify each column."""
-        options, mark, query = definition.partition("AS\n")
-        view = f"CREATE TEMP VIEW drift AS {query} SELECT pg_get_viewdef('pg_temp.drift'::regclass)"
-        with suppress(psycopg2.Error):  # it refers to what the revisions do not create
-            return options + mark + str(server.execute(f"{SESSION}; {view}", database=self.name)[0][0])
-        return definition
+
+def reprinted(definition: str, server: Postgres, database: str) -> str:
+    """The definition of a view as this server prints it: PostgreSQL 15 and older qualify each column."""
+    options, mark, query = definition.partition("AS\n")
+    view = f"CREATE TEMP VIEW drift AS {query} SELECT pg_get_viewdef('pg_temp.drift'::regclass)"
+    with suppress(psycopg2.Error):  # it refers to what the revisions do not create
+        return options + mark + str(server.execute(f"{SESSION}; {view}", database=database)[0][0])
+    return definition
 
 
 def alembic(*arguments: str, what: str = "", env: Mapping[str, str]) -> None:
@@ -218,18 +218,21 @@ def differences(expected: Objects, found: Objects) -> Iterator[str]:
 
 def difference(name: str, old: str | None, new: str | None) -> Iterator[str]:
     """`old` is the revisions', `new` the database's; None: there is none."""
+    if old == new:
+        return
     if old is None or new is None:
-        if old != new:
-            what, text = ("missing", old) if new is None else ("added", new)
-            yield printable(f"{what:9}{name}{f': {text}' if text and len(text.splitlines()) == 1 else ''}")
-    elif old != new and len(f"{old}\n{new}".splitlines()) <= 2:
+        what, text = ("missing", old) if new is None else ("added", new)
+        shown = f": {text}" if text and "\n" not in text else ""
+        yield printable(f"{what:9}{name}{shown}")
+    elif "\n" not in old + new:
         yield printable(f"changed  {name}: {old or 'nothing'} -> {new or 'nothing'}")
-    elif old != new:
+    else:
         yield printable(f"changed  {name}:")
-        diff = [line for line in difflib.ndiff(old.splitlines(), new.splitlines()) if line[0] in "+-"]
-        yield from (f"         {printable(line)}" for line in diff[:LONGEST])
-        if len(diff) > LONGEST:
-            yield f"         ... {len(diff) - LONGEST} more lines"
+        _, _, *lines = difflib.unified_diff(old.split("\n"), new.split("\n"), n=0, lineterm="")
+        lines = [f"         {printable(line)}" for line in lines if not line.startswith("@@")]
+        yield from lines[:LONGEST]
+        if len(lines) > LONGEST:
+            yield f"         ... {len(lines) - LONGEST} more lines"
 
 
 def granted(what: str, row: Object, other: Object) -> list[str]:

@@ -20,8 +20,9 @@ from tests.support.programs import Program, Result, run
 from tests.support.project import Project
 from tests.support.readme import root_block
 from tests.support.waiting import until
+from tools.drift import reprinted
 from tools.paths import BIN, ROOT
-from tools.postgres import dsn
+from tools.postgres import Postgres, dsn
 
 LEGEND = "added: only in the database; missing: only in the revisions; changed: revisions -> database"
 
@@ -192,8 +193,8 @@ CHANGES = [
         "CREATE OR REPLACE VIEW joined AS SELECT p.id, c.n FROM parent p LEFT JOIN child c ON c.parent = p.id",
         [
             "changed  view public.joined:",
-            "         -      JOIN public.child c ON ((c.parent = p.id)));",
-            "         +      LEFT JOIN public.child c ON ((c.parent = p.id)));",
+            "         -     JOIN public.child c ON ((c.parent = p.id)));",
+            "         +     LEFT JOIN public.child c ON ((c.parent = p.id)));",
         ],
     ),
     ("DROP MATERIALIZED VIEW total", ["missing  materialized view public.total"]),
@@ -201,8 +202,8 @@ CHANGES = [
         "CREATE OR REPLACE FUNCTION twice(a int) RETURNS int LANGUAGE sql STABLE AS 'SELECT $1 * 3'",
         [
             "changed  function public.twice(integer):",
-            "         - AS $function$SELECT $1 * 2$function$",
-            "         + AS $function$SELECT $1 * 3$function$",
+            "         -AS $function$SELECT $1 * 2$function$",
+            "         +AS $function$SELECT $1 * 3$function$",
         ],
     ),
     ("CREATE PROCEDURE done() LANGUAGE sql AS 'SELECT 1'", ["added    procedure public.done()"]),
@@ -449,7 +450,10 @@ def test_the_database_comes_from_the_runners_settings(project: Project, database
 def test_a_role_that_may_only_read_is_enough(project: Project, database: Database) -> None:
     upgrade(project, OBJECTS)
     role = f"drift_{database.name}"
-    database.execute(f"REVOKE ALL ON DATABASE {database.name} FROM PUBLIC; REVOKE ALL ON SCHEMA public FROM PUBLIC")
+    database.execute(
+        f"REVOKE ALL ON DATABASE {database.name} FROM PUBLIC; REVOKE ALL ON SCHEMA public FROM PUBLIC;"
+        f"GRANT USAGE ON SCHEMA public TO {database.role}"
+    )
     before = database.dump()
     try:
         script = root_block("CREATE ROLE hcm_drift")
@@ -491,17 +495,20 @@ def failure(result: Result) -> str:
 
 @pytest.mark.fault(
     "Code and settings",
-    fault="`make drift` with a wrong password, or with a setting that the runner refuses",
-    sees="exit 2, `FAILED: cannot connect to database <name>`, `FAILED: DATABASE_URL is not a valid URL`",
+    fault="`make drift` with a wrong password, server or URL",
+    sees="exit 2, `FAILED: cannot connect to database <name>`, `FAILED: could not connect to database <name>`,"
+    " `FAILED: DATABASE_URL is not a valid URL`",
     state="Nothing was changed",
     do="Follow the message, run again",
 )
-@pytest.mark.parametrize("wrong", ["password", "URL"])
+@pytest.mark.parametrize("wrong", ["password", "port", "URL"])
 def test_a_wrong_setting_gives_the_runners_message(project: Project, database: Database, wrong: str) -> None:
-    url = dsn(database.url.set(password="wrong")) if wrong == "password" else f"no:{PASSWORD}"  # noqa: S106
-    message = failure(drift(project, DATABASE_URL=url))
-    expected = f"cannot connect to {target(database)}: " if wrong == "password" else "DATABASE_URL is not a valid URL; "
-    assert message.startswith(expected), message
+    url, message = {
+        "password": (dsn(database.url.set(password="wrong")), f"cannot connect to {target(database)}: "),  # noqa: S106
+        "port": (dsn(database.url.set(port=1)), f"could not connect to database {database.name} at "),
+        "URL": (f"no:{PASSWORD}", "DATABASE_URL is not a valid URL; "),
+    }[wrong]
+    assert failure(drift(project, DATABASE_URL=url, MIGRATION_WAIT_SECONDS="0")).startswith(message)
 
 
 @pytest.mark.fault(
@@ -585,6 +592,24 @@ def test_an_interrupted_comparison_leaves_nothing_behind(project: Project, datab
         assert list(folder.iterdir()) == []
     finally:
         shutil.rmtree(folder)
+
+
+def test_a_view_of_an_older_server_is_compared_as_the_embedded_server_prints_it(own_server: Postgres) -> None:
+    """PostgreSQL 15 and older qualify each column."""
+    own_server.execute("CREATE TABLE t (a int)")
+    options = "WITH (check_option=local) AS\n"
+    printed = f"{options} SELECT a\n   FROM public.t;"
+    assert reprinted(f"{options} SELECT t.a\n   FROM public.t;", own_server, "postgres") == printed
+    unknown = "AS\n SELECT u.a\n   FROM public.u;"
+    assert reprinted(unknown, own_server, "postgres") == unknown
+
+
+def test_a_long_difference_is_cut(project: Project, database: Database) -> None:
+    function = "CREATE OR REPLACE FUNCTION f() RETURNS int LANGUAGE sql AS $$ SELECT {}0 $$"
+    upgrade(project, function.format(""))
+    database.execute(function.format("1 +\n" * 30))
+    first, *lines, last = found(drift(project), database)
+    assert (first, len(lines), last) == ("changed  function public.f():", 20, "         ... 12 more lines")
 
 
 def test_the_documented_screen_is_what_is_printed(project: Project, database: Database) -> None:
