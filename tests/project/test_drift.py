@@ -8,6 +8,7 @@ import signal
 import tempfile
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -396,6 +397,33 @@ def test_no_name_can_forge_a_line(project: Project, database: Database) -> None:
         'added    table public."x\\nmissing  table \\x1b[2Kpublic.y"',
         "added    function public.f()",
     ]
+
+
+def test_a_database_and_a_role_with_unusual_names(project: Project, database: Database) -> None:
+    """The functions of other roles in the search_path are not called either."""
+    role, name = f'it\'s "%s" {database.name}', f'd "%s" {database.name}'
+    quoted_role, quoted_name = ('"' + text.replace('"', '""') + '"' for text in (role, name))
+    database.execute(f"CREATE ROLE {quoted_role} LOGIN PASSWORD 'unused'")
+    database.execute(f"CREATE DATABASE {quoted_name} OWNER {quoted_role}")
+    try:
+        other = replace(database, admin=database.admin.set(database=name), name=name)
+        for function in ("quote_ident(text)", "current_setting(text)", "unnest(anyarray)", "format(text, text)"):
+            body = "LANGUAGE plpgsql AS $$BEGIN RAISE 'called'; END$$"
+            other.execute(f"CREATE FUNCTION public.{function} RETURNS text {body}")
+        other.execute(
+            f"ALTER ROLE {quoted_role} SET search_path = public, pg_catalog; GRANT ALL ON SCHEMA public TO PUBLIC"
+        )
+        settings = parts(database) | {"DB_NAME": name, "DB_USER": role, "DB_PASSWORD": "unused"}
+        upgrade(project, f"GRANT SELECT ON hcm_report_metadata TO {database.role}", **settings)
+        assert found(drift(project, **settings), other) == [
+            "added    function public.current_setting(pg_catalog.text)",
+            "added    function public.format(pg_catalog.text,pg_catalog.text)",
+            "added    function public.quote_ident(pg_catalog.text)",
+            "added    function public.unnest(pg_catalog.anyarray)",
+        ]
+    finally:
+        database.execute(f"DROP DATABASE {quoted_name} WITH (FORCE)")
+        database.execute(f"DROP ROLE {quoted_role}")
 
 
 def test_the_operators_schemas_and_default_privileges_are_no_difference(project: Project, database: Database) -> None:
