@@ -8,7 +8,7 @@ UV_COMPILE = $(BIN)/uv pip compile -q --universal --python-version 3.10 --genera
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-.PHONY: help venv demo migrate test test-fast test-e2e soak bench cluster install cluster-down lint lock docs clean
+.PHONY: help venv demo migrate drift test test-fast test-e2e soak bench cluster install cluster-down lint lock docs clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -29,6 +29,9 @@ demo: venv ## upgrade an empty database and downgrade it again, in under a minut
 
 migrate: venv ## migrate the database of DATABASE_URL, DB_* or .env
 	@$(BIN)/alembic upgrade head
+
+drift: venv ## compare that database with what its revisions make, read only (EXCLUDE='keycloak eg_*' leaves out other services' objects)
+	@$(BIN)/python -m tools.drift
 
 test: venv ## run every test, with a real PostgreSQL and a real Kubernetes
 	@$(BIN)/pytest -n 7

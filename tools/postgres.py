@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypedDict
+from urllib.parse import quote
 
 import psycopg2
 from sqlalchemy import URL
@@ -150,7 +151,8 @@ def execute(url: URL, statement: str, *parameters: object) -> list[tuple[Any, ..
 
 def dsn(url: URL) -> str:
     """A URL for libpq, psql and DATABASE_URL, password included."""
-    return url.render_as_string(hide_password=False).replace(" ", "%20")  # SQLAlchemy accepts spaces, libpq does not
+    url = url.set(database=quote(url.database or "", safe=""))  # SQLAlchemy quotes only user and password
+    return url.render_as_string(hide_password=False).replace(" ", "%20")  # and accepts spaces, unlike libpq
 
 
 class _User(TypedDict, total=False):
