@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import functools
 import io
-import json
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NoReturn, cast
 
 from alembic import context
 from alembic.runtime.migration import MigrationContext, MigrationInfo, MigrationStep
-from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import Insert, TextClause
 from sqlalchemy.engine.mock import MockConnection
 from sqlalchemy.exc import NoInspectionAvailable
 from sqlalchemy.schema import CreateTable
 
-from migration_runner import catalog, checksum, record, revisions, sql
+from migration_runner import plan_sql, record, revisions, sql
 from migration_runner.command import Command
 from migration_runner.errors import unbound_parameter
+from migration_runner.plan_sql import PlanSQL
 from migration_runner.session import LOCK_TIMEOUT, qualify_comparisons
 from migration_runner.settings import Settings
 from migration_runner.step import savepoint, title
@@ -79,7 +78,7 @@ class _Plan:
         self.output = _Statements()
         self.step: MigrationStep | None = None
         self.heads: tuple[str, ...] = ()  # of the database before the step
-        self.writer = record.Writer(command.script, settings.origin, "plan", _in_format)
+        self.writer = record.Writer(command.script, settings.origin, "plan", plan_sql.literal_in_format)
 
     def write(self) -> None:
         context.configure(
@@ -112,18 +111,17 @@ class _Plan:
     def _steps(self, heads: tuple[str, ...], migration: MigrationContext) -> Iterator[MigrationStep]:
         self.heads = heads
         steps = list(self.command.plan(heads, migration))
-        quote = migration.dialect.identifier_preparer.quote
-        table = ".".join(quote(name) for name in (self.settings.schema, self.settings.version_table) if name)
-        first = _open_record(self.command.script, heads, table, self.settings)
+        self.sql = PlanSQL(self.settings, migration.dialect.identifier_preparer.quote)
         self.output.emit(
             "-- Run it with psql --set=ON_ERROR_STOP=1: after an error, the rest must not be applied",
-            *_settings(self.settings, quote),
-            _lock(table, self.settings),
+            *self.sql.settings,
+            self.sql.lock,
         )
+        opens = [self.sql.open_record(self.command.script, heads)]
         for step in steps:
             self.step = step
-            step.migration_fn = self._around(step.migration_fn, table, _settings(self.settings, quote), first)
-            first = ""
+            step.migration_fn = self._around(step.migration_fn, opens)
+            opens = []
             yield step
 
     @contextmanager
@@ -142,21 +140,19 @@ class _Plan:
         finally:
             self.output.emit(f"SAVEPOINT {savepoint(self.step)};")
 
-    def _around(
-        self, function: Callable[..., None], table: str, settings: list[str], first: str
-    ) -> Callable[..., None]:
+    def _around(self, function: Callable[..., None], opens: list[str]) -> Callable[..., None]:
         """As StepRun.apply: the same savepoint, the settings reset, the step recorded, the indexes checked."""
 
         def apply(**options: Any) -> None:
             assert self.step
             self.output.begin_step()
-            self.output.emit(_position(table, self.heads), *filter(None, [first]), f"SAVEPOINT {savepoint(self.step)};")
+            self.output.emit(self.sql.position(self.heads), *opens, f"SAVEPOINT {savepoint(self.step)};")
             function(**options)
             if self.connection.unanswered:  # and the revision caught the exception
                 raise HasNoPlan(self.connection.unanswered)
-            checks = [check for build in self.output.builds if (check := _index(build, title(self.step)))]
-            row = _record(self.writer.insert("%I.%I", self.step, DURATION), table, self.settings)
-            self.output.emit(f"RELEASE SAVEPOINT {savepoint(self.step)};", *settings, row, *checks)
+            checks = [check for build in self.output.builds if (check := plan_sql.index(build, title(self.step)))]
+            row = self.sql.record(self.writer.insert("%I.%I", self.step, plan_sql.DURATION))
+            self.output.emit(f"RELEASE SAVEPOINT {savepoint(self.step)};", *self.sql.settings, row, *checks)
 
         return apply
 
@@ -278,147 +274,3 @@ class _NoResult:
 
     def __iter__(self) -> NoReturn:
         raise self.connection.refusal()
-
-
-def _settings(settings: Settings, quote: Callable[[str], str]) -> list[str]:
-    """What each revision starts with, as Session.defaults; a plan cannot know which names an older server lacks."""
-    return [
-        "SET SESSION AUTHORIZATION DEFAULT;",
-        "RESET ROLE;",
-        f"SET search_path = {quote(settings.schema) if settings.schema else 'DEFAULT'};",
-        f"SET lock_timeout = '{LOCK_TIMEOUT}';",
-        "SET statement_timeout = 0;",
-        "SET idle_in_transaction_session_timeout = 0;",
-    ]
-
-
-def _literal(text: str | None) -> str:
-    return "NULL" if text is None else "'" + text.replace("'", "''") + "'"
-
-
-def _in_format(text: str | None) -> str:
-    """A literal in a format of pg_catalog.format()."""
-    return _literal(text).replace("%", "%%")
-
-
-def _block(condition: str, message: str) -> str:
-    """A statement that fails if the condition holds."""
-    raises = f"RAISE EXCEPTION USING MESSAGE = {_literal(message)};"
-    return f"DO $plan$ BEGIN IF {condition} THEN\n  {raises}\nEND IF; END $plan$;"
-
-
-def _schema(table: str, settings: Settings) -> str:
-    """The version table's schema, as an expression; without DB_SCHEMA, the server resolves it."""
-    if settings.schema:
-        return _text(settings.schema)
-    found = (
-        "(SELECT n.nspname::pg_catalog.text FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n"
-        " ON n.oid OPERATOR(pg_catalog.=) c.relnamespace WHERE c.oid OPERATOR(pg_catalog.=)"
-        f" pg_catalog.to_regclass({_text(table)})::pg_catalog.oid)"
-    )
-    return f"coalesce({found}, pg_catalog.current_schema())"
-
-
-def _lock(table: str, settings: Settings) -> str:
-    """The run's lock, under the same key."""
-    schema = _schema(table, settings)
-    name = f"pg_catalog.concat({schema}, {_text('.' + settings.version_table)})"
-    digest = f"pg_catalog.sha256(pg_catalog.convert_to({name}, 'UTF8'))"
-    hexadecimal = f"pg_catalog.encode(pg_catalog.substr({digest}, 1, 8), 'hex')"
-    key = f"pg_catalog.concat('x', {hexadecimal})::pg_catalog.bit(64)::pg_catalog.int8"
-    return _block(f"NOT pg_catalog.pg_try_advisory_lock(\n  {key})", "another migration is running")
-
-
-# Set if the record cannot be written; it is no longer set after a revision's RESET ALL.
-UNRECORDED = "migration_runner.nothing_is_recorded"
-# After an autocommit_block, of the last transaction.
-DURATION = "pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) pg_catalog.transaction_timestamp()"
-
-
-def _open_record(script: ScriptDirectory, heads: Iterable[str], table: str, settings: Settings) -> str:
-    """As Record: find or create it, and refuse a database that has another revision under one of these names."""
-    checksums = record.checksums(script, revisions.applied(script, heads))
-    return f"""DO $plan$ DECLARE
-  path pg_catalog.text := pg_catalog.current_setting('search_path');
-  home pg_catalog.text := {_schema(table, settings)};
-  history pg_catalog.text := {_text(record.table_name(settings.version_table))};
-  found pg_catalog.text;
-  problem pg_catalog.text := 'no privileges on it, or it is another table';
-  changed pg_catalog.text;
-BEGIN
-  PERFORM pg_catalog.set_config('search_path', 'pg_catalog', true);
-  BEGIN
-    IF to_regclass(format('%I.%I', home, history)) IS NULL THEN
-      EXECUTE format({_literal(record.create_sql("%I.%I"))}, home, history);
-    END IF;
-  EXCEPTION WHEN syntax_error_or_access_rule_violation THEN
-    problem := sqlerrm;
-  END;
-  SELECT t.name INTO found FROM ({catalog.TABLES.strip()}
-    WHERE n.nspname = home AND c.relname = history) t
-  WHERE t.problem IS NULL AND t.columns = {_literal(record.TYPES_JSON)}
-    AND has_table_privilege(t.oid, 'SELECT') AND has_table_privilege(t.oid, 'INSERT');
-  IF found IS NULL THEN
-    PERFORM set_config('{UNRECORDED}', 'true', false);
-    RAISE WARNING 'nothing is recorded in %.%: %', home, history, problem;
-  ELSE
-    EXECUTE format({_literal(CHANGED)}, found) INTO changed USING {_literal(json.dumps(checksums))}::jsonb;
-    IF changed IS NOT NULL THEN
-      RAISE EXCEPTION 'revision % was changed after it was applied: ''alembic upgrade head'' names both files', changed;
-    END IF;
-  END IF;
-  PERFORM set_config('search_path', path, true);
-END $plan$;"""
-
-
-# The last row of each revision has its checksum; $1 has the code's.
-CHANGED = f"""SELECT revision FROM (SELECT DISTINCT ON (revision) id, revision, direction, checksum FROM %s
-  ORDER BY revision, id DESC) r WHERE direction <> 'downgrade' AND starts_with(checksum, '{checksum.VERSION}')
-  AND checksum <> ($1 ->> revision) ORDER BY id LIMIT 1"""
-
-
-def _record(insert: str, table: str, settings: Settings) -> str:
-    """Run the INSERT, unless the record cannot be written."""
-    name = f"{_schema(table, settings)}, {_text(record.table_name(settings.version_table))}"
-    written = f"pg_catalog.concat(pg_catalog.current_setting('{UNRECORDED}', true)) OPERATOR(pg_catalog.=) ''"
-    statement = f"EXECUTE pg_catalog.format({_literal(insert)},\n  {name});"
-    return f"DO $plan$ BEGIN IF {written} THEN\n  {statement}\nEND IF; END $plan$;"
-
-
-def _position(table: str, heads: Iterable[str]) -> str:
-    there = ", ".join(map(_text, sorted(heads)))
-    found = f'ARRAY(SELECT version_num::pg_catalog.text COLLATE "C" FROM {table} ORDER BY 1)'
-    differs = f"{found} OPERATOR(pg_catalog.<>) ARRAY[{there}]::pg_catalog.text[]"
-    at = ", ".join(sorted(heads)) or "base"
-    return _block(differs, f"the database is not at {at}, where this plan starts")
-
-
-def _index(build: sql.IndexBuild, name: str) -> str | None:
-    """The run's check of an index build; the server resolves the names when the plan is applied."""
-    if build.index is None or (build.table is None and not build.rebuilds):
-        return None
-    if any(
-        name and name.upper().startswith("U&") for name in (build.index, build.table)
-    ):  # only the parser can read it
-        return None
-    table = f"pg_catalog.to_regclass({_text(build.table or build.index)})::pg_catalog.oid"
-    if build.table is None:
-        same = f"indexrelid OPERATOR(pg_catalog.=) {table}"
-        table = f"(SELECT indrelid FROM pg_catalog.pg_index WHERE {same})"
-    parts = f"pg_catalog.parse_ident({_text(build.index)})"
-    added = sql.REINDEX_SUFFIX if build.rebuilds else "$"
-    found = (
-        "SELECT FROM pg_catalog.pg_index i JOIN pg_catalog.pg_class c ON c.oid OPERATOR(pg_catalog.=) i.indexrelid"
-        f"\n  WHERE NOT i.indisvalid AND i.indrelid OPERATOR(pg_catalog.=) {table}"
-        f"\n  AND pg_catalog.regexp_replace(c.relname::pg_catalog.text, {_text(added)}, {_text('')})"
-        f"\n  OPERATOR(pg_catalog.=) ({parts})[pg_catalog.array_upper({parts}, 1)]::pg_catalog.name::pg_catalog.text"
-    )
-    return _block(
-        f"EXISTS (\n  {found})",
-        f"{name} is incomplete: it left an INVALID index; DROP INDEX CONCURRENTLY it, then run the rest again",
-    )
-
-
-def _text(text: str) -> str:
-    """A literal of type text: an untyped one could match a function that another role has created."""
-    return f"{_literal(text)}::pg_catalog.text"

@@ -47,6 +47,7 @@ COLUMNS = {
 }
 TYPES = {name: type_ for name, (type_, _) in COLUMNS.items()}
 TYPES_JSON = json.dumps(TYPES)
+OTHER_COLUMNS = "is another table: its columns differ"
 
 
 def table_name(version_table: str) -> str:
@@ -123,7 +124,7 @@ class Record:
             latest = self._entries("DISTINCT ON (revision)", "ORDER BY revision, id DESC")
             self.entries = {entry.revision: entry for entry in latest}
         if table and not self.problem and not self.writes:
-            self.problem = f"the role may not SELECT and INSERT in {table.name}"
+            self.problem = f"{table.name} may not be read and written by the role"
 
     def _entries(self, distinct: str, order: str) -> list[Entry]:
         columns = ", ".join(Entry.__dataclass_fields__)
@@ -209,7 +210,7 @@ def _problem(table: catalog.Table) -> str | None:
     """The reason to leave an existing table alone."""
     if table.problem:
         return f"{table.name} {table.problem}"
-    return f"{table.name} is another table: its columns differ" if table.columns != TYPES else None
+    return f"{table.name} {OTHER_COLUMNS}" if table.columns != TYPES else None
 
 
 def checksums(script: ScriptDirectory, names: Iterable[str]) -> dict[str, str]:

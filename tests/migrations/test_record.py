@@ -236,7 +236,7 @@ OTHERS = {
 @pytest.mark.fault(
     "Database",
     fault="Something else has the name of the record: a view, a table with other columns, a table of an untrusted role",
-    sees=f"{NOT_RECORDED}; of a plan, `WARNING:  nothing is recorded in ...`",
+    sees=f"{NOT_RECORDED}; of a plan, `WARNING:  nothing is recorded: ...`",
     state="Complete; the other object is unchanged",
     do="Drop or rename it, or set `ALEMBIC_VERSION_TABLE`",
 )
@@ -260,7 +260,10 @@ def test_something_else_of_its_name_is_left_alone(
         if planned:
             plan = project.alembic("upgrade", "head", "--sql")
             result = database.psql(plan.stdout)
-            assert "WARNING:  nothing is recorded in public.alembic_version_history: " in result.text
+            assert (
+                f"WARNING:  nothing is recorded: public.alembic_version_history {problem.partition(' (')[0]}"
+                in result.text
+            )
         else:
             result = project.alembic("upgrade", "head")
             line = f"HH:MM:SS WARNING nothing is recorded: public.alembic_version_history {problem}; {SEE_README}"
@@ -284,7 +287,7 @@ def test_a_role_without_privileges_on_it_migrates_without(project: Project, data
         database.execute(f"GRANT {granted} ON alembic_version_history TO {database.role}")
     result = project.alembic("upgrade", "head")
     assert (result.returncode, database.at) == (0, ["002"]), result
-    problem = "the role may not SELECT and INSERT in public.alembic_version_history"
+    problem = "public.alembic_version_history may not be read and written by the role"
     result.line(f"HH:MM:SS WARNING nothing is recorded: {problem}; {SEE_README}")
     assert ("Applied: YYYY" in project.alembic("history", "-i", "--verbose").stdout) == (granted == "SELECT")
     database.execute(f"GRANT SELECT, INSERT ON alembic_version_history TO {database.role}")
