@@ -117,10 +117,12 @@ class Runner:
             raise
         except BaseException as caught:
             self.stop.check()
-            ours = isinstance(caught, CommandError | RetriesExhausted)
+            # The connection may break on leaving, and hide the attempt's own error.
+            error = self.attempt.error if self.attempt and self.attempt.error else caught
+            ours = isinstance(error, CommandError | RetriesExhausted)
             if ours and not (self.attempt and self.attempt.step):  # one raised by a revision is that revision's failure
-                raise
-            self._wait_or_raise(root_cause(caught))
+                raise error from None
+            self._wait_or_raise(root_cause(error))
             return False
         return True
 
@@ -179,6 +181,7 @@ class Attempt:
         self.step: StepRun | None = None
         self.record: record.Record
         self.heads: tuple[str, ...] = ()  # after the last recorded step
+        self.error: BaseException | None = None
         self.lost = False  # the connection, at the end of the attempt
         runner.progress.version_table = (session.schema, session.settings.version_table)
 
@@ -187,6 +190,9 @@ class Attempt:
         try:
             with self.monitor:
                 self._run()
+        except BaseException as error:
+            self.error = error
+            raise
         finally:
             self.lost = self.session.lost
 

@@ -102,3 +102,26 @@ def test_a_server_that_is_killed_during_a_revision_and_stays_down_is_an_error(
     assert result.failure.startswith(f"could not connect to {target} within 2 s: ")
     own_server.start()
     assert own_server.execute("SELECT * FROM alembic_version") == [("001",)]
+
+
+BREAKS_BEFORE_THE_ROLLBACK = """
+import logging, os, psycopg2
+def filter(record):
+    if "to do: 1" in record.getMessage():
+        with psycopg2.connect(os.environ["DATABASE_URL"], application_name="revision") as other:
+            other.cursor().execute(
+                "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = current_database()"
+                " AND application_name = 'hcm-db-migrations'"
+            )
+        raise ValueError("mine")
+    return True
+logging.getLogger("migration_runner").addFilter(filter)
+"""
+
+
+def test_a_connection_that_breaks_after_an_error_does_not_hide_it(project: Project) -> None:
+    path = project.add("002")
+    assert project.alembic("upgrade", "001").returncode == 0
+    path.write_text(f"{path.read_text()}{BREAKS_BEFORE_THE_ROLLBACK}")
+    result = project.alembic("upgrade", "head")
+    assert result.returncode == 255 and result.failure.startswith("ValueError: "), result
