@@ -297,8 +297,9 @@ class Attempt:
         progress.log(f"at {self._describe_heads(heads)}; to do: {len(steps)} ({', '.join(names)})")
         _refuse_long_names(steps, table)
         self._note_invalid_indexes()
-        self.record.writer.prepare(steps)
         self._create_record()
+        if self.record.writes:
+            self.record.writer.prepare(steps)
         self.session.use_search_path(self.session.search_path)
         if not command.purges:
             connection.commit()  # each step has its own transaction

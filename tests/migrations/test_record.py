@@ -332,6 +332,22 @@ def test_a_run_killed_before_its_commit_leaves_no_row(project: Project, database
     assert (database.at, database.history()) == (["001"], [("001", "upgrade")])
 
 
+def test_a_session_that_is_terminated_while_it_creates_it_is_retried(project: Project, database: Database) -> None:
+    project.add("002")
+    assert project.alembic("upgrade", "001").returncode == 0
+    database.execute("DROP TABLE alembic_version_history")
+    with database.session() as other:
+        other.execute("LOCK TABLE pg_class IN SHARE MODE")
+        run = project.start("upgrade", "head")
+        until(lambda: any("CREATE TABLE" in line for line in database.activity()))
+        database.execute(
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE query LIKE 'CREATE TABLE %'"
+        )
+    result = run.wait()
+    result.line("INFO waiting, ", "server closed the connection")
+    assert (result.returncode, database.history()) == (0, [("002", "upgrade")]), result
+
+
 @pytest.mark.fault(
     "Rolling back",
     fault="A plan is applied with psql, and the next run is an ordinary one",
