@@ -341,7 +341,8 @@ def test_a_session_that_is_terminated_while_it_creates_it_is_retried(project: Pr
         run = project.start("upgrade", "head")
         until(lambda: any("CREATE TABLE" in line for line in database.activity()))
         database.execute(
-            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE query LIKE 'CREATE TABLE %'"
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = current_database()"
+            " AND query LIKE 'CREATE TABLE %'"
         )
     result = run.wait()
     result.line("INFO waiting, ", "server closed the connection")
