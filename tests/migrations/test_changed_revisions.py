@@ -173,7 +173,7 @@ def upgrade():
     while 1: break
     x += 1; x: int = {1, 2}; (x) = {k: v for k, v in x for _ in v}
 """
-# Computed with 3.10, 3.11, 3.12 and 3.13.
+# Computed with 3.10, 3.11, 3.12, 3.13 and 3.14.
 EXPECTED = "1:2ee6081b3352e1aa7efaf81c11418756642b88b7b01c4e40dbc1376c2f3f98d5"
 
 
