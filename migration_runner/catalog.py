@@ -113,6 +113,7 @@ TABLES = (
                 WHEN 'p' THEN 'partitioned table' WHEN 'S' THEN 'sequence' ELSE 'relation' END,
                 ', not an ordinary table')
             WHEN c.relowner NOT IN (SELECT oid FROM trusted) THEN concat('is owned by ', c.relowner::regrole)
+            WHEN row_security_active(c.oid) THEN 'has row-level security, which applies to the role'
             WHEN code.what IS NOT NULL THEN concat('runs the ', code.what, ', which is owned by ', code.owner)
         END AS problem,
         (SELECT jsonb_object_agg(attname, format_type(atttypid, atttypmod)) FROM pg_attribute

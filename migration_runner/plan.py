@@ -78,7 +78,7 @@ class _Plan:
         self.output = _Statements()
         self.step: MigrationStep | None = None
         self.heads: tuple[str, ...] = ()  # of the database before the step
-        self.writer = record.Writer(command.script, settings.origin, "plan", plan_sql.literal_in_format)
+        self.writer = record.Writer(command.script, settings.origin, "plan", plan_sql.literal)
 
     def write(self) -> None:
         context.configure(
@@ -117,7 +117,7 @@ class _Plan:
             *self.sql.settings,
             self.sql.lock,
         )
-        opens = [self.sql.open_record(self.command.script, heads)]
+        opens = [self.sql.open_record(self.command.script, heads, self.writer)]
         for step in steps:
             self.step = step
             step.migration_fn = self._around(step.migration_fn, opens)
@@ -151,8 +151,8 @@ class _Plan:
             if self.connection.unanswered:  # and the revision caught the exception
                 raise HasNoPlan(self.connection.unanswered)
             checks = [check for build in self.output.builds if (check := plan_sql.index(build, title(self.step)))]
-            row = self.sql.record(self.writer.insert("%I.%I", self.step, plan_sql.DURATION))
-            self.output.emit(f"RELEASE SAVEPOINT {savepoint(self.step)};", *self.sql.settings, row, *checks)
+            rows = map(plan_sql.record_row, self.writer.rows(self.step))
+            self.output.emit(f"RELEASE SAVEPOINT {savepoint(self.step)};", *self.sql.settings, *rows, *checks)
 
         return apply
 

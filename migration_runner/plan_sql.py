@@ -11,14 +11,14 @@ from migration_runner import catalog, checksum, record, revisions, sql
 from migration_runner.session import LOCK_TIMEOUT
 from migration_runner.settings import Settings
 
-# Set if the record cannot be written; it is no longer set after a revision's RESET ALL.
-UNRECORDED = "migration_runner.nothing_is_recorded"
+# A prepared statement adds the rows. It exists only if the record can be written; RESET ALL in a revision keeps it.
+RECORD = "migration_runner record"
 # After an autocommit_block, of the last transaction.
 DURATION = "pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) pg_catalog.transaction_timestamp()"
-# The last row of each revision has its checksum; $1 has the code's.
-CHANGED = f"""SELECT revision FROM (SELECT DISTINCT ON (revision) id, revision, direction, checksum FROM %s
-  ORDER BY revision, id DESC) r WHERE direction <> 'downgrade' AND starts_with(checksum, '{checksum.VERSION}')
-  AND checksum <> ($1 ->> revision) ORDER BY id LIMIT 1"""
+# The last row of each revision has its checksum; $1 has the code's, with file name and SHA-256.
+CHANGED = f"""SELECT revision FROM (SELECT DISTINCT ON (revision) * FROM %s ORDER BY revision, {record.NEWEST_FIRST}) r
+  WHERE direction <> 'downgrade' AND starts_with(checksum, '{checksum.VERSION}') AND checksum <> ($1 -> revision ->> 0)
+  AND (file, file_sha256) IS DISTINCT FROM ($1 -> revision ->> 1, $1 -> revision ->> 2) ORDER BY applied_at LIMIT 1"""
 
 
 class PlanSQL:
@@ -65,9 +65,10 @@ class PlanSQL:
         at = ", ".join(sorted(heads)) or "base"
         return block(differs, f"the database is not at {at}, where this plan starts")
 
-    def open_record(self, script: ScriptDirectory, heads: Iterable[str]) -> str:
+    def open_record(self, script: ScriptDirectory, heads: Iterable[str], writer: record.Writer) -> str:
         """As Record: find or create it, and refuse a database that has another revision under the name of one."""
-        checksums = record.checksums(script, revisions.applied(script, heads))
+        contents = record.contents(script, revisions.applied(script, heads))
+        prepare = writer.insert("%s", ["$1, $2, $3, $4, $5"], DURATION)
         return f"""DO $plan$ DECLARE
   path pg_catalog.text := pg_catalog.current_setting('search_path');
   home pg_catalog.text := {self.schema};
@@ -83,31 +84,34 @@ BEGIN
     END IF;
     SELECT t.name, CASE
       WHEN t.problem IS NOT NULL THEN t.problem
-      WHEN t.columns <> {literal(record.TYPES_JSON)} THEN {literal(record.OTHER_COLUMNS)}
+      WHEN NOT t.columns @> {literal(record.TYPES_JSON)} THEN {literal(record.OTHER_COLUMNS)}
       WHEN NOT (has_table_privilege(t.oid, 'SELECT') AND has_table_privilege(t.oid, 'INSERT'))
-        THEN 'may not be read and written by the role'
+        THEN {literal(record.NOT_GRANTED)}
     END INTO found, reason FROM ({catalog.TABLES.strip()}
       WHERE n.nspname = home AND c.relname = history) t;
-  EXCEPTION WHEN syntax_error_or_access_rule_violation THEN
+  EXCEPTION WHEN OTHERS THEN
     reason := concat('cannot be created: ', sqlerrm);
   END;
   IF reason IS NOT NULL THEN
-    PERFORM set_config('{UNRECORDED}', 'true', false);
     RAISE WARNING 'nothing is recorded: %.% %', home, history, reason;
   ELSE
-    EXECUTE format({literal(CHANGED)}, found) INTO changed USING {literal(json.dumps(checksums))}::jsonb;
+    EXECUTE format({literal(CHANGED)}, found) INTO changed USING {literal(json.dumps(contents))}::jsonb;
     IF changed IS NOT NULL THEN
       RAISE EXCEPTION 'revision % was changed after it was applied: ''alembic upgrade head'' names both files', changed;
     END IF;
+    EXECUTE concat('PREPARE "{RECORD}" AS ', replace({literal(prepare)}, '%s', found));
   END IF;
   PERFORM set_config('search_path', path, true);
 END $plan$;"""
 
-    def record(self, insert: str) -> str:
-        """Run an INSERT, whose table is `%I.%I`, unless the record cannot be written."""
-        written = f"pg_catalog.concat(pg_catalog.current_setting('{UNRECORDED}', true)) OPERATOR(pg_catalog.=) ''"
-        statement = f"EXECUTE pg_catalog.format({literal(insert)},\n  {self.schema}, {self.history});"
-        return f"DO $plan$ BEGIN IF {written} THEN\n  {statement}\nEND IF; END $plan$;"
+
+def record_row(row: str) -> str:
+    """Add a row, if the record can be written."""
+    prepared = f"SELECT FROM pg_catalog.pg_prepared_statements WHERE name OPERATOR(pg_catalog.=) {text(RECORD)}"
+    execute = literal(f'EXECUTE "{RECORD}" ({row})')
+    return f"""DO $plan$ BEGIN IF EXISTS ({prepared}) THEN
+  EXECUTE {execute};
+END IF; EXCEPTION WHEN OTHERS THEN RAISE WARNING 'a step is not recorded: %', sqlerrm; END $plan$;"""
 
 
 def index(build: sql.IndexBuild, name: str) -> str | None:
@@ -139,11 +143,6 @@ def index(build: sql.IndexBuild, name: str) -> str | None:
 def literal(text: str | None) -> str:
     """A text as SQL."""
     return "NULL" if text is None else "'" + text.replace("'", "''") + "'"
-
-
-def literal_in_format(text: str | None) -> str:
-    """The same in a format of pg_catalog.format()."""
-    return literal(text).replace("%", "%%")
 
 
 def text(text: str) -> str:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 
 import alembic
 import psycopg2
@@ -19,7 +18,7 @@ from psycopg2.extensions import QuotedString
 from migration_runner import catalog, checksum, revisions
 from migration_runner.checksum import RevisionFile
 from migration_runner.database import RawConnection
-from migration_runner.errors import printable, server_message
+from migration_runner.errors import describe, is_transient, printable, server_message
 from migration_runner.settings import Origin
 
 VERSION = "0.1.0"  # of this package
@@ -28,7 +27,7 @@ SEE_README = "see 'The record of what was applied' in README.md"
 
 # Each column's type, and what CREATE TABLE adds to it.
 COLUMNS = {
-    "id": ("bigint", "GENERATED ALWAYS AS IDENTITY PRIMARY KEY"),
+    "id": ("bigint", "GENERATED ALWAYS AS IDENTITY"),
     "revision": ("text", "NOT NULL"),
     "direction": ("text", "NOT NULL"),  # upgrade, downgrade, stamp
     "applied_at": ("timestamp with time zone", "NOT NULL DEFAULT pg_catalog.clock_timestamp()"),
@@ -48,6 +47,8 @@ COLUMNS = {
 TYPES = {name: type_ for name, (type_, _) in COLUMNS.items()}
 TYPES_JSON = json.dumps(TYPES)
 OTHER_COLUMNS = "is another table: its columns differ"
+NOT_GRANTED = "may not be read and written by the role"
+READ_ONLY = "25006"
 
 
 def table_name(version_table: str) -> str:
@@ -58,19 +59,22 @@ def table_name(version_table: str) -> str:
 def create_sql(table: str) -> str:
     """The statement that creates the table; `table` is quoted."""
     columns = ", ".join(f"{name} {' '.join(parts)}".rstrip() for name, parts in COLUMNS.items())
-    return f"CREATE TABLE {table} ({columns})"
+    # Not the id alone: after a logical replication, the sequence may start again.
+    return f"CREATE TABLE {table} ({columns}, PRIMARY KEY (applied_at, id))"
+
+
+NEWEST_FIRST = "applied_at DESC, id DESC"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of the record."""
+    """What is shown and compared of a row."""
 
-    id: int
     revision: str  # of a stamp to nothing, `base`
     direction: str
     applied_by: str
     applied_at: datetime
-    duration: timedelta | None
+    seconds: float | None
     role: str
     host: str | None
     repository: str | None
@@ -79,8 +83,6 @@ class Entry:
     file: str | None
     file_sha256: str | None
     checksum: str | None
-    runner: str | None
-    alembic: str | None
 
     @property
     def at(self) -> str:
@@ -97,7 +99,7 @@ class Entry:
     def lines(self) -> str:
         """What `alembic current --verbose` adds to the revision."""
         did = {"upgrade": "Applied", "downgrade": "Undone", "stamp": "Stamped"}.get(self.direction, self.direction)
-        seconds = f" in {self.duration.total_seconds():.2f} s" if self.duration is not None else ""
+        seconds = f" in {self.seconds:.2f} s" if self.seconds is not None else ""
         host = f" on {self.host}" if self.host else " with a plan" if self.applied_by == "plan" else ""
         code = ", ".join(
             f"{name} {value}".lstrip()
@@ -118,17 +120,22 @@ class Record:
         self.writer = Writer(script, origin, "run", _literals(raw))
         self.table = table.name if table else None  # quoted; None if it does not exist
         self.problem = _problem(table) if table else None
-        self.writes = bool(table and not self.problem and table.can_write)
         self.entries: dict[str, Entry] = {}  # each revision's last row
         if table and not self.problem and table.can_read:
-            latest = self._entries("DISTINCT ON (revision)", "ORDER BY revision, id DESC")
-            self.entries = {entry.revision: entry for entry in latest}
-        if table and not self.problem and not self.writes:
-            self.problem = f"{table.name} may not be read and written by the role"
+            try:
+                entries = self._entries("DISTINCT ON (revision)", f"revision, {NEWEST_FIRST}")
+                self.entries = {entry.revision: entry for entry in entries}
+            except ValueError as error:  # a date of the year 10000; another encoding, in an SQL_ASCII database
+                self.problem = f"{table.name} cannot be read: {describe(error)}"
+        if table and not self.problem and not table.can_write:
+            self.problem = f"{table.name} {NOT_GRANTED}"
+        self.writes = table is not None and not self.problem
 
     def _entries(self, distinct: str, order: str) -> list[Entry]:
-        columns = ", ".join(Entry.__dataclass_fields__)
-        return [Entry(*row) for row in self.raw.query(f"SELECT {distinct} {columns} FROM {self.table} {order}")]
+        seconds = "extract(epoch FROM duration)::pg_catalog.float8"  # the driver reads not every intervalstyle
+        columns = ", ".join(Entry.__dataclass_fields__).replace("seconds", seconds)
+        rows = self.raw.query(f"SELECT {distinct} {columns} FROM {self.table} ORDER BY {order}")
+        return [Entry(*row) for row in rows]
 
     def create(self, schema: str, name: str) -> None:
         """Create the table in the current transaction, which continues if the role may not."""
@@ -138,26 +145,25 @@ class Record:
             self.raw.query(create_sql(self.table))
             self.writes = True
         except psycopg2.Error as error:
-            # Class 42: not permitted, or the name is a type's. 25006: read-only, which the first step reports.
-            if not re.match("42|25006", error.pgcode or ""):
+            if not is_refusal(self.raw, error):
                 raise
             self.raw.query('ROLLBACK TO SAVEPOINT "migration_runner record"')
-            if error.pgcode != "25006":
+            if error.pgcode != READ_ONLY:  # which the first step reports
                 self.problem = f"{self.table} cannot be created: {server_message(error)}"
 
     def insert(self, step: MigrationStep, seconds: float) -> str:
         """The INSERT of the step's rows, for the session after the step."""
         assert self.table
-        return self.writer.insert(self.table, step, f"'{seconds:.6f} s'")
+        return self.writer.insert(self.table, self.writer.rows(step), f"'{seconds:.6f} s'")
 
     def write_purge(self) -> None:
         """Write the row of `stamp --purge base`, in the current transaction."""
         if self.writes:
             self.raw.query(self.insert(StampStep(None, None, is_upgrade=False, branch_move=True), 0))
 
-    def newest(self) -> Entry:
-        """The row that was written last."""
-        return self._entries("", "ORDER BY id DESC LIMIT 1")[0]
+    def read_newest(self) -> None:
+        """Read the row that was written last."""
+        self.entries |= {entry.revision: entry for entry in self._entries("", f"{NEWEST_FIRST} LIMIT 1")}
 
     def show(self, applied: set[str]) -> None:
         """Have Alembic's `current --verbose` and `history --verbose -i` print the rows, too."""
@@ -167,17 +173,18 @@ class Record:
                 lines = entry.lines if entry else "Applied: not recorded"
                 revision.cmd_format = functools.partial(_with_lines, revision.cmd_format, lines)  # type: ignore[method-assign]
 
-    def since(self, applied: set[str]) -> Entry | None:
+    def since(self, heads: tuple[str, ...], applied: set[str]) -> Entry | None:
         """The last row, if the database is where it says: else something else has moved it."""
-        entry = max(self.entries.values(), key=lambda entry: entry.id, default=None)
+        entry = max(self.entries.values(), key=lambda entry: entry.applied_at, default=None)
         if entry is None:
             return None
-        there = entry.revision in applied or (entry.revision == "base" and not applied)
-        return entry if there != (entry.direction == "downgrade") else None
+        undone = entry.direction == "downgrade" and entry.revision not in applied
+        there = entry.direction != "downgrade" and entry.revision in (heads or ("base",))
+        return entry if undone or there else None
 
     def changed(self, applied: set[str]) -> str | None:
         """The message for an applied revision that the code has with other contents: for the first one, if any."""
-        for entry in sorted(self.entries.values(), key=lambda entry: entry.id):
+        for entry in sorted(self.entries.values(), key=lambda entry: entry.applied_at):
             if entry.revision not in applied or entry.direction == "downgrade":
                 continue
             if not (entry.checksum and entry.checksum.startswith(checksum.VERSION)):
@@ -191,14 +198,21 @@ class Record:
     def _changed_message(self, entry: Entry, file: RevisionFile) -> str:
         name = entry.revision
         commit = f" from commit {entry.commit}" if entry.commit else ""
+        then = entry.file or "another file"
         now = f", and now {file.name} claims it" if file.name != entry.file else ", which now does something else"
         where = name.replace("'", "''")
         accept = f"UPDATE {self.table} SET checksum = '{file.checksum}' WHERE revision = '{where}'"
         return printable(
-            f"revision {name} was changed after it was applied: on {entry.at}{commit} it was {entry.file}{now};"
+            f"revision {name} was changed after it was applied: on {entry.at}{commit} it was {then}{now};"
             f" if two files had one number, renumber the one that is not recorded here; if it was edited on purpose,"
             f" write a new revision instead or, if the database has that change, {accept}; {SEE_README}"
         )
+
+
+def is_refusal(raw: RawConnection, error: psycopg2.Error) -> bool:
+    """Whether the server refused a statement for good, and nobody cancelled it: the migration continues without."""
+    lost = bool(raw.closed)
+    return not (lost or error.pgcode == "57014" or is_transient(error, connection_lost=lost))
 
 
 def _with_lines(cmd_format: Callable[..., str], lines: str, verbose: bool, **options: bool) -> str:
@@ -210,13 +224,13 @@ def _problem(table: catalog.Table) -> str | None:
     """The reason to leave an existing table alone."""
     if table.problem:
         return f"{table.name} {table.problem}"
-    return f"{table.name} {OTHER_COLUMNS}" if table.columns != TYPES else None
+    return None if TYPES.items() <= table.columns.items() else f"{table.name} {OTHER_COLUMNS}"
 
 
-def checksums(script: ScriptDirectory, names: Iterable[str]) -> dict[str, str]:
-    """The checksums of the code's revisions of these names."""
+def contents(script: ScriptDirectory, names: Iterable[str]) -> dict[str, list[str | None]]:
+    """Checksum, file name and SHA-256 of the code's revisions of these names."""
     files = {name: RevisionFile(revisions.get(script, name)) for name in sorted(names)}
-    return {name: file.checksum for name, file in files.items() if file.checksum}
+    return {name: [file.checksum, file.name, file.sha256] for name, file in files.items()}
 
 
 class Writer:
@@ -250,8 +264,8 @@ class Writer:
             self.files[revision.revision] = RevisionFile(revision)
         return self.files[revision.revision]
 
-    def insert(self, table: str, step: MigrationStep, duration: str) -> str:
-        """The INSERT; `table` is quoted, and `duration` is an expression of type interval."""
+    def rows(self, step: MigrationStep) -> list[str]:
+        """The step's rows, each without the duration and what they have in common."""
         if isinstance(step, RevisionStep):
             direction, found = "upgrade" if step.is_upgrade else "downgrade", [step.revision]
         else:
@@ -260,11 +274,12 @@ class Writer:
         for revision in found:
             file = self._file(revision)
             rows.append((revision.revision, direction, file.name, file.sha256, file.checksum))
-        values = [
-            f"({', '.join(map(self.literal, row))}, {duration}, {self.common})"
-            for row in rows or [("base", direction, None, None, None)]
-        ]
-        return f"INSERT INTO {table} ({self.columns}) VALUES {', '.join(values)}"
+        return [", ".join(map(self.literal, row)) for row in rows or [("base", direction, None, None, None)]]
+
+    def insert(self, table: str, rows: Iterable[str], duration: str) -> str:
+        """The INSERT; `table` is quoted, and `duration` is an expression of type interval."""
+        values = ", ".join(f"({row}, {duration}, {self.common})" for row in rows)
+        return f"INSERT INTO {table} ({self.columns}) VALUES {values}"
 
 
 def _literals(raw: RawConnection) -> Callable[[str | None], str]:

@@ -94,9 +94,9 @@ class Session:
 
     @cached_property
     def checks_sql(self) -> str:
-        """Two expressions, queried after each revision: the transaction's id, and whether the run's lock is held."""
+        """What is checked after each revision: the transaction's id, and whether the run's lock is held."""
         held = "true" if self.lock_key is None else f"pg_catalog.pg_try_advisory_lock({self.lock_key})"
-        return f"pg_catalog.txid_current_if_assigned(), {held}"
+        return f"SELECT pg_catalog.txid_current_if_assigned(), {held}"
 
     def use_search_path(self, path: str) -> None:
         """Resolve names as the revisions do, or as the runner does."""

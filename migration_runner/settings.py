@@ -34,7 +34,8 @@ class Origin:
         """Read the Job's variables."""
         repository, ref, commit = (_readable(os.environ.get(name)) for name in ("GIT_REPO", "GIT_REF", "GIT_COMMIT"))
         # A token may be the user, the password, or a part of the query.
-        return cls(repository and re.sub(r"(?<=//)[^/]*@|[?#].*", "", repository), ref, commit)
+        repository = re.sub(r"(?<=//)[^/]*@|[?#].*", "", repository or "")
+        return cls(None if re.search(":[^@]*@", repository) else repository or None, ref, commit)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -14,10 +15,13 @@ from psycopg2.extensions import TRANSACTION_STATUS_IDLE, TRANSACTION_STATUS_INER
 from sqlalchemy.exc import DBAPIError
 
 from migration_runner import catalog, sql
-from migration_runner.errors import Incomplete, Interrupted, LockLost, OwnTransaction
-from migration_runner.record import Record
+from migration_runner.errors import Incomplete, Interrupted, LockLost, OwnTransaction, printable, server_message
+from migration_runner.record import SEE_README, Record, is_refusal
 from migration_runner.session import LOCK_TIMEOUT, Session
 
+log = logging.getLogger("migration_runner")
+
+RECORD = '"migration_runner record"'
 BEGIN_SQL = """SAVEPOINT {};
 SELECT CASE WHEN pg_catalog.pg_is_in_recovery() THEN NULL ELSE pg_catalog.txid_current() END"""
 
@@ -214,12 +218,15 @@ class StepRun:
     def _end(self, invalid_before: frozenset[int]) -> None:
         """Check that the transaction is still the same one, reset the settings, and record the step."""
         session = self.session
-        query = f"RELEASE SAVEPOINT {savepoint(self.step)}; {session.reset_sql}"
+        end = f"RELEASE SAVEPOINT {savepoint(self.step)}; {session.reset_sql}"
         if self.record.writes:
-            query += f"; {self.record.insert(self.step, self.elapsed)} RETURNING {session.checks_sql}"
+            insert = f"SAVEPOINT {RECORD}; {self.record.insert(self.step, self.elapsed)}; RELEASE SAVEPOINT {RECORD}"
+            try:
+                ((transaction_id, held),) = self._require_own_transaction(f"{end}; {insert}; {session.checks_sql}")
+            except psycopg2.Error as error:
+                ((transaction_id, held),) = self._continue_without_record(error)
         else:
-            query += f", {session.checks_sql}"
-        *_, transaction_id, held = self._require_own_transaction(query)[0]
+            ((transaction_id, held),) = self._require_own_transaction(f"{end}; {session.checks_sql}")
         if transaction_id != self.transaction_id:  # another transaction with a savepoint of that name
             raise self._own_transaction()
         if not held:
@@ -229,6 +236,17 @@ class StepRun:
                 indexes = catalog.indexes(self.session.raw)
             if self.left_invalid(indexes, invalid_before):
                 raise Incomplete
+
+    def _continue_without_record(self, error: psycopg2.Error) -> list[tuple[object, ...]]:
+        """After an error: if it was the record's, such as a dropped table, undo that, and return what is checked."""
+        raw = self.session.raw
+        if not is_refusal(raw, error):
+            raise error
+        with suppress(psycopg2.Error):  # the error came before the savepoint
+            raw.query(f"ROLLBACK TO SAVEPOINT {RECORD}")
+            log.warning("%s is not recorded: %s; %s", self.title, printable(server_message(error)), SEE_README)
+            return raw.query(self.session.checks_sql)
+        raise error
 
     def _require_own_transaction(self, query: str) -> list[tuple[object, ...]]:
         try:

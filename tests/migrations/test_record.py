@@ -132,6 +132,10 @@ def test_something_else_that_moved_the_database_is_noticed(project: Project, dat
     assert project.alembic("upgrade", "head").returncode == 0
     database.execute("UPDATE alembic_version SET version_num = '001'")
     assert "since" not in project.alembic("current").text
+    assert project.alembic("downgrade", "base").returncode == 0
+    assert project.alembic("upgrade", "001").returncode == 0
+    database.execute("UPDATE alembic_version SET version_num = '002'")
+    assert "since" not in project.alembic("current").text
     assert project.alembic("upgrade", "head").returncode == 0
 
 
@@ -154,8 +158,14 @@ def test_credentials_in_the_repositorys_url_are_not_recorded(project: Project, d
         assert project.alembic("stamp", "head", GIT_REPO=url).returncode == 0
         assert project.alembic("stamp", "base", GIT_REPO=url).returncode == 0
     assert set(database.history("repository")) == {("https://git.example.org/reports",)}
-    assert project.alembic("stamp", "head", GIT_REPO="git@git.example.org:reports").returncode == 0
-    assert database.history("repository")[-1] == ("git@git.example.org:reports",)
+    for url, recorded in (
+        ("git@git.example.org:reports", "git@git.example.org:reports"),
+        ("ssh://git@git.example.org:22/reports", "ssh://git.example.org:22/reports"),
+        ("https://u:p/hunter2@git.example.org/reports", None),
+        ("u:hunter2@git.example.org/reports", None),
+    ):
+        assert project.alembic("stamp", "--purge", "head", GIT_REPO=url).returncode == 0
+        assert database.history("repository")[-1] == (recorded,)
 
 
 def test_it_holds_no_value_and_no_statement(project: Project, database: Database) -> None:
@@ -212,9 +222,11 @@ OTHERS = {
         "is owned by {other}",
     ),
     "another table": ("CREATE TABLE alembic_version_history (id int)", "is another table: its columns differ"),
-    "a table with a column more": (
-        record.create_sql("alembic_version_history") + "; ALTER TABLE alembic_version_history ADD x int NOT NULL",
-        "is another table: its columns differ",
+    "a record with row-level security": (
+        record.create_sql("alembic_version_history")
+        + "; ALTER TABLE alembic_version_history ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY,"
+        " OWNER TO {role}",
+        "has row-level security, which applies to the role",
     ),
     "a view": ("CREATE VIEW alembic_version_history AS SELECT 1 AS x", "is a view, not an ordinary table"),
     "a sequence": ("CREATE SEQUENCE alembic_version_history", "is a sequence, not an ordinary table"),
@@ -248,7 +260,7 @@ def test_something_else_of_its_name_is_left_alone(
     other = f"other_{database.role}"
     database.execute(f"CREATE ROLE {other}; GRANT CREATE ON SCHEMA public TO {other}")
     try:
-        statement, problem = (text.replace("{other}", other) for text in OTHERS[name])
+        statement, problem = (text.replace("{other}", other).replace("{role}", database.role) for text in OTHERS[name])
         database.execute(statement)
         ours = "another table" in problem
         if ours and "VIEW" not in statement:
@@ -272,7 +284,7 @@ def test_something_else_of_its_name_is_left_alone(
         assert database.execute(what) == before
         again = project.alembic("upgrade", "head")
         assert again.returncode == 0, again
-        if "TABLE" in statement:
+        if "CREATE TABLE" in statement:
             assert database.scalar("SELECT count(*) FROM alembic_version_history") == 0
     finally:
         database.execute(f"DROP OWNED BY {other} CASCADE; DROP ROLE {other}")
@@ -349,6 +361,146 @@ def test_a_session_that_is_terminated_while_it_creates_it_is_retried(project: Pr
     assert (result.returncode, database.history()) == (0, [("002", "upgrade")]), result
 
 
+UNRECORDED = {
+    "dropped by the revision": (
+        "",
+        'op.execute("DROP TABLE alembic_version_history")',
+        'relation "public.alembic_version_history" does not exist',
+    ),
+    "privileges revoked by the revision": (
+        "ALTER TABLE alembic_version_history OWNER TO postgres; GRANT ALL ON alembic_version_history TO {role}",
+        'op.get_bind().exec_driver_sql("SELECT revoke()")',
+        "permission denied for table alembic_version_history",
+    ),
+    "a trigger that fails": (
+        "CREATE FUNCTION fails() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN INSERT INTO nowhere SELECT 1; END';"
+        " CREATE TRIGGER fails BEFORE INSERT ON alembic_version_history EXECUTE FUNCTION fails()",
+        "pass",
+        'relation "nowhere" does not exist',
+    ),
+    "a column more": ("ALTER TABLE alembic_version_history ADD x int NOT NULL DEFAULT 1", "pass", None),
+    "a column that must have a value": (
+        "DELETE FROM alembic_version_history; ALTER TABLE alembic_version_history ADD x int NOT NULL",
+        "pass",
+        'null value in column "x" of relation "alembic_version_history" violates not-null constraint',
+    ),
+    "a trigger that skips the row": (
+        "CREATE FUNCTION skips() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';"
+        " CREATE TRIGGER skips BEFORE INSERT ON alembic_version_history FOR EACH ROW EXECUTE FUNCTION skips()",
+        "pass",
+        None,
+    ),
+    "a sequence that starts again": ("ALTER TABLE alembic_version_history ALTER id RESTART", "pass", None),
+}
+
+
+@pytest.mark.fault(
+    "Database",
+    fault="The record refuses a row, or a revision drops it",
+    sees="`WARNING revision 002 (...) is not recorded: ...`, exit 0; of a plan `WARNING:  a step is not recorded: ...`",
+    state="Complete",
+    do="Fix the record",
+)
+@pytest.mark.parametrize("planned", [False, True], ids=["run", "plan"])
+@pytest.mark.parametrize("name", [name for name, case in UNRECORDED.items() if case[2]])
+def test_a_row_that_is_refused_does_not_fail_the_step(
+    project: Project, database: Database, name: str, planned: bool
+) -> None:
+    _with_a_record_that_is(name, project, database, planned=planned)
+
+
+@pytest.mark.parametrize("planned", [False, True], ids=["run", "plan"])
+@pytest.mark.parametrize("name", [name for name, case in UNRECORDED.items() if not case[2]])
+def test_a_record_that_is_unusual_does_not_fail_the_step(
+    project: Project, database: Database, name: str, planned: bool
+) -> None:
+    _with_a_record_that_is(name, project, database, planned=planned)
+
+
+def _with_a_record_that_is(name: str, project: Project, database: Database, *, planned: bool) -> None:
+    before, body, reason = UNRECORDED[name]
+    assert project.alembic("upgrade", "head").returncode == 0
+    database.execute(
+        "CREATE FUNCTION revoke() RETURNS int SECURITY DEFINER LANGUAGE plpgsql AS"
+        f" 'BEGIN REVOKE ALL ON alembic_version_history FROM {database.role}; RETURN 1; END'"
+    )
+    if before:
+        database.execute(before.replace("{role}", database.role))
+        for function in ("fails", "skips"):
+            if f"FUNCTION {function}" in before:
+                database.execute(f"ALTER FUNCTION {function}() OWNER TO {database.role}")
+    file = project.add("002", f'{body}\nop.execute("CREATE TABLE done ()")')
+    if planned:
+        result = database.psql(project.alembic("upgrade", "001:head", "--sql").stdout)
+        warning = f"WARNING:  a step is not recorded: {reason}" if reason else ""
+    else:
+        result = project.alembic("upgrade", "head")
+        warning = f"HH:MM:SS WARNING revision 002 ({file.name}) is not recorded: {reason}" if reason else ""
+    assert result.returncode == 0 and warning in result.text and ("WARNING" in result.text) == bool(reason), result
+    assert (database.at, "done" in database.relations) == (["002"], True)
+
+
+@pytest.mark.parametrize("planned", [False, True], ids=["run", "plan"])
+def test_an_event_trigger_that_refuses_the_table_does_not_fail_the_run(
+    project: Project, database: Database, planned: bool
+) -> None:
+    assert project.alembic("upgrade", "head").returncode == 0
+    database.execute("DROP TABLE alembic_version_history")
+    database.execute(
+        "CREATE FUNCTION naming() RETURNS event_trigger LANGUAGE plpgsql AS"
+        " 'BEGIN RAISE ''table names must begin with hcm_''; END';"
+        " CREATE EVENT TRIGGER naming ON ddl_command_start WHEN TAG IN ('CREATE TABLE') EXECUTE FUNCTION naming()"
+    )
+    project.add("002", 'op.execute("COMMENT ON TABLE hcm_report_metadata IS NULL")')
+    plan = project.alembic("upgrade", "001:head", "--sql").stdout
+    result = database.psql(plan) if planned else project.alembic("upgrade", "head")
+    assert (result.returncode, database.at) == (0, ["002"]), result
+    assert "cannot be created: table names must begin with hcm_" in result.text
+
+
+def test_another_roles_trigger_is_not_run_by_a_plan_whose_revision_resets_all(
+    project: Project, database: Database
+) -> None:
+    other = f"other_{database.role}"
+    database.execute(f"CREATE ROLE {other}; GRANT CREATE ON SCHEMA public TO {other}")
+    try:
+        assert project.alembic("upgrade", "head").returncode == 0
+        trap = OTHERS["another role's trigger"][0].replace("{other}", other)
+        trap = trap.replace("RAISE ''grabbed''", "INSERT INTO grabbed VALUES (current_user); RETURN NULL")
+        database.execute(
+            f"DROP TABLE alembic_version_history; CREATE TABLE grabbed (x text); {trap};"
+            f" ALTER TABLE alembic_version_history OWNER TO {other};"
+            " GRANT ALL ON grabbed, alembic_version_history TO PUBLIC"
+        )
+        project.add("002", 'op.execute("RESET ALL")')
+        project.add("003", 'op.execute("CREATE TABLE a ()")')
+        plan = project.alembic("upgrade", "001:head", "--sql")
+        assert database.psql(plan.stdout).returncode == 0
+        assert (database.at, database.execute("SELECT * FROM grabbed")) == (["003"], [])
+    finally:
+        database.execute(f"DROP OWNED BY {other} CASCADE; DROP ROLE {other}")
+
+
+@pytest.mark.parametrize("style", ["postgres", "postgres_verbose", "sql_standard", "iso_8601"])
+def test_it_is_read_with_any_intervalstyle(project: Project, database: Database, style: str) -> None:
+    database.execute(f"ALTER ROLE {database.role} SET intervalstyle = '{style}'")
+    assert project.alembic("upgrade", "head").returncode == 0
+    database.execute("UPDATE alembic_version_history SET duration = '01:02:03.5'")
+    current = project.fork("current", "--verbose").wait(verbatim=True)
+    assert current.returncode == 0 and " in 3723.50 s, by " in current.stdout, current
+
+
+@pytest.mark.parametrize("at", ["infinity", "12000-01-01"])
+def test_a_row_that_cannot_be_read_does_not_fail_the_run(project: Project, database: Database, at: str) -> None:
+    project.add("002")
+    assert project.alembic("upgrade", "001").returncode == 0
+    database.execute("UPDATE alembic_version_history SET applied_at = %s", at)
+    assert project.alembic("current").returncode == 0
+    result = project.alembic("upgrade", "head")
+    assert (result.returncode, database.at) == (0, ["002"]), result
+    assert at == "infinity" or "nothing is recorded: public.alembic_version_history cannot be read: " in result.text
+
+
 @pytest.mark.fault(
     "Rolling back",
     fault="A plan is applied with psql, and the next run is an ordinary one",
@@ -407,5 +559,5 @@ def test_a_no_op_reads_it_with_one_query(own_server: Postgres, offline_project: 
 
 def test_the_time_is_shown_in_utc() -> None:
     at = datetime(2026, 1, 2, 3, 4, 5, 999999, timezone(timedelta(hours=5.5)))
-    entry = record.Entry(1, "002", "upgrade", "run", at, None, "app", *[None] * 9)
+    entry = record.Entry("002", "upgrade", "run", at, None, "app", *[None] * 7)
     assert entry.summary == "2026-01-01 21:34:05 UTC: upgrade 002 by app"
