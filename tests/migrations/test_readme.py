@@ -42,6 +42,10 @@ def test_the_minimum_privileges_are_sufficient_for_migrations_and_application(
         )
         sequence = "hcm_report_metadata_id_seq"
         assert database.execute(privileges, application, "SELECT, INSERT", application, sequence) == [(True, True)]
+        database.execute(*_statements(root_block("FROM hcm_app"), database))
+        for table in ("alembic_version", "alembic_version_history"):
+            may = "SELECT has_table_privilege(%s, %s, 'INSERT, UPDATE, DELETE')"
+            assert not database.scalar(may, application, table)
         assert project.alembic("downgrade", "base", DATABASE_URL=dsn(url)).returncode == 0
     finally:
         for role in (migrations, application):
