@@ -68,7 +68,7 @@ class PlanSQL:
     def open_record(self, script: ScriptDirectory, heads: Iterable[str], writer: record.Writer) -> str:
         """As Record: find or create it, and refuse a database that has another revision under the name of one."""
         contents = record.contents(script, revisions.applied(script, heads))
-        prepare = writer.insert("%s", ["$1, $2, $3, $4, $5"], DURATION)
+        before, after = writer.insert("%s", ["$1, $2, $3, $4, $5"], DURATION).split("%s", 1)
         return f"""DO $plan$ DECLARE
   path pg_catalog.text := pg_catalog.current_setting('search_path');
   home pg_catalog.text := {self.schema};
@@ -99,7 +99,7 @@ BEGIN
     IF changed IS NOT NULL THEN
       RAISE EXCEPTION 'revision % was changed after it was applied: ''alembic upgrade head'' names both files', changed;
     END IF;
-    EXECUTE concat('PREPARE "{RECORD}" AS ', replace({literal(prepare)}, '%s', found));
+    EXECUTE concat('PREPARE "{RECORD}" AS {before}', found, {literal(after)});
   END IF;
   PERFORM set_config('search_path', path, true);
 END $plan$;"""

@@ -16,7 +16,7 @@ from tests.support.revisions import AUDIT, BLOCK, FIRST, audited
 from tests.support.waiting import until
 from tools.postgres import Postgres, dsn
 
-FROM_JOB = {"GIT_REPO": "https://git.example.org/reports", "GIT_REF": "main", "GIT_COMMIT": "5e0f" * 10}
+FROM_JOB = {"GIT_REPO": "https://git.example.org/reports", "GIT_REF": "it's 100 %s $1 %I", "GIT_COMMIT": "5e0f" * 10}
 COLUMNS = "revision, direction, applied_by, file, repository, ref, commit, runner, alembic"
 SEE_README = "see 'The record of what was applied' in README.md"
 
@@ -535,7 +535,7 @@ def test_current_and_history_show_it(project: Project, database: Database) -> No
     current = project.alembic("current", "--verbose")
     host = start(["hostname"]).wait(verbatim=True).stdout.strip()
     applied = f"Applied: YYYY-MM-DD HH:MM:SS UTC in N.NN s, by {database.role} on {host}"
-    origin = "From: https://git.example.org/reports, ref main, commit <commit>"
+    origin = f"From: https://git.example.org/reports, ref {FROM_JOB['GIT_REF']}, commit <commit>"
     assert f"Rev: 002\nParent: 001\nPath: {project.versions}" in current.stdout
     assert f"\n{applied}\n{origin}\n\n    add\n" in current.stdout
     history = project.alembic("history", "-i", "--verbose").stdout
