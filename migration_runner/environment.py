@@ -72,6 +72,8 @@ def _set_up_logging() -> None:
         log.setLevel(logging.INFO)
     if not logging.getLogger().handlers and not log.handlers:
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    # A signal during the closing of a connection would be logged with its traceback; the run reports it in one line.
+    logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)
     options = context.config.cmd_opts
     if options is not None and not getattr(options, "quiet", False):
         logging.getLogger("alembic.util.messaging").disabled = True
