@@ -23,6 +23,7 @@ from migration_runner.settings import Origin
 
 VERSION = "0.1.0"  # of this package
 
+SAVEPOINT = '"migration_runner record"'  # before a statement that may be refused
 SEE_README = "see 'The record of what was applied' in README.md"
 
 # Each column's type, and what CREATE TABLE adds to it.
@@ -140,14 +141,14 @@ class Record:
     def create(self, schema: str, name: str) -> None:
         """Create the table in the current transaction, which continues if the role may not."""
         self.table = str(self.raw.query("SELECT quote_ident(%s) || '.' || quote_ident(%s)", schema, name)[0][0])
-        self.raw.query('SAVEPOINT "migration_runner record"')
+        self.raw.query(f"SAVEPOINT {SAVEPOINT}")
         try:
             self.raw.query(create_sql(self.table))
             self.writes = True
         except psycopg2.Error as error:
             if not is_refusal(self.raw, error):
                 raise
-            self.raw.query('ROLLBACK TO SAVEPOINT "migration_runner record"')
+            self.raw.query(f"ROLLBACK TO SAVEPOINT {SAVEPOINT}")
             if error.pgcode != READ_ONLY:  # which the first step reports
                 self.problem = f"{self.table} cannot be created: {server_message(error)}"
 

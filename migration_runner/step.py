@@ -16,12 +16,11 @@ from sqlalchemy.exc import DBAPIError
 
 from migration_runner import catalog, sql
 from migration_runner.errors import Incomplete, Interrupted, LockLost, OwnTransaction, printable, server_message
-from migration_runner.record import SEE_README, Record, is_refusal
+from migration_runner.record import SAVEPOINT, SEE_README, Record, is_refusal
 from migration_runner.session import LOCK_TIMEOUT, Session
 
 log = logging.getLogger("migration_runner")
 
-RECORD = '"migration_runner record"'
 BEGIN_SQL = """SAVEPOINT {};
 SELECT CASE WHEN pg_catalog.pg_is_in_recovery() THEN NULL ELSE pg_catalog.txid_current() END"""
 
@@ -220,7 +219,9 @@ class StepRun:
         session = self.session
         end = f"RELEASE SAVEPOINT {savepoint(self.step)}; {session.reset_sql}"
         if self.record.writes:
-            insert = f"SAVEPOINT {RECORD}; {self.record.insert(self.step, self.elapsed)}; RELEASE SAVEPOINT {RECORD}"
+            insert = (
+                f"SAVEPOINT {SAVEPOINT}; {self.record.insert(self.step, self.elapsed)}; RELEASE SAVEPOINT {SAVEPOINT}"
+            )
             try:
                 ((transaction_id, held),) = self._require_own_transaction(f"{end}; {insert}; {session.checks_sql}")
             except psycopg2.Error as error:
@@ -243,7 +244,7 @@ class StepRun:
         if not is_refusal(raw, error):
             raise error
         with suppress(psycopg2.Error):  # the error came before the savepoint
-            raw.query(f"ROLLBACK TO SAVEPOINT {RECORD}")
+            raw.query(f"ROLLBACK TO SAVEPOINT {SAVEPOINT}")
             log.warning("%s is not recorded: %s; %s", self.title, printable(server_message(error)), SEE_README)
             return raw.query(self.session.checks_sql)
         raise error
