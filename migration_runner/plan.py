@@ -117,7 +117,7 @@ class _Plan:
             *self.sql.settings,
             self.sql.lock,
         )
-        opens = [self.sql.open_record(self.command.script, heads, self.writer)]
+        opens = [self.sql.open_record(revisions.applied(self.command.script, heads), self.writer)]
         for step in steps:
             self.step = step
             step.migration_fn = self._around(step.migration_fn, opens)

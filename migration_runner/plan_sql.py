@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 
-from alembic.script import ScriptDirectory
-
-from migration_runner import catalog, checksum, record, revisions, sql
+from migration_runner import catalog, checksum, record, sql
 from migration_runner.session import LOCK_TIMEOUT
 from migration_runner.settings import Settings
 
@@ -65,9 +63,10 @@ class PlanSQL:
         at = ", ".join(sorted(heads)) or "base"
         return block(differs, f"the database is not at {at}, where this plan starts")
 
-    def open_record(self, script: ScriptDirectory, heads: Iterable[str], writer: record.Writer) -> str:
+    def open_record(self, applied: Iterable[str], writer: record.Writer) -> str:
         """As Record: find or create it, and refuse a database that has another revision under the name of one."""
-        contents = record.contents(script, revisions.applied(script, heads))
+        files = map(writer.file, sorted(applied))
+        contents = {file.revision: [file.checksum, file.name, file.sha256] for file in files}
         before, after = writer.insert("%s", ["$1, $2, $3, $4, $5"], DURATION).split("%s", 1)
         return f"""DO $plan$ DECLARE
   path pg_catalog.text := pg_catalog.current_setting('search_path');

@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 import alembic
 import psycopg2
 from alembic.runtime.migration import MigrationStep, RevisionStep, StampStep
-from alembic.script import Script, ScriptDirectory
+from alembic.script import ScriptDirectory
 from psycopg2.extensions import QuotedString
 
 from migration_runner import catalog, checksum, revisions
@@ -190,7 +190,7 @@ class Record:
                 continue
             if not (entry.checksum and entry.checksum.startswith(checksum.VERSION)):
                 continue
-            file = RevisionFile(revisions.get(self.script, entry.revision))
+            file = self.writer.file(entry.revision)
             known = (file.name, file.sha256) == (entry.file, entry.file_sha256)
             if not known and file.checksum not in (None, entry.checksum):
                 return self._changed_message(entry, file)
@@ -201,8 +201,8 @@ class Record:
         commit = f" from commit {entry.commit}" if entry.commit else ""
         then = entry.file or "another file"
         now = f", and now {file.name} claims it" if file.name != entry.file else ", which now does something else"
-        where = name.replace("'", "''")
-        accept = f"UPDATE {self.table} SET checksum = '{file.checksum}' WHERE revision = '{where}'"
+        literal = self.writer.literal
+        accept = f"UPDATE {self.table} SET checksum = {literal(file.checksum)} WHERE revision = {literal(name)}"
         return printable(
             f"revision {name} was changed after it was applied: on {entry.at}{commit} it was {then}{now};"
             f" if two files had one number, renumber the one that is not recorded here; if it was edited on purpose,"
@@ -226,12 +226,6 @@ def _problem(table: catalog.Table) -> str | None:
     if table.problem:
         return f"{table.name} {table.problem}"
     return None if TYPES.items() <= table.columns.items() else f"{table.name} {OTHER_COLUMNS}"
-
-
-def contents(script: ScriptDirectory, names: Iterable[str]) -> dict[str, list[str | None]]:
-    """Checksum, file name and SHA-256 of the code's revisions of these names."""
-    files = {name: RevisionFile(revisions.get(script, name)) for name in sorted(names)}
-    return {name: [file.checksum, file.name, file.sha256] for name, file in files.items()}
 
 
 class Writer:
@@ -258,23 +252,24 @@ class Writer:
         """Compute the checksums, which takes a third of the time that it would between two revisions."""
         for step in steps:
             if isinstance(step, RevisionStep):
-                _ = self._file(step.revision).checksum
+                _ = self.file(step.revision.revision).checksum
 
-    def _file(self, revision: Script) -> RevisionFile:
-        if revision.revision not in self.files:
-            self.files[revision.revision] = RevisionFile(revision)
-        return self.files[revision.revision]
+    def file(self, name: str) -> RevisionFile:
+        """The file of the revision of that name."""
+        if name not in self.files:
+            self.files[name] = RevisionFile(revisions.get(self.script, name))
+        return self.files[name]
 
     def rows(self, step: MigrationStep) -> list[str]:
         """The step's rows, each without the duration and what they have in common."""
+        names: tuple[str, ...]
         if isinstance(step, RevisionStep):
-            direction, found = "upgrade" if step.is_upgrade else "downgrade", [step.revision]
+            direction, names = "upgrade" if step.is_upgrade else "downgrade", (step.revision.revision,)
         else:
-            direction, found = "stamp", [revisions.get(self.script, name) for name in step.to_revisions_no_deps]
+            direction, names = "stamp", step.to_revisions_no_deps
         rows: list[tuple[str | None, ...]] = []
-        for revision in found:
-            file = self._file(revision)
-            rows.append((revision.revision, direction, file.name, file.sha256, file.checksum))
+        for file in map(self.file, names):
+            rows.append((file.revision, direction, file.name, file.sha256, file.checksum))
         return [", ".join(map(self.literal, row)) for row in rows or [("base", direction, None, None, None)]]
 
     def insert(self, table: str, rows: Iterable[str], duration: str) -> str:

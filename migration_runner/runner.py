@@ -277,7 +277,7 @@ class Attempt:
             applied = revisions.applied(script, heads)
             self._refuse_changed(applied)
         if command.needs is Needs.READ:
-            self._log_since(heads)
+            self._log_since(heads, applied)
             self.record.show(applied)
             if command.shows_current and not self._at_head(heads):
                 revisions.validate_one_head(script)  # of two, `current` would call either one the head
@@ -290,7 +290,7 @@ class Attempt:
             if command.purges:  # of `stamp --purge base`, Alembic makes no step
                 self._create_record()
                 self.record.write_purge()
-            self._log_since(heads)
+            self._log_since(heads, applied)
             log.info("at %s: nothing to do", self._describe_heads(heads))
             return
         names = [_name(step) for step in steps[:10]] + ["..."] * (len(steps) > 10)
@@ -315,7 +315,7 @@ class Attempt:
             with suppress(psycopg2.Error, ValueError):  # the migration is done, even if this fails
                 self.record.read_newest()
                 self.session.raw.rollback()
-        self._log_since(self.heads)
+        self._log_since(self.heads, revisions.applied(script, self.heads))
         log.info("now at %s", self._describe_heads(self.heads))
 
     def _wrap(self, step: MigrationStep, migration: MigrationContext) -> MigrationStep:
@@ -359,8 +359,8 @@ class Attempt:
             raise CommandError(line)
         self.runner.progress.log(line, logging.WARNING)
 
-    def _log_since(self, heads: tuple[str, ...]) -> None:
-        if entry := self.record.since(heads, revisions.applied(self.runner.command.script, heads)):
+    def _log_since(self, heads: tuple[str, ...], applied: set[str]) -> None:
+        if entry := self.record.since(heads, applied):
             log.info("since %s", entry.summary)
 
     def _at_head(self, heads: tuple[str, ...]) -> bool:
