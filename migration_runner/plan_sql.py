@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 
-from migration_runner import catalog, checksum, record, sql
+from migration_runner import catalog, checksum, record, revisions, sql
 from migration_runner.session import LOCK_TIMEOUT
 from migration_runner.settings import Settings
 
@@ -65,7 +65,7 @@ class PlanSQL:
 
     def open_record(self, applied: Iterable[str], writer: record.Writer) -> str:
         """As Record: find or create it, and refuse a database that has another revision under the name of one."""
-        files = map(writer.file, sorted(applied))
+        files = [writer.file(revisions.get(writer.script, name)) for name in sorted(applied)]
         contents = {file.revision: [file.checksum, file.name, file.sha256] for file in files}
         before, after = writer.insert("%s", ["$1, $2, $3, $4, $5"], DURATION).split("%s", 1)
         return f"""DO $plan$ DECLARE

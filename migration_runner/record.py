@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 import alembic
 import psycopg2
 from alembic.runtime.migration import MigrationStep, RevisionStep, StampStep
-from alembic.script import ScriptDirectory
+from alembic.script import Script, ScriptDirectory
 from psycopg2.extensions import QuotedString
 
 from migration_runner import catalog, checksum, revisions
@@ -190,7 +190,7 @@ class Record:
                 continue
             if not (entry.checksum and entry.checksum.startswith(checksum.VERSION)):
                 continue
-            file = self.writer.file(entry.revision)
+            file = self.writer.file(revisions.get(self.script, entry.revision))
             known = (file.name, file.sha256) == (entry.file, entry.file_sha256)
             if not known and file.checksum not in (None, entry.checksum):
                 return self._changed_message(entry, file)
@@ -252,23 +252,22 @@ class Writer:
         """Compute the checksums, which takes a third of the time that it would between two revisions."""
         for step in steps:
             if isinstance(step, RevisionStep):
-                _ = self.file(step.revision.revision).checksum
+                _ = self.file(step.revision).checksum
 
-    def file(self, name: str) -> RevisionFile:
-        """The file of the revision of that name."""
-        if name not in self.files:
-            self.files[name] = RevisionFile(revisions.get(self.script, name))
-        return self.files[name]
+    def file(self, revision: Script) -> RevisionFile:
+        """The revision's file, read and hashed once."""
+        if revision.revision not in self.files:
+            self.files[revision.revision] = RevisionFile(revision)
+        return self.files[revision.revision]
 
     def rows(self, step: MigrationStep) -> list[str]:
         """The step's rows, each without the duration and what they have in common."""
-        names: tuple[str, ...]
         if isinstance(step, RevisionStep):
-            direction, names = "upgrade" if step.is_upgrade else "downgrade", (step.revision.revision,)
+            direction, found = "upgrade" if step.is_upgrade else "downgrade", [step.revision]
         else:
-            direction, names = "stamp", step.to_revisions_no_deps
+            direction, found = "stamp", [revisions.get(self.script, name) for name in step.to_revisions_no_deps]
         rows: list[tuple[str | None, ...]] = []
-        for file in map(self.file, names):
+        for file in map(self.file, found):
             rows.append((file.revision, direction, file.name, file.sha256, file.checksum))
         return [", ".join(map(self.literal, row)) for row in rows or [("base", direction, None, None, None)]]
 
