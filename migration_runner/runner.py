@@ -53,6 +53,7 @@ class Progress:
     def __init__(self, command: Command) -> None:
         self.command = command
         self.version_table: tuple[str, str] | None = None  # schema and name, once a session was opened
+        self.first_position: str | None = None
         self.position: str | None = None  # the database's revision, as last read
         self.steps: list[MigrationStep] | None = None
         self.invalid_before: frozenset[int] = frozenset()
@@ -95,6 +96,7 @@ class Runner:
         self.stop = StopSignal()
         self.progress = Progress(command)
         self.attempt: Attempt | None = None
+        self.state = DatabaseState()  # after the last failure
 
     def run(self) -> None:
         """Run the command; raise CommandError (no retry helps) or RetriesExhausted (one may) with one line."""
@@ -105,6 +107,16 @@ class Runner:
                     pass
         finally:
             gc.unfreeze()
+            self._write_positions()
+
+    def _write_positions(self) -> None:
+        """For the report of several targets; what is unknown is empty."""
+        file, progress = self.database.settings.position_file, self.progress
+        failed_step = self.attempt.step if self.attempt else None
+        after = self.state.position if failed_step else progress.position
+        if file:
+            with suppress(OSError):  # a full disk
+                file.write_text(f"{progress.first_position or ''} -> {after or ''}\n")
 
     def _succeeds(self) -> bool:
         """Whether the command is done; False after a transient failure and a wait."""
@@ -143,6 +155,7 @@ class Runner:
         state = DatabaseState()
         if read:
             state = read_state(self.database, step, progress.version_table, progress.invalid_before)
+        self.state = state
         if step and step.ended_its_transaction(state.transaction) and error is not None:
             error = OwnTransaction()
         return Outcome(
@@ -273,6 +286,7 @@ class Attempt:
             self.session.use_search_path(SAFE_PATH)
         else:
             progress.position = join(heads)
+            progress.first_position = progress.first_position or progress.position
             self._refuse_unknown(heads, table)
             applied = revisions.applied(script, heads)
             self._refuse_changed(applied)

@@ -48,6 +48,7 @@ class Settings:
     wait_seconds: float
     hides_user: bool = False  # the user of DATABASE_URL may be a token; DB_USER is not
     origin: Origin = Origin()
+    position_file: Path | None = None  # for `<revision before> -> <revision after>`
 
     @property
     def target(self) -> str:
@@ -88,6 +89,7 @@ def load(env_file: Path | None = None) -> Settings:
         version_table=_identifier("ALEMBIC_VERSION_TABLE", 59) or "alembic_version",
         wait_seconds=_wait_seconds(),
         origin=Origin.from_environment(),
+        position_file=Path(file) if (file := os.environ.get("POSITION_FILE")) else None,
     )
 
 

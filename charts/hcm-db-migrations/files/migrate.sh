@@ -2,14 +2,21 @@
 # with "$@". The working directory is the pod's volume, where git-sync left ./git/code or ./git-error.
 # NAMESPACE, GIT_REPO, GIT_REF, GIT_PATH and REQUIREMENTS are the chart's values. REQUIRED has a line "<variable> <source>"
 # for each variable that must have a value. EXPECTED, if set, must be in Alembic's output.
+# A pod of several targets has ./target or ./report from its container "rollout" (rollout.py), and in /etc/target the variables that
+# differ from the chart's.
 # Exit status: Alembic's; of this script, 255 (as Alembic's) for a failure that is not retryable, 143 after SIGTERM, else 1.
 set -u
 exec 2>&1 # a container's log may interleave two streams, and the reason would not be the last line
 workspace=$PWD child='' stopped='' interrupted='' output='' stage='starting' effect='the database was not contacted'
 
 # Makes $1 the container's termination message: it is what Argo CD and kubectl describe show, without the log. kubelet cuts
-# off the beginning of a longer one.
-set_termination_message() { [ ! -w /dev/termination-log ] || printf '%.4096s' "$1" >/dev/termination-log; }
+# off the beginning of a longer one. Of a target, its first line is the database's revision before and after the run.
+set_termination_message() {
+  [ ! -w /dev/termination-log ] || {
+    [ -z "${TARGET-}" ] || cat "$POSITION_FILE" 2>/dev/null || echo ' -> '
+    printf '%s' "$1"
+  } | head -c 4096 >/dev/termination-log
+}
 
 # Prints $1, a line that may be the last one.
 say() {
@@ -184,6 +191,19 @@ text = "".join(char if char.isprintable() else " " for char in text)
 sys.stdout.buffer.write(" ".join(text.split()).encode())' "$1" || cat "$1"; } | sed 's#//[^/ ]*@#//#g'
 }
 
+if [ -f report ]; then
+  cat report
+  set_termination_message "$(tail -n 1 report)"
+  exit "$(cat report-status)"
+elif [ -f target ]; then
+  . ./target
+  for file in /etc/target/*; do
+    [ ! -f "$file" ] || { value=$(cat "$file" && echo .) && export "${file##*/}=${value%.}"; } # with its newlines, as a reference
+  done
+  export POSITION_FILE="$workspace/position"
+  printf '%s\n' "target $TARGET ($NUMBER)"
+fi
+
 if [ ! -d git/code ]; then
   reason=$(git_error git-error)
   [ ! -s timed-out ] || reason="$(cat timed-out)${reason:+; an attempt before: $reason}"
@@ -214,11 +234,12 @@ printf '%s\n' "code: repository $GIT_REPO, ref $GIT_REF, commit $commit, path $G
 
 missing=
 while read -r name source; do
-  [ -n "$(printenv "$name")" ] || missing="${missing:+$missing, }$name ($source)"
+  theirs=$(printf '%s\n' "${SOURCES-}" | sed -n "s/^$name //p")
+  [ -n "$(printenv "$name")" ] || missing="${missing:+$missing, }$name (${theirs:-$source})"
 done <<EOF
 $REQUIRED
 EOF
-[ -z "$missing" ] || fail 1 "no value for $missing: create it in namespace \"$NAMESPACE\", or point \"db\" or \"extraEnv\" to it" "Database"
+[ -z "$missing" ] || fail 1 "no value for $missing: create it in namespace \"$NAMESPACE\", or point \"db\"${TARGET:+, the target} or \"extraEnv\" to it" "Database"
 
 # git-sync checks out neither a submodule nor, outside of git.path, what a symlink points to.
 if [ ! -f "git/code/$GIT_PATH/${ALEMBIC_CONFIG:-alembic.ini}" ]; then
@@ -286,7 +307,7 @@ if [ -n "$output" ]; then
   [ "$status" -ne 0 ] || grep -qF -- "$EXPECTED" "$output" ||
     fail 1 "alembic $* did not report \"$EXPECTED\": the database is not at the current head of \"$GIT_REF\"; run helm upgrade" "helm test"
 fi
-[ "$status" -eq 0 ] || set_termination_message "$(tail -n 1 "$workspace/log" 2>/dev/null)"
+[ "$status" -eq 0 ] && [ -z "${TARGET-}" ] || set_termination_message "$([ "$status" -eq 0 ] || tail -n 1 "$workspace/log" 2>/dev/null)"
 case $status in
 137) say "FAILED: alembic was killed, most likely out of memory: raise \"resources.limits.memory\"" ;;
 1) # Python's for an exception that env.py does not handle
@@ -300,4 +321,5 @@ case $status in
   esac
   ;;
 esac
+case ${TARGET:+$status} in 253 | 254) status=1 ;; esac # those are the report's
 exit "$status"

@@ -4,6 +4,7 @@
 # REQUIRED has a line "<file> <source>" for each file that must not be empty, USERNAME_FILE contains the user name for HTTPS,
 # CLONE_SECONDS is the time limit of all attempts together.
 set -u
+[ ! -f report ] || exit 0 # of several targets: this pod migrates none (rollout.py)
 child=
 
 # git-sync as PID 1, and a shell that waits for it in the foreground, would ignore SIGTERM until SIGKILL.

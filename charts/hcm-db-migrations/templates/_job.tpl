@@ -1,8 +1,22 @@
-{{/* The Job's spec: deadlines, retries, TTL, and the pod. Its digest is in the Job's name if there is no hook. */}}
+{{/* The Job's spec: deadlines, retries, TTL, and the pod. Its digest is in the Job's name if there is no hook. Of targets, it is the
+spec of .part. */}}
 {{- define "hcm-db-migrations.jobSpec" -}}
 # Longer than the pod's own deadline: this one deletes the pod and its log. With 30 s of grace it is still below Helm's timeout.
+{{- if .part }}
+activeDeadlineSeconds: {{ include "hcm-db-migrations.partDeadline" (dict "root" . "count" .part.count) }}
+completionMode: Indexed
+# The last index is the report.
+completions: {{ add .part.count 1 }}
+parallelism: {{ .Values.rollout.parallelism | int64 }}
+{{- if include "hcm-db-migrations.hasRetriesPerTarget" . }}
+backoffLimitPerIndex: {{ .Values.job.backoffLimit | int64 }}
+{{- else }}
+backoffLimit: {{ mul .Values.job.backoffLimit .part.count }}
+{{- end }}
+{{- else }}
 activeDeadlineSeconds: {{ add .Values.job.activeDeadlineSeconds 20 }}
 backoffLimit: {{ .Values.job.backoffLimit | int64 }}
+{{- end }}
 {{- if not (kindIs "invalid" .Values.job.ttlSecondsAfterFinished) }}
 ttlSecondsAfterFinished: {{ .Values.job.ttlSecondsAfterFinished | int64 }}
 {{- end }}
@@ -11,8 +25,17 @@ podFailurePolicy:
   rules:
     - action: Ignore
       onPodConditions: [{type: DisruptionTarget, status: "True"}]
-    # Alembic's exit code for a failure that is not retryable. The schema of Kubernetes 1.28 requires the empty list.
+    {{- if .part }}
+    # The exit codes of the report: other targets still run after its time, and it starts again; no other target may be started.
+    - action: Ignore
+      onPodConditions: []
+      onExitCodes: {containerName: migrate, operator: In, values: [253]}
     - action: FailJob
+      onPodConditions: []
+      onExitCodes: {containerName: migrate, operator: In, values: [254]}
+    {{- end }}
+    # Alembic's exit code for a failure that is not retryable. The schema of Kubernetes 1.28 requires the empty list.
+    - action: {{ ternary "FailIndex" "FailJob" (and (not (empty .part)) (eq (include "hcm-db-migrations.hasRetriesPerTarget" .) "true")) }}
       onPodConditions: []
       onExitCodes: {containerName: migrate, operator: In, values: [255]}
 template:
@@ -23,7 +46,8 @@ template:
 {{- end -}}
 
 {{- define "hcm-db-migrations.jobPodSpec" -}}
-{{- include "hcm-db-migrations.podSpec" (dict "root" . "args" .Values.args) -}}
+{{- $part := .part | default dict -}}
+{{- include "hcm-db-migrations.podSpec" (dict "root" . "args" ($part.args | default .Values.args) "expected" $part.expected "part" $part) -}}
 {{- end -}}
 
 {{/* sha256 of one of these two: (dict "root" $ "of" "jobSpec"). Without the literals of extraEnv, because everyone who can read
@@ -32,5 +56,7 @@ the digest could try out passwords. */}}
 {{- $env := list -}}
 {{- range .root.Values.extraEnv }}{{ $env = append $env (omit . "value") }}{{ end -}}
 {{- $values := set (omit .root.Values "extraEnv") "extraEnv" $env -}}
-{{- include (printf "hcm-db-migrations.%s" .of) (set (omit .root "Values") "Values" $values) | sha256sum -}}
+{{- $root := set (omit .root "Values") "Values" $values -}}
+{{- with include "hcm-db-migrations.parts" $root | fromJsonArray | last }}{{ $_ := set $root "part" . }}{{ end -}}
+{{- include (printf "hcm-db-migrations.%s" .of) $root | sha256sum -}}
 {{- end -}}

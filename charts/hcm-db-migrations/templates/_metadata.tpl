@@ -19,6 +19,7 @@ labels:
   {{- merge $own (.Values.podLabels | default dict) (.Values.commonLabels | default dict) | toYaml | nindent 2 }}
 annotations:
   {{- $own = dict "kubectl.kubernetes.io/default-container" "migrate" "hcm-db-migrations/sparse-checkout" (include "hcm-db-migrations.sparseCheckout" .) }}
+  {{- if .Values.targets }}{{ $_ := set $own "hcm-db-migrations/targets" (include "hcm-db-migrations.targetList" .) }}{{ end }}
   {{- merge $own (.Values.podAnnotations | default dict) (.Values.commonAnnotations | default dict) | toYaml | nindent 2 }}
 {{- end -}}
 

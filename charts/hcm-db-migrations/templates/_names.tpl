@@ -31,3 +31,8 @@ every release has revision 1: the next commit keeps a failed Job and its log. */
 {{- define "hcm-db-migrations.namespace" -}}
 {{- .Values.namespace | default .Release.Namespace -}}
 {{- end -}}
+
+{{/* Name of the Pod, or with targets the Job, of helm test. */}}
+{{- define "hcm-db-migrations.testName" -}}
+{{- include "hcm-db-migrations.fullname" . | printf "%s-test" -}}
+{{- end -}}

@@ -1,4 +1,5 @@
-{{/* The pod of the Job and of helm test: (dict "root" $ "args" <for Alembic> "expected" <text that Alembic must print>). */}}
+{{/* The pod of the Job and of helm test: (dict "root" $ "args" <for Alembic> "expected" <text that Alembic must print> "part" <of the
+targets>). */}}
 {{- define "hcm-db-migrations.podSpec" -}}
 {{- $root := .root -}}
 {{- with .root.Values -}}
@@ -9,7 +10,7 @@ terminationGracePeriodSeconds: 30
 automountServiceAccountToken: false
 # A Service named "db" would set DB_PORT to a URL.
 enableServiceLinks: false
-{{- with .serviceAccountName }}
+{{- with include "hcm-db-migrations.serviceAccountName" $root }}
 serviceAccountName: {{ . | quote }}
 {{- end }}
 {{- with .imagePullSecrets }}
@@ -21,6 +22,9 @@ securityContext:
   {{- toYaml . | nindent 2 }}
 {{- end }}
 initContainers:
+  {{- if $.part }}
+  {{- include "hcm-db-migrations.rolloutContainer" $ | nindent 2 }}
+  {{- end }}
   {{- include "hcm-db-migrations.gitSync" $root | nindent 2 }}
 containers:
   - name: migrate
@@ -42,6 +46,9 @@ containers:
     volumeMounts:
       - name: workspace
         mountPath: /workspace
+      {{- if $.part }}
+      - {name: targets, mountPath: /etc/target, subPathExpr: $(JOB_COMPLETION_INDEX), readOnly: true}
+      {{- end }}
       {{- with .extraVolumeMounts }}
       {{- toYaml . | nindent 6 }}
       {{- end }}
@@ -49,6 +56,9 @@ volumes:
   - name: workspace
     emptyDir: {{ include "hcm-db-migrations.emptyDir" $root }}
   {{- include "hcm-db-migrations.gitVolume" $root | nindent 2 }}
+  {{- if $.part }}
+  {{- include "hcm-db-migrations.rolloutVolumes" $ | nindent 2 }}
+  {{- end }}
   {{- with .extraVolumes }}
   {{- toYaml . | nindent 2 }}
   {{- end }}

@@ -5,6 +5,7 @@
 {{- $names = concat $names (list "git.ca.configMapName" "git.ca.secretName" "git.ca.key" "git.image.repository" "git.image.pullPolicy") -}}
 {{- $names = concat $names (list "db.port" "db.configMap.name" "db.configMap.hostKey" "db.configMap.nameKey") -}}
 {{- $names = concat $names (list "db.secret.name" "db.secret.usernameKey" "db.secret.passwordKey" "job.activeDeadlineSeconds" "job.backoffLimit") -}}
+{{- if .root.Values.targets }}{{ $names = concat $names (list "rollout.canary" "rollout.parallelism") }}{{ end -}}
 {{- $nulls := list -}}
 {{- range $names -}}
 {{- $value := $.root.Values -}}
@@ -70,7 +71,7 @@
 {{- $problems = append $problems (printf "%q has neither tag nor digest, and would be unpinned: set \"%s.tag\" or \"%s.digest\"" $path $path $path) -}}
 {{- end -}}
 {{- end -}}
-{{- $taken := list "EXPECTED" "GIT_COMMIT" "GIT_PATH" "GIT_REF" "GIT_REPO" "NAMESPACE" "REQUIRED" "REQUIREMENTS" "USERNAME_FILE" -}}
+{{- $taken := list "EXPECTED" "GIT_COMMIT" "GIT_PATH" "GIT_REF" "GIT_REPO" "JOB_COMPLETION_INDEX" "NAMESPACE" "POSITION_FILE" "REQUIRED" "REQUIREMENTS" "TARGET" "USERNAME_FILE" -}}
 {{- $seen := list -}}
 {{- $wrong := list -}}
 {{- range .extraEnv -}}
@@ -123,11 +124,63 @@
 {{- $problems = append $problems (printf "\"hook\" contains %q: set pre-install,pre-upgrade or post-install,post-upgrade, or \"\" for an ordinary Job" .) -}}
 {{- end -}}
 {{- end -}}
+{{- $problems = concat $problems (include "hcm-db-migrations.targetProblems" $.root | fromJsonArray) -}}
 {{- if eq .enabled false -}}
 {{- $problems = append $problems "\"enabled\" is false, which only works in an umbrella chart: add condition: hcm-db-migrations.enabled to the umbrella's Chart.yaml, or do not install this chart" -}}
 {{- end -}}
 {{- end -}}
 {{- $_ := set .problems "list" $problems -}}
+{{- end -}}
+
+{{/* What is wrong with "targets" and "rollout", as JSON. */}}
+{{- define "hcm-db-migrations.targetProblems" -}}
+{{- $problems := list -}}
+{{- $names := dict -}}
+{{- $databases := dict -}}
+{{- $fields := dict -}}
+{{- range $target := .Values.targets -}}
+{{- if hasKey $names .name -}}
+{{- $problems = append $problems (printf "\"targets\" has two entries with the name %q: rename one" .name) -}}
+{{- end -}}
+{{- $_ := set $names .name true -}}
+{{- $configMap := merge dict (.configMap | default dict) $.Values.db.configMap -}}
+{{- $database := list $configMap.name $configMap.hostKey $configMap.nameKey (.port | default $.Values.db.port | int64) (.schema | default "") | toJson -}}
+{{- with get $databases $database -}}
+{{- $problems = append $problems (printf "\"targets\" has two entries with the same database and schema, %q and %q: remove one, or set its \"schema\", \"configMap\" or \"port\"" . $target.name) -}}
+{{- end -}}
+{{- $_ := set $databases $database .name -}}
+{{- range $field, $_ := . }}{{ $_ := set $fields $field true }}{{ end -}}
+{{- end -}}
+{{- range (.Values.rollout | default dict).only -}}
+{{- if not (hasKey $names .) -}}
+{{- $problems = append $problems (printf "\"rollout.only\" contains %q, which is not the name of any of \"targets\": set one of their names, or [] for all" .) -}}
+{{- end -}}
+{{- end -}}
+{{- if .Values.targets -}}
+{{- range .Values.extraEnv -}}
+{{- $field := get (dict "DATABASE_URL" "name" "DB_HOST" "configMap" "DB_NAME" "configMap" "DB_PORT" "port" "DB_SCHEMA" "schema" "DB_USER" "secret") .name -}}
+{{- if hasKey $fields $field -}}
+{{- $problems = append $problems (printf "\"extraEnv\" sets %s, which would take precedence over the \"targets\" that differ in it: remove it, or set it for each target" .name) -}}
+{{- end -}}
+{{- end -}}
+{{- with include "hcm-db-migrations.fullname" . -}}
+{{- if gt (len .) 42 -}}
+{{- $problems = append $problems (printf "the name %q has more than 42 characters, which is too long for the pods of \"targets\": set \"fullnameOverride\"" .) -}}
+{{- end -}}
+{{- end -}}
+{{- if and (not .Values.hook) .Values.rollout.canary -}}
+{{- $problems = append $problems "\"rollout.canary\" needs hooks, which run one Job after the other, and \"hook\" is \"\": set \"rollout.canary\" to 0" -}}
+{{- end -}}
+{{- $size := include "hcm-db-migrations.targetList" . | len -}}
+{{- if gt $size 250000 -}}
+{{- $problems = append $problems (printf "\"targets\" takes %d bytes in the pod's annotation, which holds 250000: divide them among several releases" $size) -}}
+{{- end -}}
+{{- $seconds := include "hcm-db-migrations.partDeadline" (dict "root" . "count" (include "hcm-db-migrations.targets" . | fromJsonArray | len)) | int64 -}}
+{{- if gt $seconds 604800 -}}
+{{- $problems = append $problems (printf "\"targets\" may take %d s with these deadlines, retries and parallelism, which is more than 7 days, and no --timeout of Helm should be that long: raise \"rollout.parallelism\", lower \"job.activeDeadlineSeconds\" or \"job.backoffLimit\", or divide them among several releases" $seconds) -}}
+{{- end -}}
+{{- end -}}
+{{- toJson $problems -}}
 {{- end -}}
 
 {{/* Not empty if a literal is a secret, by its name or as a URL: (dict "name" "value"). A reference, $(NAME), is not. A number
