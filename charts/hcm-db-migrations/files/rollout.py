@@ -68,7 +68,9 @@ def api(path, **query):
 def unavailable(error):
     if getattr(error, "code", None) in (401, 403):
         fix = "its ServiceAccount must be able to get jobs and list pods in the namespace"
-        finish(f"FAILED: the Kubernetes API refuses to show the Job and its pods ({error}): {fix} {SEE}\n", NOT_RETRYABLE)
+        finish(
+            f"FAILED: the Kubernetes API refuses to show the Job and its pods ({error}): {fix} {SEE}\n", NOT_RETRYABLE
+        )
     fix = 'allow connections to it, or set "rollout.maxFailures" to null, which needs none'
     finish(f"FAILED: the Kubernetes API cannot be asked for the Job's state ({error}): {fix} {SEE}\n", 1)
 
@@ -139,15 +141,18 @@ def reason(pod, message):
     return ", ".join(filter(None, found)) or "unknown"
 
 
-def row(name, pod, succeeded, failed):
-    """(name, before, after, seconds, result) of a target."""
-    if not (succeeded or failed):
-        # A target whose attempt failed would have been retried.
-        is_retried = pod and pod["status"]["phase"] == "Failed"
-        return name, "", "", "", f"not retried: {said(pod)[2]}" if is_retried else "not started"
+def row(name, pod, is_done=False, has_failed=False):
+    """(name, before, after, seconds, result) of a target: its newest pod's, else what its Job says."""
+    phase = (
+        pod["status"]["phase"]
+        if pod
+        else {(True, False): "Succeeded", (False, True): "Failed"}.get((is_done, has_failed))
+    )
+    if phase not in ("Succeeded", "Failed"):
+        return name, "", "", "", "not started"
     before, after, message = said(pod) if pod else ("", "", "its pod was deleted")
     result = "done" if not before else "unchanged" if before == after else "migrated"
-    return name, before, after, seconds(pod), f"FAILED: {message}" if failed else result
+    return name, before, after, seconds(pod), result if phase == "Succeeded" else f"FAILED: {message}"
 
 
 def said(pod):
@@ -163,7 +168,9 @@ def seconds(pod):
     state = container(pod, "migrate").get("terminated") if pod else None
     if not state:
         return ""
-    started, finished = (calendar.timegm(time.strptime(state[at], "%Y-%m-%dT%H:%M:%SZ")) for at in ("startedAt", "finishedAt"))
+    started, finished = (
+        calendar.timegm(time.strptime(state[at], "%Y-%m-%dT%H:%M:%SZ")) for at in ("startedAt", "finishedAt")
+    )
     return str(finished - started)
 
 
@@ -177,34 +184,42 @@ def newest(of):
 
 def report():
     succeeded, failed = status()
-    mine = newest(job)
-    # The targets before this Job's were migrated as canaries, or it would not have started.
+    pod_of = newest(job)
+    # The targets before this Job's are its canaries, which succeeded: it would not have started.
     canaries = newest(f"{job}-canary") if first else {}
-    rows = [row(targets[at][0], canaries.get(at), True, False) for at in range(first)]
-    rows += [row(targets[first + at][0], mine.get(at), at in succeeded, at in failed) for at in range(count)]
-    rows += [row(target[0], None, False, False) for target in targets[first + count :]]
-    rows.sort(key=lambda at: (at[4].startswith("FAILED"), at[4].startswith("not ")))
+    rows = [row(targets[at][0], canaries.get(at), True) for at in range(first)]
+    rows += [row(targets[first + at][0], pod_of.get(at), at in succeeded, at in failed) for at in range(count)]
+    if failed:  # else their Job starts next
+        rows += [row(target[0], None) for target in targets[first + count :]]
+    rows.sort(key=lambda of: (of[4].startswith("FAILED"), of[4] == "not started"))
     table = [("target", "before", "after", "seconds", "result"), *rows]
     widths = [max(len(line[at]) for line in table) for at in range(4)]
     lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(line, widths)), line[4]]) for line in table]
-    counts = collections.Counter(result.split(":")[0] for *_, result in rows)
-    last = f"{len(rows)} targets: {', '.join(f'{number} {result}' for result, number in counts.items())}"
-    names = [at[0] for at in rows if at[4].startswith("FAILED")]
+    results = collections.Counter(result.partition(":")[0].lower() for *_, result in rows)
+    of = "" if len(rows) == len(targets) else f" of {len(targets)}"
+    lines.append(f"{len(rows)}{of} targets: {', '.join(f'{number} {result}' for result, number in results.items())}")
+    names = [name for name, *_, result in rows if result.startswith("FAILED")]
     if names:
         only = f"--set 'rollout.only={{{','.join(names)}}}'"
-        last = f"FAILED: {last}; fix these, then upgrade again, with all or only with these: {only} {SEE}"
+        lines.append(
+            f"FAILED: {len(names)} of {len(rows)} targets; fix them and upgrade again, or only these: {only} {SEE}"
+        )
     is_complete = (succeeded | failed).issuperset(range(count))
-    finish("\n".join([*lines, last, ""]), 0 if is_complete else STOPPED)
+    finish("\n".join([*lines, ""]), 0 if is_complete else STOPPED)
 
 
 if index == count or (max_failures < sys.maxsize and len(status()[1]) > max_failures):
     wait_and_report()
 name, schema, port, config_map, secret = targets[first + index]
 lines = [f"TARGET={shlex.quote(name)} NUMBER='{first + index + 1} of {len(targets)}'"]
+lines += [f"HOSTNAME={me}"]  # that of an Indexed Job's pod is not its name
 lines += [f"export DB_SCHEMA={shlex.quote(schema)}"] if schema else []
 lines += [f"export DB_PORT={port}"] if port else []
 sources = []
-for kind, reference, *variables in (("ConfigMap", config_map, "DB_HOST", "DB_NAME"), ("Secret", secret, "DB_USER", "DB_PASSWORD")):
+for kind, reference, *variables in (
+    ("ConfigMap", config_map, "DB_HOST", "DB_NAME"),
+    ("Secret", secret, "DB_USER", "DB_PASSWORD"),
+):
     for key, variable in zip(reference[1:], variables):
         if key:
             # If its own is missing, that of "db" would be another database's.

@@ -23,7 +23,7 @@ annotations:
   {{- merge $own (.Values.podAnnotations | default dict) (.Values.commonAnnotations | default dict) | toYaml | nindent 2 }}
 {{- end -}}
 
-{{/* Annotations of a hook: (dict "root" $ "hook" <its events>). A failed Job and its log are kept until the TTL expires: the
+{{/* Annotations of a hook: (dict "root" $ "hook" <its events> "logs" <when Helm prints the log>). A failed Job and its log are kept until the TTL expires: the
 next Job has another name. */}}
 {{- define "hcm-db-migrations.hookAnnotations" -}}
 helm.sh/hook: {{ .hook | quote }}
@@ -32,6 +32,6 @@ helm.sh/hook-delete-policy: {{ if not (include "hcm-db-migrations.byArgoCD" .roo
 {{- /* Flux's helm-controller (1.6.3 and older) crashes on it. Helm's version has three numbers in Helm's own program, which
 prints the log, and two (v4.3) in a program that embeds Helm. */}}
 {{- if regexMatch "^v[0-9]+[.][0-9]+[.][0-9]+" .root.Capabilities.HelmVersion.Version }}
-helm.sh/hook-output-log-policy: hook-succeeded,hook-failed
+helm.sh/hook-output-log-policy: {{ .logs | default "hook-succeeded,hook-failed" }}
 {{- end }}
 {{- end -}}

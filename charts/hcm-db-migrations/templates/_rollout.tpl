@@ -9,15 +9,17 @@
 {{- end -}}
 
 {{/* The Jobs of this release, as JSON. Of targets, each Job has a part: "first", the index of its first one in the list, "count",
-"maxFailures", and its "suffix" and "hookWeight". Without targets, there is one Job and no part. */}}
+"maxFailures", and its "suffix", "hookWeight" and "logs": of canaries that succeeded, Helm would print them last. Without targets,
+there is one Job and no part. */}}
 {{- define "hcm-db-migrations.parts" -}}
 {{- $count := include "hcm-db-migrations.targets" . | fromJsonArray | len -}}
 {{- $parts := list -}}
 {{- if $count -}}
 {{- $canary := min .Values.rollout.canary $count | int -}}
+{{- $logs := ternary "hook-failed" "" (gt $count $canary) -}}
 {{- $weight := include "hcm-db-migrations.hookWeight" . | int -}}
 {{- if $canary -}}
-{{- $parts = append $parts (dict "first" 0 "count" $canary "maxFailures" 0 "suffix" "-canary" "hookWeight" (sub $weight 1)) -}}
+{{- $parts = append $parts (dict "first" 0 "count" $canary "maxFailures" 0 "suffix" "-canary" "hookWeight" (sub $weight 1) "logs" $logs) -}}
 {{- end -}}
 {{- if gt $count $canary -}}
 {{- $parts = append $parts (dict "first" $canary "count" (sub $count $canary) "maxFailures" .Values.rollout.maxFailures "suffix" "" "hookWeight" $weight) -}}
