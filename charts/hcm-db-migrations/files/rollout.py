@@ -1,10 +1,10 @@
-# The init container "rollout" of a pod of several targets (an Indexed Job): decides what the pod does, and writes it for migrate.sh,
-# in the pod's volume, which is the working directory. It is the only container with access to the Kubernetes API.
-# - ./target: the variables of the index's target, as a shell script.
-# - ./report and ./report-status: what the pod prints and its exit code, instead of a migration. It is the report if the index is
-#   the last one, or if more than MAX_FAILURES targets have failed, and no target runs any more.
-# /etc/targets/list has the targets: [name, schema, port, [ConfigMap, its keys], [Secret, its keys]], JOB's from FIRST on, COUNT of
-# them. An empty MAX_FAILURES is no limit. SECONDS is the pod's deadline.
+# The init container "rollout" of a pod of several targets (an Indexed Job). It is the only one with access to the
+# Kubernetes API, and decides what the pod does, by files in the pod's volume, the working directory:
+# - ./target: its index's target, as a shell script for migrate.sh.
+# - ./report and ./report-status: what it prints instead, and its exit code. It reports if it has the last index, or if
+#   more than MAX_FAILURES targets have failed; then the Job ends, and no other target is started.
+# /etc/targets/list has [name, schema, port, [ConfigMap, its keys], [Secret, its keys]] of each. This JOB's are COUNT,
+# from FIRST on; its canaries are before, if any. SECONDS is the pod's deadline. MAX_FAILURES may be empty: no limit.
 import calendar
 import collections
 import json
@@ -15,70 +15,57 @@ import signal
 import ssl
 import sys
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
+from pathlib import Path
 
-NOT_RETRYABLE, CONTINUES, STOPPED = 255, 253, 254  # exit codes, in the Job's podFailurePolicy
+NOT_RETRYABLE, CONTINUES, STOPS = 255, 253, 254  # exit codes, in the Job's podFailurePolicy
 SEE = '(README.md of the chart, "Many databases")'
-environment = os.environ
-namespace, job, me = (environment[name] for name in ("NAMESPACE", "JOB", "POD"))
-first, count, index = (int(environment[name]) for name in ("FIRST", "COUNT", "JOB_COMPLETION_INDEX"))
-max_failures = int(environment["MAX_FAILURES"] or sys.maxsize)
-end = time.monotonic() + int(environment["SECONDS"]) * 0.8
-with open("/etc/targets/list") as file:
-    targets = json.load(file)
-signal.signal(signal.SIGTERM, lambda *_: os._exit(143))  # PID 1 would ignore it
+NAMESPACE, JOB, POD, MAX_FAILURES = (os.environ[name] for name in ("NAMESPACE", "JOB", "POD", "MAX_FAILURES"))
+FIRST, COUNT, INDEX = (int(os.environ[name]) for name in ("FIRST", "COUNT", "JOB_COMPLETION_INDEX"))
+LATEST = time.monotonic() + int(os.environ["SECONDS"]) * 0.8  # before the deadline, which would delete the log
+TARGETS = json.loads(Path("/etc/targets/list").read_text())
+signal.signal(signal.SIGTERM, lambda *_: os._exit(143))  # as PID 1, it would ignore the signal
 
 
-def write(name, text):
-    with open(name, "w") as file:
-        file.write(text)
-
-
-def finish(text, status):
-    write("report-status", str(status))
-    write("report", text)
+def finish(report, status):
+    Path("report-status").write_text(str(status))
+    Path("report").write_text(report + "\n")
     sys.exit()
 
 
 def api(path, **query):
-    """An object of the API. Right after the Role was created, its rights may be missing; the API server may restart."""
-    host = environment["KUBERNETES_SERVICE_HOST"]
-    address = f"[{host}]" if ":" in host else host
-    url = f"https://{address}:{environment['KUBERNETES_SERVICE_PORT']}{path}?{urllib.parse.urlencode(query)}"
-    opener = urllib.request.build_opener(
-        urllib.request.ProxyHandler({}),
-        urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile="/etc/api/ca.crt")),
-    )
-    latest = min(time.monotonic() + 30, end)
+    """An object of the API. It is retried: the API server may restart, and the Role may be seconds old."""
+    host, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ["KUBERNETES_SERVICE_PORT"]
+    url = f"https://{f'[{host}]' if ':' in host else host}:{port}/{path}?{urllib.parse.urlencode(query)}"
+    https = urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile="/etc/api/ca.crt"))
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), https)
+    latest = min(time.monotonic() + 30, LATEST)
     while True:
         try:
-            with open("/etc/api/token") as file:
-                request = urllib.request.Request(url, headers={"Authorization": f"Bearer {file.read()}"})
+            token = Path("/etc/api/token").read_text()
+            request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
             with opener.open(request, timeout=10) as response:
                 return json.load(response)
         except (OSError, ValueError) as error:
-            if time.monotonic() > latest:
-                unavailable(error)
             print(f"the Kubernetes API: {error}", flush=True)
+            if time.monotonic() > latest:
+                refuse(error)
             time.sleep(1)
 
 
-def unavailable(error):
+def refuse(error):
     if getattr(error, "code", None) in (401, 403):
-        fix = "its ServiceAccount must be able to get jobs and list pods in the namespace"
-        finish(
-            f"FAILED: the Kubernetes API refuses to show the Job and its pods ({error}): {fix} {SEE}\n", NOT_RETRYABLE
-        )
-    fix = 'allow connections to it, or set "rollout.maxFailures" to null, which needs none'
-    finish(f"FAILED: the Kubernetes API cannot be asked for the Job's state ({error}): {fix} {SEE}\n", 1)
+        cause = f"the ServiceAccount has no access to the state of the Job and its pods ({error})"
+        finish(f"FAILED: {cause}: let it get jobs and list pods in the namespace {SEE}", NOT_RETRYABLE)
+    cause = f"the Kubernetes API, which has the state of the Job and its pods, cannot be reached ({error})"
+    finish(f'FAILED: {cause}: allow the connection, or set "rollout.maxFailures" to null {SEE}', 1)
 
 
-def pods(of, **query):
-    query |= {"labelSelector": f"batch.kubernetes.io/job-name={of}", "limit": 50}
+def pods(job, **query):
+    query = {**query, "labelSelector": f"batch.kubernetes.io/job-name={job}", "limit": 50}
     while True:
-        page = api(f"/api/v1/namespaces/{namespace}/pods", **query)
+        page = api(f"api/v1/namespaces/{NAMESPACE}/pods", **query)
         yield from page["items"]
         if not page["metadata"].get("continue"):
             return
@@ -89,140 +76,119 @@ def index_of(pod):
     return int(pod["metadata"]["annotations"]["batch.kubernetes.io/job-completion-index"])
 
 
-def container(pod, name):
-    """The state of a container: {"waiting" | "running" | "terminated": {...}}, or {}."""
+def states(pod):
+    """{container: {"waiting" | "running" | "terminated": {...}}}."""
     status = pod["status"]
-    found = status.get("initContainerStatuses", []) + status.get("containerStatuses", [])
-    return next((each["state"] for each in found if each["name"] == name), {})
+    found = [*status.get("initContainerStatuses", ()), *status.get("containerStatuses", ())]
+    return {each["name"]: each["state"] for each in found}
 
 
 def indexes(text):
-    """The indexes of a Job's status, such as "1,3-5"."""
+    """The indexes of "1,3-5"."""
     ranges = [part.split("-") for part in (text or "").split(",") if part]
-    return {each for part in ranges for each in range(int(part[0]), int(part[-1]) + 1)}
+    return {index for part in ranges for index in range(int(part[0]), int(part[-1]) + 1)}
 
 
-def status():
-    """The indexes that succeeded, and those that failed. Kubernetes 1.28 has no failed ones: one failure ends the Job there."""
-    found = api(f"/apis/batch/v1/namespaces/{namespace}/jobs/{job}").get("status", {})
-    return indexes(found.get("completedIndexes")), indexes(found.get("failedIndexes"))
+def succeeded_and_failed():
+    """The indexes that are done. In Kubernetes 1.28, none has failed: the first failure ends the Job."""
+    status = api(f"apis/batch/v1/namespaces/{NAMESPACE}/jobs/{JOB}").get("status", {})
+    return indexes(status.get("completedIndexes")), indexes(status.get("failedIndexes"))
 
 
-def is_my_turn_to_report():
-    """Whether all targets are done; or, of a rollout that stops, no target runs, and this pod is the first one that waits."""
-    succeeded, failed = status()
-    if len(failed) <= max_failures:
-        return (succeeded | failed).issuperset(range(count))
-    others = [pod for pod in pods(job, fieldSelector="status.phase!=Succeeded,status.phase!=Failed")]
-    others = [pod for pod in others if pod["metadata"]["name"] != me]
-    waiting = [index_of(pod) for pod in others if "running" in container(pod, "rollout")]
-    running = [pod for pod in others if "terminated" in container(pod, "rollout")]
-    return not running and index < min(waiting, default=count + 1)
+def stops(failed):
+    return MAX_FAILURES != "" and len(failed) > int(MAX_FAILURES)
 
 
-def wait_and_report():
-    while not is_my_turn_to_report():
-        if time.monotonic() > end:
-            finish("other targets are still running; the report continues in another pod\n", CONTINUES)
-        time.sleep(1)
-    report()
-
-
-def reason(pod, message):
-    """Why a pod failed, in one line."""
-    state = container(pod, "migrate").get("terminated", {})
-    stuck = [
-        f"{each['name']}: {each['state']['waiting']['reason']}"
-        for each in pod["status"].get("initContainerStatuses", []) + pod["status"].get("containerStatuses", [])
-        if each["state"].get("waiting", {}).get("reason") not in (None, "PodInitializing")
-    ]
-    ended = [state.get("reason", ""), f"exit code {state['exitCode']}"] if state else []
-    found = [message] if message else [pod["status"].get("reason", ""), *ended, *stuck]
-    return ", ".join(filter(None, found)) or "unknown"
-
-
-def row(name, pod, is_done=False, has_failed=False):
-    """(name, before, after, seconds, result) of a target: its newest pod's, else what its Job says."""
-    phase = (
-        pod["status"]["phase"]
-        if pod
-        else {(True, False): "Succeeded", (False, True): "Failed"}.get((is_done, has_failed))
-    )
-    if phase not in ("Succeeded", "Failed"):
-        return name, "", "", "", "not started"
-    before, after, message = said(pod) if pod else ("", "", "its pod was deleted")
-    result = "done" if not before else "unchanged" if before == after else "migrated"
-    return name, before, after, seconds(pod), result if phase == "Succeeded" else f"FAILED: {message}"
+def is_time_to_report():
+    """All targets are done; or, if the rollout stops, none runs, and this pod is the first of those that wait here."""
+    succeeded, failed = succeeded_and_failed()
+    if not stops(failed):
+        return (succeeded | failed).issuperset(range(COUNT))
+    active = pods(JOB, fieldSelector="status.phase!=Succeeded,status.phase!=Failed")
+    others = [(index_of(pod), states(pod).get("rollout", {})) for pod in active if pod["metadata"]["name"] != POD]
+    return not any("terminated" in state or ("running" in state and index < INDEX) for index, state in others)
 
 
 def said(pod):
-    """(before, after, message) of a pod's termination message, whose first line is "<before> -> <after>"."""
-    text = container(pod, "migrate").get("terminated", {}).get("message", "")
-    found = re.match(r"(.*) -> (.*)\n?", text)
-    lines = text[found.end() if found else 0 :].strip().splitlines()
-    message = re.sub("^FAILED: ", "", "".join(char for char in (lines or [""])[-1] if char.isprintable()))
-    return (found[1], found[2], reason(pod, message)) if found else ("", "", reason(pod, message))
+    """(before, after, reason) of a pod's termination message: "<before> -> <after>" and, if it failed, the reason."""
+    found, phase = states(pod), pod["status"]["phase"]
+    ended = found.get("migrate", {}).get("terminated", {})
+    before, after, message = re.fullmatch(r"(?s)(?:(.*?) -> (.*?)(?:\n|$))?(.*)", ended.get("message", "")).groups("")
+    lines = message.strip().splitlines()
+    if not lines and phase == "Failed":  # killed, or it never started
+        waiting = {name: state["waiting"].get("reason") for name, state in found.items() if "waiting" in state}
+        causes = [pod["status"].get("reason"), ended.get("reason"), f"exit code {ended['exitCode']}" if ended else ""]
+        causes += [f"{name}: {cause}" for name, cause in waiting.items() if cause != "PodInitializing"]
+        lines = [", ".join(filter(None, causes)) or "unknown"]
+    reason = "".join(char for char in "".join(lines[-1:]) if char.isprintable())
+    return before, after, reason.removeprefix("FAILED: ")
 
 
 def seconds(pod):
-    state = container(pod, "migrate").get("terminated") if pod else None
-    if not state:
-        return ""
-    started, finished = (
-        calendar.timegm(time.strptime(state[at], "%Y-%m-%dT%H:%M:%SZ")) for at in ("startedAt", "finishedAt")
-    )
-    return str(finished - started)
+    ended = states(pod).get("migrate", {}).get("terminated", {})
+    times = [ended[at] for at in ("startedAt", "finishedAt") if ended.get(at)]
+    parsed = [calendar.timegm(time.strptime(at, "%Y-%m-%dT%H:%M:%SZ")) for at in times]
+    return str(parsed[1] - parsed[0]) if len(parsed) == 2 else ""
 
 
-def newest(of):
+def row(target, pod, has_succeeded=False, has_failed=False):
+    """(name, before, after, seconds, result) by the newest pod, which knows before its Job does; or by the Job."""
+    phase = pod["status"]["phase"] if pod else "Succeeded" if has_succeeded else "Failed" if has_failed else ""
+    if phase not in ("Succeeded", "Failed"):
+        return target[0], "", "", "", "not started"
+    before, after, reason = said(pod) if pod else ("", "", "its pod was deleted")
+    result = "done" if not before else "unchanged" if before == after else "migrated"
+    took = seconds(pod) if pod else ""
+    return target[0], before, after, took, result if phase == "Succeeded" else f"FAILED: {reason}"
+
+
+def newest(job):
     """The newest pod of each index."""
-    found = {}
-    for pod in sorted(pods(of), key=lambda pod: pod["metadata"]["creationTimestamp"]):
-        found[index_of(pod)] = pod
-    return found
+    return {index_of(pod): pod for pod in sorted(pods(job), key=lambda pod: pod["metadata"]["creationTimestamp"])}
 
 
 def report():
-    succeeded, failed = status()
-    pod_of = newest(job)
-    # The targets before this Job's are its canaries, which succeeded: it would not have started.
-    canaries = newest(f"{job}-canary") if first else {}
-    rows = [row(targets[at][0], canaries.get(at), True) for at in range(first)]
-    rows += [row(targets[first + at][0], pod_of.get(at), at in succeeded, at in failed) for at in range(count)]
-    if failed:  # else their Job starts next
-        rows += [row(target[0], None) for target in targets[first + count :]]
+    succeeded, failed = succeeded_and_failed()
+    pod_of = newest(JOB)
+    canary_of = newest(f"{JOB}-canary") if FIRST else {}  # they have succeeded, or this Job would not have started
+    rows = [row(target, canary_of.get(at), True) for at, target in enumerate(TARGETS[:FIRST])]
+    own = TARGETS[FIRST : FIRST + COUNT]
+    rows += [row(target, pod_of.get(at), at in succeeded, at in failed) for at, target in enumerate(own)]
+    if failed:  # else the canaries' Job is followed by that of the others
+        rows += [row(target, None) for target in TARGETS[FIRST + COUNT :]]
     rows.sort(key=lambda of: (of[4].startswith("FAILED"), of[4] == "not started"))
     table = [("target", "before", "after", "seconds", "result"), *rows]
     widths = [max(len(line[at]) for line in table) for at in range(4)]
-    lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(line, widths)), line[4]]) for line in table]
-    results = collections.Counter(result.partition(":")[0].lower() for *_, result in rows)
-    of = "" if len(rows) == len(targets) else f" of {len(targets)}"
-    lines.append(f"{len(rows)}{of} targets: {', '.join(f'{number} {result}' for result, number in results.items())}")
-    names = [name for name, *_, result in rows if result.startswith("FAILED")]
-    if names:
+    lines = ["  ".join([*(line[at].ljust(widths[at]) for at in range(4)), line[4]]) for line in table]
+    results = collections.Counter(of[4].partition(":")[0].lower() for of in rows)
+    total = str(len(rows)) + (f" of {len(TARGETS)}" if len(rows) < len(TARGETS) else "")
+    lines.append(f"{total} targets: {', '.join(f'{number} {result}' for result, number in results.items())}")
+    if names := [of[0] for of in rows if of[4].startswith("FAILED")]:
         only = f"--set 'rollout.only={{{','.join(names)}}}'"
         lines.append(
-            f"FAILED: {len(names)} of {len(rows)} targets; fix them and upgrade again, or only these: {only} {SEE}"
+            f"FAILED: {len(names)} of {total} targets; fix them and upgrade again, or only these: {only} {SEE}"
         )
-    is_complete = (succeeded | failed).issuperset(range(count))
-    finish("\n".join([*lines, ""]), 0 if is_complete else STOPPED)
+    is_complete = (succeeded | failed).issuperset(range(COUNT))
+    finish("\n".join(lines), 0 if is_complete else STOPS)
 
 
-if index == count or (max_failures < sys.maxsize and len(status()[1]) > max_failures):
-    wait_and_report()
-name, schema, port, config_map, secret = targets[first + index]
-lines = [f"TARGET={shlex.quote(name)} NUMBER='{first + index + 1} of {len(targets)}'"]
-lines += [f"HOSTNAME={me}"]  # that of an Indexed Job's pod is not its name
+if INDEX == COUNT or (MAX_FAILURES and stops(succeeded_and_failed()[1])):
+    while not is_time_to_report():
+        if time.monotonic() > LATEST:
+            finish("other targets are still running: the report continues in another pod", CONTINUES)
+        time.sleep(1)
+    report()
+name, schema, port, config_map, secret = TARGETS[FIRST + INDEX]
+lines = [f"TARGET={shlex.quote(name)} NUMBER='{FIRST + INDEX + 1} of {len(TARGETS)}'"]
+lines.append(f"HOSTNAME={POD}")  # for messages; that of an Indexed Job's pod is not its name
 lines += [f"export DB_SCHEMA={shlex.quote(schema)}"] if schema else []
 lines += [f"export DB_PORT={port}"] if port else []
 sources = []
-for kind, reference, *variables in (
-    ("ConfigMap", config_map, "DB_HOST", "DB_NAME"),
-    ("Secret", secret, "DB_USER", "DB_PASSWORD"),
-):
-    for key, variable in zip(reference[1:], variables):
+references = [("ConfigMap", config_map, ("DB_HOST", "DB_NAME")), ("Secret", secret, ("DB_USER", "DB_PASSWORD"))]
+for kind, reference, variables in references:
+    for at, key in enumerate(reference[1:]):
         if key:
-            # If its own is missing, that of "db" would be another database's.
-            lines.append(f"unset {variable}")
-            sources.append(f'{variable} key "{key}" of {kind} "{reference[0]}"')
-write("target", "\n".join([*lines, "SOURCES=" + shlex.quote("\n".join(sources)), ""]))
+            lines.append(f"unset {variables[at]}")  # if it is missing, that of "db" would be another database's
+            sources.append(f'{variables[at]} key "{key}" of {kind} "{reference[0]}"')
+lines.append("SOURCES=" + shlex.quote("\n".join(sources)))
+Path("target").write_text("\n".join([*lines, ""]))

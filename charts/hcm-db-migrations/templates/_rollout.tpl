@@ -60,6 +60,11 @@ attempts, Kubernetes waits 10 s, 20 s and so on up to 10 minutes, and a pod may 
 {{- add (mul $rounds $target) $attempt -}}
 {{- end -}}
 
+{{/* Seconds of Helm's --timeout that fit the longest Job of the targets, and 50 s for the end of its pods: helm test's has them all. */}}
+{{- define "hcm-db-migrations.timeout" -}}
+{{- include "hcm-db-migrations.partDeadline" (dict "root" . "count" (include "hcm-db-migrations.targets" . | fromJsonArray | len)) | int64 | add 50 -}}
+{{- end -}}
+
 {{/* Name of the ServiceAccount of the pods, whose token the container "rollout" has. */}}
 {{- define "hcm-db-migrations.serviceAccountName" -}}
 {{- .Values.serviceAccountName | default (ternary (include "hcm-db-migrations.fullname" . | printf "%s-rollout") "" (not (empty .Values.targets))) -}}

@@ -175,7 +175,7 @@
 {{- if gt $size 250000 -}}
 {{- $problems = append $problems (printf "\"targets\" takes %d bytes in the pod's annotation, which holds 250000: divide them among several releases" $size) -}}
 {{- end -}}
-{{- $seconds := include "hcm-db-migrations.partDeadline" (dict "root" . "count" (include "hcm-db-migrations.targets" . | fromJsonArray | len)) | int64 -}}
+{{- $seconds := include "hcm-db-migrations.timeout" . | int64 -}}
 {{- if gt $seconds 604800 -}}
 {{- $problems = append $problems (printf "\"targets\" may take %d s with these deadlines, retries and parallelism, which is more than 7 days, and no --timeout of Helm should be that long: raise \"rollout.parallelism\", lower \"job.activeDeadlineSeconds\" or \"job.backoffLimit\", or divide them among several releases" $seconds) -}}
 {{- end -}}
