@@ -2,68 +2,336 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from itertools import takewhile
 from typing import Any
 
-from tests.support.database import Database
-from tests.support.kubernetes import Api
-from tests.support.programs import Result
+import pytest
+from kubernetes import client
+from sqlalchemy import URL
+
+from tests.support.canary import PASSWORD
+from tests.support.database import Database, fresh_database
+from tests.support.kubernetes import FIRST_JOB, Api, kill_container, node
+from tests.support.readme import chart_block
 from tests.support.release import Release
+from tests.support.repository import Repository
+from tests.support.revisions import edit
+from tests.support.waiting import until
+from tools.cluster import Cluster
 
-Target = dict[str, Any]
+# A revision that waits while its schema has a table `gate`.
+GATE = "to_regclass(current_schema() || '.gate') IS NOT NULL"
+WAITING = f"DO $$ BEGIN WHILE {GATE} LOOP PERFORM pg_sleep(0.1); END LOOP; END $$"
+ALL_AT_ONCE = {"canary": 0, "parallelism": 2}
 
 
-def schemas(database: Database, *names: str) -> list[Target]:
-    """Targets that are schemas of the test's database, which are created."""
+@pytest.fixture
+def schemas(database: Database) -> Callable[..., list[dict[str, Any]]]:
+    """Creates schemas in the test's database; returns them as targets of the same names."""
+
+    def create(*names: str) -> list[dict[str, Any]]:
+        for name in names:
+            database.execute(f"CREATE SCHEMA {name} AUTHORIZATION {database.role}")
+        return [{"name": name, "schema": name} for name in names]
+
+    return create
+
+
+def applied(database: Database, *names: str) -> dict[str, list[str]]:
+    """{schema: the revisions in its record, in their order}."""
+    found = {}
     for name in names:
-        database.execute(f"CREATE SCHEMA {name} AUTHORIZATION {database.role}")
-    return [{"name": name, "schema": name} for name in names]
+        exists = database.scalar("SELECT to_regclass(%s) IS NOT NULL", f"{name}.alembic_version_history")
+        rows = database.execute(f"SELECT revision FROM {name}.alembic_version_history ORDER BY id") if exists else []
+        found[name] = [revision for (revision,) in rows]
+    return found
 
 
-def applied(database: Database, schema: str) -> list[str]:
-    """The revisions that the record of a schema has, in their order."""
-    if not database.scalar("SELECT to_regclass(%s) IS NOT NULL", f"{schema}.alembic_version_history"):
-        return []
-    return [revision for (revision,) in database.execute(f"SELECT revision FROM {schema}.alembic_version_history")]
+def report(log: str) -> dict[str, str]:
+    """The results of the only report in the log: {target: result}, in its order."""
+    _, table = re.split(r"target +before +after +seconds +result\n", log)
+    lines = takewhile(lambda line: line[0].islower(), table.splitlines())
+    return {line.split()[0]: re.split(r" {2,}", line, maxsplit=4)[-1] for line in lines}
 
 
-def rows(result: Result) -> dict[str, list[str]]:
-    """The report's rows: {target: the rest of its line, by columns}."""
-    lines = result.text.splitlines()
-    starts = [number for number, line in enumerate(lines) if line.startswith("target ") and line.endswith(" result")]
-    found = [line.split(None, 4) for line in lines[starts[-1] + 1 :]]
-    return {line[0]: line[1:] for line in found}
+def reported(release: Release, command: str) -> list[str]:
+    """The report that a command of the README shows, with this release's Job."""
+    kubectl, _, sed = command.strip().partition(" | sed ")
+    logs = release.documented(kubectl.replace("<revision>", str(release.upgrades)))
+    return start(["sed", *shlex.split(sed)], stdin=logs.text).wait().lines
 
 
-def test_schemas_are_migrated_the_canary_first(release: Release, api: Api, database: Database) -> None:
-    targets = schemas(database, "kano", "lagos", "oyo")
-    result = release.upgrade({"targets": targets})
+@pytest.mark.fault(
+    "Partial work",
+    fault="Of several targets, a canary fails",
+    sees="`kano ... FAILED: ...`, `lagos ... not started`, and"
+    " `FAILED: 1 of 3 targets (2 not started); fix them and upgrade all again, or these: --set 'rollout.only={kano}' (...)`",
+    state="No other target is contacted",
+    do="Follow the message, deploy again",
+)
+@pytest.mark.parametrize("version", [3, 4])
+def test_a_canary_that_fails_stops_the_rest(
+    releases: Callable[..., Release],
+    api: Api,
+    repository: Repository,
+    database: Database,
+    schemas: Callable[..., list[dict[str, Any]]],
+    version: int,
+) -> None:
+    release, names = releases(api, version), ("kano", "lagos", "oyo")
+    targets = schemas("lagos", "oyo")
+    values = {"targets": [{"name": "kano", "schema": "kano"}, *targets]}
+    failed = release.upgrade(values)
+    assert failed.returncode != 0
+    assert applied(database, *names) == {"kano": [], "lagos": [], "oyo": []}
+    canary = f"{FIRST_JOB}-canary"
+    assert api.jobs() == [canary]
+    log = "\n".join(reported(release, chart_block("-canary)")))
+    assert list(report(log)) == ["lagos", "oyo", "kano"]
+    schemas("kano")
+    upgrade = release.upgrade(values)
+    assert upgrade.returncode == 0, upgrade.text
+    assert applied(database, *names) == {name: ["001"] for name in names}
+    if version == 4:  # Helm 3.17 does not print a hook's log
+        upgrade.line("target lagos (2 of 3)")
+        assert report(upgrade.text) == dict.fromkeys(names, "migrated")
+        upgrade.line("DONE: 3 targets: 3 migrated")
+    assert api.jobs() == [canary]  # the failed one
+
+
+def test_only_some_targets_and_helm_test_of_all(
+    release: Release,
+    api: Api,
+    repository: Repository,
+    database: Database,
+    schemas: Callable[..., list[dict[str, Any]]],
+) -> None:
+    repository.revision("002", "SELECT 1")
+    repository.push()
+    values = {"targets": schemas("kano", "lagos"), "rollout": {"only": ["lagos"]}}
+    assert release.upgrade(values).returncode == 0
+    assert release.run("test", release.name).returncode == 0  # it has the same values
+    assert release.upgrade({**values, "rollout": {"only": []}}, "--no-hooks").returncode == 0
+    failed = release.run("test", release.name)
+    assert failed.returncode != 0
+    results = report(failed.text)
+    assert list(results) == ["lagos", "kano"]
+    assert results["lagos"] == "unchanged"
+    assert results["kano"].startswith('FAILED: alembic current did not report "(head)": the database is not at')
+    downgrade = {**values, "args": ["downgrade", "001"]}
+    assert release.upgrade(downgrade).returncode == 0
+    assert applied(database, "kano", "lagos") == {"kano": [], "lagos": ["001", "002", "002"]}
+
+
+@pytest.mark.fault(
+    "Partial work",
+    fault="Of several targets, more than `rollout.maxFailures` fail",
+    sees='`missing ... FAILED: no value for DB_HOST (key "db-host" of ConfigMap "missing"), ...`, `last ... not started`, and'
+    " `FAILED: 1 of 3 targets (1 migrated, 1 not started); ...`",
+    state="Those that run finish; no other is contacted",
+    do="Follow the message, deploy again",
+)
+def test_after_too_many_failures_those_that_run_finish(
+    release: Release,
+    api: Api,
+    repository: Repository,
+    database: Database,
+    schemas: Callable[..., list[dict[str, Any]]],
+) -> None:
+    seen = "import os; found = ' '.join(sorted(os.listdir('/etc/target'))), os.path.exists('/etc/api')"
+    create = "op.execute('CREATE TABLE seen AS SELECT $$%s, API: %s$$' % found)"
+    revision = repository.revision("002", WAITING)
+    edit(revision, "def upgrade():", f"def upgrade():\n    {seen}\n    {create}")
+    repository.push()
+    slow, last = schemas("slow", "last")
+    api.secret("of-slow", username=database.role, password=PASSWORD)
+    slow["secret"] = {"name": "of-slow"}
+    database.execute("CREATE TABLE slow.gate AS SELECT 1")
+    missing = {"name": "missing", "configMap": {"name": "missing"}, "schema": "public"}
+    rollout = {**ALL_AT_ONCE, "maxFailures": 0}
+    upgrade = release.start_upgrade({"targets": [slow, missing, last], "rollout": rollout, "job": {"backoffLimit": 0}})
+    until(lambda: api.pods(FIRST_JOB))
+    until(lambda: api.batch.read_namespaced_job(FIRST_JOB, api.namespace).status.failed_indexes == "1")
+    until(lambda: any(pod.metadata.name.startswith(f"{FIRST_JOB}-2-") for pod in api.pods(FIRST_JOB)))
+    until(lambda: database.execute("SELECT FROM pg_stat_activity WHERE query LIKE '%.gate%' AND state = 'active'"))
+    assert upgrade.program.running
+    database.execute("DROP TABLE slow.gate")
+    result = upgrade.wait()
+    assert result.returncode != 0
+    assert applied(database, "slow", "last", "public") == {"slow": ["001", "002"], "last": [], "public": []}
+    assert list(report(result.text)) == ["slow", "last", "missing"]
+    assert api.conditions(FIRST_JOB)["Failed"] == "PodFailurePolicy"
+    assert database.scalar("SELECT * FROM slow.seen") == "DB_PASSWORD DB_USER, API: False"
+
+
+@pytest.mark.fault(
+    "Process and pod",
+    fault="Of several targets, one takes longer than `job.activeDeadlineSeconds`, and is retried",
+    sees="`other targets are still running: the report continues in another pod`; `slow ... migrated`",
+    state="Complete, each revision applied once",
+    do="Nothing",
+)
+def test_the_report_waits_for_a_retry(
+    release: Release,
+    api: Api,
+    repository: Repository,
+    database: Database,
+    schemas: Callable[..., list[dict[str, Any]]],
+) -> None:
+    repository.revision("002", WAITING)
+    repository.push()
+    targets = schemas("slow")
+    database.execute("CREATE TABLE slow.gate AS SELECT 1")
+    job = {"activeDeadlineSeconds": 20, "backoffLimit": 1}
+    upgrade = release.start_upgrade({"targets": targets, "rollout": ALL_AT_ONCE, "job": job})
+    until(lambda: any(log.startswith("other targets") for log in api.logs(FIRST_JOB)))
+    until(lambda: any("interrupted by SIGTERM" in log for log in api.logs(FIRST_JOB)))
+    database.execute("DROP TABLE slow.gate")
+    result = upgrade.wait()
     assert result.returncode == 0, result.text
-    print(result.text)
-    assert {name: applied(database, name) for name in ("kano", "lagos", "oyo")} == dict.fromkeys(
-        ("kano", "lagos", "oyo"), ["001"]
-    )
+    assert report(result.text) == {"slow": "migrated"}
+    assert applied(database, "slow") == {"slow": ["001", "002"]}
 
 
-def test_big(release: Release, api: Api, database: Database) -> None:
-    import time
+@pytest.mark.fault(
+    "Code and settings",
+    fault="The ServiceAccount of several targets' pods may not read the Job's state",
+    sees="`FAILED: the ServiceAccount has no access to the state of the Job and its pods (HTTP Error 403: Forbidden): ...`, exit 255",
+    state="The database is not contacted",
+    do="Follow the message, deploy again",
+)
+def test_a_serviceaccount_without_rights_is_reported(
+    release: Release, api: Api, database: Database, schemas: Callable[..., list[dict[str, Any]]]
+) -> None:
+    targets = schemas("kano")
+    created, *rights = chart_block("kubectl create serviceaccount migrations").strip().splitlines()
+    assert release.documented(created).returncode == 0
+    values = {"targets": targets, "serviceAccountName": "migrations", "job": {"activeDeadlineSeconds": 40}}
+    assert release.upgrade(values).returncode != 0
+    assert applied(database, "kano") == {"kano": []}
+    for command in rights:
+        assert release.documented(command.replace("=health:", f"={api.namespace}:")).returncode == 0
+    upgrade = release.upgrade(values)
+    assert upgrade.returncode == 0, upgrade.text
+    assert applied(database, "kano") == {"kano": ["001"]}
 
-    names = [f"t{i:02}" for i in range(24)]
-    targets = schemas(database, *names)
-    targets[5]["secret"] = {"passwordKey": "nope"}
+
+@pytest.fixture
+def databases(server: URL) -> Iterator[list[Database]]:
+    """Databases on the test's server, each with its own role."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(fresh_database(server)) for _ in range(6)]
+
+
+@pytest.fixture
+def databases(server: URL) -> Iterator[list[Database]]:
+    """Databases on the test's server, each with its own role."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(fresh_database(server)) for _ in range(6)]
+
+
+def test_the_examples_and_the_report_of_the_readme(
+    release: Release,
+    api: Api,
+    database: Database,
+    databases: list[Database],
+    schemas: Callable[..., list[dict[str, Any]]],
+) -> None:
+    schemas("ng_kano", "ng_lagos")
+    examples = [release.example(chart_block(part)) for part in ("schema: ng_kano", "hostKey: kenya-host")]
+    values = {"targets": [target for example in examples for target in example["targets"]]}
+    values["rollout"] = {"parallelism": 1, "only": ["lagos"]}
+    assert release.upgrade(values).returncode == 0
+    assert applied(database, "ng_kano", "ng_lagos") == {"ng_kano": [], "ng_lagos": ["001"]}
+    kenya, malawi, *_ = databases
+    host = "postgres.hcm-fixtures"
+    api.config_map("tenants", **{"kenya-host": host, "kenya-name": kenya.name})
+    api.config_map("db-malawi", **{"db-host": host, "db-name": malawi.name})
+    api.secret("db-malawi", username=malawi.role, password=PASSWORD)
+    values["rollout"] = {"parallelism": 1}
+    assert release.upgrade(values).returncode != 0
+    log, expected = reported(release, chart_block("-canary)")), chart_block("before  after").strip().splitlines()
+    for line, shown in zip(log, expected, strict=True):
+        pattern = re.escape(shown).replace(r"\.\.\.", ".*")
+        assert re.fullmatch(re.sub(r"\\ \d\\ ", r"\\ \\d\\ ", pattern), line), line
+    api.secret("tenants", **{"kenya-username": kenya.role, "kenya-password": PASSWORD})
+    result = release.upgrade(values)
+    assert result.returncode == 0, result.text
+    assert [tenant.history("revision") for tenant in (kenya, malawi)] == [[("001",)]] * 2
+
+
+@pytest.mark.fault(
+    "Concurrency",
+    fault="Of 30 targets, one is locked and one has a wrong password, while a pod is deleted, another's container is killed, and"
+    " kubelet is restarted",
+    sees="`FAILED: 2 of 30 targets (28 migrated); fix them and upgrade all again, or these: --set 'rollout.only={s05,s06}' (...)`",
+    state="Every other target is migrated once",
+    do="Follow the message, deploy again",
+)
+@pytest.mark.disruptive
+def test_faults_at_some_targets_do_not_disturb_the_others(
+    release: Release,
+    api: Api,
+    cluster: Cluster,
+    repository: Repository,
+    database: Database,
+    databases: list[Database],
+    schemas: Callable[..., list[dict[str, Any]]],
+) -> None:
+    repository.revision("002", WAITING)
+    repository.push()
+    names = [f"s{number:02}" for number in range(24)]
+    targets = schemas(*names)
+    api.secret("wrong", username=database.role, password="wrong")  # noqa: S106
     targets[6]["secret"] = {"name": "wrong"}
-    targets[7]["configMap"] = {"name": "missing"}
-    api.secret("wrong", username=database.role, password="not it")
-    start = time.time()
-    result = release.upgrade(
-        {"targets": targets, "rollout": {"parallelism": 5, "maxFailures": 1}, "job": {"backoffLimit": 0}}
-    )
-    print(result.text)
-    print(time.time() - start)
-    result = release.upgrade(
-        {"targets": targets, "rollout": {"parallelism": 5, "maxFailures": None}, "job": {"backoffLimit": 0}},
-        "--timeout",
-        "15m",
-    )
-    print(result.text[-6000:])
-    print(time.time() - start)
-    print(api.batch.read_namespaced_job("hcm-db-migration-2", api.namespace).status)
+    tenants: dict[str, str] = {}
+    passwords: dict[str, str] = {}
+    for number, tenant in enumerate(databases):
+        key = f"d{number}"
+        tenants |= {f"{key}-host": "postgres.hcm-fixtures", f"{key}-name": tenant.name}
+        passwords |= {f"{key}-username": tenant.role, f"{key}-password": PASSWORD}
+        configured = {"name": "tenants", "hostKey": f"{key}-host", "nameKey": f"{key}-name"}
+        secret = {"name": "tenants", "usernameKey": f"{key}-username", "passwordKey": f"{key}-password"}
+        targets.append({"name": key, "configMap": configured, "secret": secret})
+    api.config_map("tenants", **tenants)
+    api.secret("tenants", **passwords)
+    rollout = {"parallelism": 5, "maxFailures": None}
+    wait = [*release.values["extraEnv"], {"name": "MIGRATION_WAIT_SECONDS", "value": "15"}]
+    values = {"targets": targets, "rollout": rollout, "extraEnv": wait}
+
+    def waiting(name: str) -> client.V1Pod | None:
+        """The pod of a target that waits at its gate."""
+        pods = api.pods(FIRST_JOB)
+        return next((pod for pod in pods if f"target {name} " in (log := api.log(pod)) and "-> 002" in log), None)
+
+    for name in ("s02", "s10", "s12"):
+        database.execute(f"CREATE TABLE {name}.gate AS SELECT 1")
+    with database.session() as session:
+        key = int.from_bytes(hashlib.sha256(b"s05.alembic_version").digest()[:8], "big", signed=True)
+        session.execute("SELECT pg_advisory_lock(%s)", (key,))
+        upgrade = release.start_upgrade(values, "--timeout", "20m")
+        api.core.delete_namespaced_pod(until(lambda: waiting("s02")).metadata.name, api.namespace)
+        database.execute("DROP TABLE s02.gate")
+        kill_container(cluster, until(lambda: waiting("s10")), "migrate")
+        database.execute("DROP TABLE s10.gate")
+        until(lambda: waiting("s12"))
+        node(cluster, "systemctl", "restart", "kubelet")
+        until(lambda: node(cluster, "systemctl", "is-active", "kubelet") == "active\n")
+        session.execute("DROP TABLE s12.gate")
+        session.connection.commit()
+        result = upgrade.wait()
+    assert result.returncode != 0
+    assert list(report(result.text))[-2:] == ["s05", "s06"], result.text
+    done = ["001", "002"]
+    assert applied(database, *names) == dict.fromkeys(names, done) | {"s05": [], "s06": []}
+    assert [tenant.history("revision") for tenant in databases] == [[("001",), ("002",)]] * len(databases)
+    api.core.patch_namespaced_secret("wrong", api.namespace, {"stringData": {"password": PASSWORD}})
+    finished = release.upgrade({**values, "rollout": {**rollout, "only": ["s05", "s06"]}})
+    assert finished.returncode == 0, finished.text
+    assert report(finished.text) == {"s05": "migrated", "s06": "migrated"}
+    assert applied(database, *names) == dict.fromkeys(names, done)

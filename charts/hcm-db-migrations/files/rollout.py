@@ -160,14 +160,15 @@ def report():
     table = [("target", "before", "after", "seconds", "result"), *rows]
     widths = [max(len(line[at]) for line in table) for at in range(4)]
     lines = ["  ".join([*(line[at].ljust(widths[at]) for at in range(4)), line[4]]) for line in table]
-    results = collections.Counter(of[4].partition(":")[0].lower() for of in rows)
-    total = str(len(rows)) + (f" of {len(TARGETS)}" if len(rows) < len(TARGETS) else "")
-    lines.append(f"{total} targets: {', '.join(f'{number} {result}' for result, number in results.items())}")
-    if names := [of[0] for of in rows if of[4].startswith("FAILED")]:
-        only = f"--set 'rollout.only={{{','.join(names)}}}'"
-        lines.append(
-            f"FAILED: {len(names)} of {total} targets; fix them and upgrade again, or only these: {only} {SEE}"
-        )
+    names = [of[0] for of in rows if of[4].startswith("FAILED")]
+    others = collections.Counter(of[4] for of in rows if of[0] not in names)
+    counts = ", ".join(f"{number} {result}" for result, number in others.items())
+    total = f"{len(rows)}{f' of {len(TARGETS)}' if len(rows) < len(TARGETS) else ''} targets"
+    if names:
+        fix = f"fix them and upgrade all again, or these: --set 'rollout.only={{{','.join(names)}}}'"
+        lines.append(f"FAILED: {len(names)} of {total}{f' ({counts})' if counts else ''}; {fix} {SEE}")
+    else:
+        lines.append(f"DONE: {total}: {counts}")
     is_complete = (succeeded | failed).issuperset(range(COUNT))
     finish("\n".join(lines), 0 if is_complete else STOPS)
 

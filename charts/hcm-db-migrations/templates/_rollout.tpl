@@ -16,14 +16,12 @@ there is one Job and no part. */}}
 {{- $parts := list -}}
 {{- if $count -}}
 {{- $canary := min .Values.rollout.canary $count | int -}}
-{{- $logs := ternary "hook-failed" "" (gt $count $canary) -}}
 {{- $weight := include "hcm-db-migrations.hookWeight" . | int -}}
-{{- if $canary -}}
-{{- $parts = append $parts (dict "first" 0 "count" $canary "maxFailures" 0 "suffix" "-canary" "hookWeight" (sub $weight 1) "logs" $logs) -}}
+{{- if and $canary (lt $canary $count) -}}
+{{- $parts = append $parts (dict "first" 0 "count" $canary "maxFailures" 0 "suffix" "-canary" "hookWeight" (sub $weight 1) "logs" "hook-failed") -}}
 {{- end -}}
-{{- if gt $count $canary -}}
-{{- $parts = append $parts (dict "first" $canary "count" (sub $count $canary) "maxFailures" .Values.rollout.maxFailures "suffix" "" "hookWeight" $weight) -}}
-{{- end -}}
+{{- $first := ternary $canary 0 (lt $canary $count) -}}
+{{- $parts = append $parts (dict "first" $first "count" (sub $count $first) "maxFailures" .Values.rollout.maxFailures "suffix" "" "hookWeight" $weight) -}}
 {{- else -}}
 {{- $parts = list dict -}}
 {{- end -}}
