@@ -17,6 +17,7 @@ from sqlalchemy import URL
 from tests.support.canary import PASSWORD
 from tests.support.database import Database, fresh_database
 from tests.support.kubernetes import FIRST_JOB, Api, kill_container, node
+from tests.support.programs import start
 from tests.support.readme import chart_block
 from tests.support.release import Release
 from tests.support.repository import Repository
@@ -24,9 +25,10 @@ from tests.support.revisions import edit
 from tests.support.waiting import until
 from tools.cluster import Cluster
 
-# A revision that waits while its schema has a table `gate`.
+# A revision that waits while its schema has a table `gate` with a row.
 GATE = "to_regclass(current_schema() || '.gate') IS NOT NULL"
-WAITING = f"DO $$ BEGIN WHILE {GATE} LOOP PERFORM pg_sleep(0.1); END LOOP; END $$"
+WAIT = "WHILE EXISTS (SELECT FROM gate) LOOP PERFORM pg_sleep(0.1); END LOOP"
+WAITING = f"DO $$ BEGIN IF {GATE} THEN {WAIT}; END IF; END $$"
 ALL_AT_ONCE = {"canary": 0, "parallelism": 2}
 
 
@@ -40,6 +42,12 @@ def schemas(database: Database) -> Callable[..., list[dict[str, Any]]]:
         return [{"name": name, "schema": name} for name in names]
 
     return create
+
+
+def close_gates(database: Database, *names: str) -> None:
+    for name in names:
+        database.execute(f"CREATE TABLE {name}.gate AS SELECT 1")
+        database.execute(f"GRANT SELECT ON {name}.gate TO {database.role}")
 
 
 def applied(database: Database, *names: str) -> dict[str, list[str]]:
@@ -151,16 +159,16 @@ def test_after_too_many_failures_those_that_run_finish(
     slow, last = schemas("slow", "last")
     api.secret("of-slow", username=database.role, password=PASSWORD)
     slow["secret"] = {"name": "of-slow"}
-    database.execute("CREATE TABLE slow.gate AS SELECT 1")
+    close_gates(database, "slow")
     missing = {"name": "missing", "configMap": {"name": "missing"}, "schema": "public"}
     rollout = {**ALL_AT_ONCE, "maxFailures": 0}
     upgrade = release.start_upgrade({"targets": [slow, missing, last], "rollout": rollout, "job": {"backoffLimit": 0}})
     until(lambda: api.pods(FIRST_JOB))
     until(lambda: api.batch.read_namespaced_job(FIRST_JOB, api.namespace).status.failed_indexes == "1")
     until(lambda: any(pod.metadata.name.startswith(f"{FIRST_JOB}-2-") for pod in api.pods(FIRST_JOB)))
-    until(lambda: database.execute("SELECT FROM pg_stat_activity WHERE query LIKE '%.gate%' AND state = 'active'"))
+    until(lambda: any(line.startswith("active: DO") for line in database.activity()))
     assert upgrade.program.running
-    database.execute("DROP TABLE slow.gate")
+    database.execute("DELETE FROM slow.gate")
     result = upgrade.wait()
     assert result.returncode != 0
     assert applied(database, "slow", "last", "public") == {"slow": ["001", "002"], "last": [], "public": []}
@@ -186,12 +194,12 @@ def test_the_report_waits_for_a_retry(
     repository.revision("002", WAITING)
     repository.push()
     targets = schemas("slow")
-    database.execute("CREATE TABLE slow.gate AS SELECT 1")
+    close_gates(database, "slow")
     job = {"activeDeadlineSeconds": 20, "backoffLimit": 1}
     upgrade = release.start_upgrade({"targets": targets, "rollout": ALL_AT_ONCE, "job": job})
     until(lambda: any(log.startswith("other targets") for log in api.logs(FIRST_JOB)))
     until(lambda: any("interrupted by SIGTERM" in log for log in api.logs(FIRST_JOB)))
-    database.execute("DROP TABLE slow.gate")
+    database.execute("DELETE FROM slow.gate")
     result = upgrade.wait()
     assert result.returncode == 0, result.text
     assert report(result.text) == {"slow": "migrated"}
@@ -301,7 +309,7 @@ def test_faults_at_some_targets_do_not_disturb_the_others(
     api.config_map("tenants", **tenants)
     api.secret("tenants", **passwords)
     rollout = {"parallelism": 5, "maxFailures": None}
-    wait = [*release.values["extraEnv"], {"name": "MIGRATION_WAIT_SECONDS", "value": "15"}]
+    wait = [*release.values["extraEnv"], {"name": "MIGRATION_WAIT_SECONDS", "value": "8"}]
     values = {"targets": targets, "rollout": rollout, "extraEnv": wait}
 
     def waiting(name: str) -> client.V1Pod | None:
@@ -309,20 +317,21 @@ def test_faults_at_some_targets_do_not_disturb_the_others(
         pods = api.pods(FIRST_JOB)
         return next((pod for pod in pods if f"target {name} " in (log := api.log(pod)) and "-> 002" in log), None)
 
-    for name in ("s02", "s10", "s12"):
-        database.execute(f"CREATE TABLE {name}.gate AS SELECT 1")
+    close_gates(database, "s02", "s10", "s12")
     with database.session() as session:
         key = int.from_bytes(hashlib.sha256(b"s05.alembic_version").digest()[:8], "big", signed=True)
         session.execute("SELECT pg_advisory_lock(%s)", (key,))
         upgrade = release.start_upgrade(values, "--timeout", "20m")
-        api.core.delete_namespaced_pod(until(lambda: waiting("s02")).metadata.name, api.namespace)
-        database.execute("DROP TABLE s02.gate")
+        deleted = until(lambda: waiting("s02")).metadata.name
+        api.core.delete_namespaced_pod(deleted, api.namespace)
+        until(lambda: deleted not in [pod.metadata.name for pod in api.pods(FIRST_JOB)])
+        database.execute("DELETE FROM s02.gate")
         kill_container(cluster, until(lambda: waiting("s10")), "migrate")
-        database.execute("DROP TABLE s10.gate")
+        database.execute("DELETE FROM s10.gate")
         until(lambda: waiting("s12"))
         node(cluster, "systemctl", "restart", "kubelet")
         until(lambda: node(cluster, "systemctl", "is-active", "kubelet") == "active\n")
-        session.execute("DROP TABLE s12.gate")
+        session.execute("DELETE FROM s12.gate")
         session.connection.commit()
         result = upgrade.wait()
     assert result.returncode != 0

@@ -131,31 +131,38 @@ def seconds(pod):
     return str(parsed[1] - parsed[0]) if len(parsed) == 2 else ""
 
 
-def row(target, pod, has_succeeded=False, has_failed=False):
-    """(name, before, after, seconds, result) by the newest pod, which knows before its Job does; or by the Job."""
-    phase = pod["status"]["phase"] if pod else "Succeeded" if has_succeeded else "Failed" if has_failed else ""
+def row(target, attempts, has_succeeded=False, has_failed=False):
+    """(name, before, after, seconds, result) by the target's pods, which know before their Job does; or by the Job."""
+    last = attempts[-1] if attempts else None
+    phase = last["status"]["phase"] if last else "Succeeded" if has_succeeded else "Failed" if has_failed else ""
     if phase not in ("Succeeded", "Failed"):
         return target[0], "", "", "", "not started"
-    before, after, reason = said(pod) if pod else ("", "", "its pod was deleted")
+    _, after, reason = said(last) if last else ("", "", "its pod was deleted")
+    before = next(filter(None, (said(pod)[0] for pod in attempts)), "")
     result = "done" if not before else "unchanged" if before == after else "migrated"
-    took = seconds(pod) if pod else ""
+    took = seconds(last) if last else ""
     return target[0], before, after, took, result if phase == "Succeeded" else f"FAILED: {reason}"
 
 
-def newest(job):
-    """The newest pod of each index."""
-    return {index_of(pod): pod for pod in sorted(pods(job), key=lambda pod: pod["metadata"]["creationTimestamp"])}
+def attempts(job):
+    """The pods of each index, oldest first."""
+    found = collections.defaultdict(list)
+    for pod in sorted(pods(job), key=lambda pod: pod["metadata"]["creationTimestamp"]):
+        found[index_of(pod)].append(pod)
+    return found
 
 
 def report():
     succeeded, failed = succeeded_and_failed()
-    pod_of = newest(JOB)
-    canary_of = newest(f"{JOB}-canary") if FIRST else {}  # they have succeeded, or this Job would not have started
-    rows = [row(target, canary_of.get(at), True) for at, target in enumerate(TARGETS[:FIRST])]
-    own = TARGETS[FIRST : FIRST + COUNT]
-    rows += [row(target, pod_of.get(at), at in succeeded, at in failed) for at, target in enumerate(own)]
+    rows = []
+    if FIRST:  # the canaries have succeeded, or this Job would not have started
+        canaries = attempts(f"{JOB}-canary")
+        rows += [row(target, canaries[at], has_succeeded=True) for at, target in enumerate(TARGETS[:FIRST])]
+    own = attempts(JOB)
+    for at, target in enumerate(TARGETS[FIRST : FIRST + COUNT]):
+        rows.append(row(target, own[at], at in succeeded, at in failed))
     if failed:  # else the canaries' Job is followed by that of the others
-        rows += [row(target, None) for target in TARGETS[FIRST + COUNT :]]
+        rows += [row(target, []) for target in TARGETS[FIRST + COUNT :]]
     rows.sort(key=lambda of: (of[4].startswith("FAILED"), of[4] == "not started"))
     table = [("target", "before", "after", "seconds", "result"), *rows]
     widths = [max(len(line[at]) for line in table) for at in range(4)]
