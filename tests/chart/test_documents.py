@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.support.chart import MINIMAL, Helm, one
-from tests.support.readme import blocks, root_block
+from tests.support.chart import MINIMAL, Helm
+from tests.support.readme import blocks, fleets_block, root_block
 from tools.paths import CHART, ROOT
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", CHART / "README.md"]
@@ -48,10 +48,14 @@ def test_an_example_of_values_renders(helm4: Helm, values: dict[str, Any]) -> No
 @pytest.mark.parametrize("hook", ["", "pre-install,pre-upgrade"])
 def test_the_alert_matches_the_job_of_every_release(helm4: Helm, release: str, hook: str) -> None:
     """Prometheus matches the whole name."""
-    name = one(helm4.render({"hook": hook}, release=release), "Job")["metadata"]["name"]
-    (alert,) = yaml.safe_load(root_block("alert: "))
-    (pattern,) = re.findall(r'job_name=~"(.+?)"', alert["expr"])
-    assert re.fullmatch(pattern, name)
+    targets = [{"name": "a", "schema": "a"}, {"name": "b", "schema": "b"}]
+    of_targets = {"targets": targets, "rollout": {"canary": int(bool(hook))}}
+    for block, values in ((root_block("alert: "), {}), (fleets_block("alert: "), of_targets)):
+        (alert,) = yaml.safe_load(block)
+        (pattern,) = re.findall(r'job_name=~"(.+?)"', alert["expr"])
+        jobs = [found for found in helm4.render({"hook": hook, **values}, release=release) if found["kind"] == "Job"]
+        assert [bool(re.fullmatch(pattern, job["metadata"]["name"])) for job in jobs] == [True] * len(jobs)
+        assert all(("completions > 1" in alert["expr"]) == (job["spec"].get("completions", 1) > 1) for job in jobs)
 
 
 def _anchors(path: Path) -> set[str]:

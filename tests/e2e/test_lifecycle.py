@@ -132,7 +132,7 @@ def test_a_failed_run_shows_its_reason_keeps_job_pod_and_log_and_the_next_upgrad
     failed.line("HH:MM:SS INFO running upgrade 001 -> 002, add")
     assert api.jobs() == [f"{JOB}-1"]
     assert api.conditions(f"{JOB}-1")["Failed"] == "PodFailurePolicy"
-    log = release.documented(chart_block("kubectl logs").replace("<revision>", "1"))
+    log = release.documented(chart_block("kubectl logs job/").replace("<revision>", "1"))
     assert reason in log.lines[-2:]  # Alembic logs it as well
     assert (database.at, [*TABLE, "kept"]) == (["002"], database.relations)
     assert release.status() == "failed"

@@ -1,4 +1,4 @@
-"""README.md: its commands, revision and SQL, as they are written; `make migrate` migrates a real database."""
+"""README.md and docs/fleets.md: commands, revision and SQL as they are written; `make migrate` on a real database."""
 
 import os
 import re
@@ -7,7 +7,7 @@ import shutil
 from tests.support.database import Database, env_file
 from tests.support.programs import Result, run
 from tests.support.project import Project
-from tests.support.readme import root_block
+from tests.support.readme import fleets_block, root_block
 from tests.support.revisions import edit
 from tools.paths import BIN, ROOT
 from tools.postgres import dsn, execute
@@ -122,3 +122,11 @@ def test_the_record_is_read_as_the_readme_says(project: Project, database: Datab
         assert "Applied: " in project.alembic("current", "--verbose", DATABASE_URL=dsn(url)).stdout
     finally:
         database.execute(f"DROP OWNED BY {reader}; DROP ROLE {reader}")
+
+
+def test_a_loop_migrates_several_schemas(project: Project, database: Database) -> None:
+    schemas = ("ng_kano", "ng_lagos", "ng_oyo")
+    for schema in schemas:
+        database.execute(f"CREATE SCHEMA {schema} AUTHORIZATION {database.role}")
+    _shell(project, fleets_block("for schema in"))
+    assert [database.scalar(f"SELECT version_num FROM {schema}.alembic_version") for schema in schemas] == ["001"] * 3

@@ -1,4 +1,4 @@
-"""Every code block of both READMEs and of docs/gitops.md is run by a test, or its source gives the reason why not."""
+"""Every code block of both READMEs, docs/gitops.md and docs/fleets.md is run by a test, or its source says why not."""
 
 from __future__ import annotations
 
@@ -7,10 +7,25 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.readme import CHART_README, GITOPS, README, blocks, chart_block, gitops_block, root_block
+from tests.support.readme import (
+    CHART_README,
+    FLEETS,
+    GITOPS,
+    README,
+    blocks,
+    chart_block,
+    fleets_block,
+    gitops_block,
+    root_block,
+)
 from tools.paths import ROOT
 
-CUT = {root_block.__name__: README, chart_block.__name__: CHART_README, gitops_block.__name__: GITOPS}
+CUT = {
+    root_block.__name__: README,
+    chart_block.__name__: CHART_README,
+    gitops_block.__name__: GITOPS,
+    fleets_block.__name__: FLEETS,
+}
 
 
 def _cut_out(source: str) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""The code blocks of both READMEs and of docs/gitops.md.
+"""The code blocks of both READMEs, of docs/gitops.md and of docs/fleets.md.
 
 A test cuts out the block that it runs, so the block cannot change without the test.
 
@@ -16,7 +16,8 @@ from markdown_it import MarkdownIt
 
 from tools.paths import CHART, ROOT
 
-README, CHART_README, GITOPS = ROOT / "README.md", CHART / "README.md", ROOT / "docs/gitops.md"
+README, CHART_README = ROOT / "README.md", CHART / "README.md"
+GITOPS, FLEETS = ROOT / "docs/gitops.md", ROOT / "docs/fleets.md"
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,11 @@ def chart_block(part: str) -> str:
 def gitops_block(part: str) -> str:
     """The one block of docs/gitops.md that contains `part`, a literal."""
     return _cut(GITOPS.read_text(), part)
+
+
+def fleets_block(part: str) -> str:
+    """The one block of docs/fleets.md that contains `part`, a literal."""
+    return _cut(FLEETS.read_text(), part)
 
 
 def chart_command(part: str) -> str:
