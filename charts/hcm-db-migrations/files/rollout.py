@@ -63,17 +63,18 @@ def refuse(error):
 
 
 def pods(job, **query):
+    """The pods of a Job, without their specs: a thousand would not fit into the memory."""
     query = {**query, "labelSelector": f"batch.kubernetes.io/job-name={job}", "limit": 50}
     while True:
         page = api(f"api/v1/namespaces/{NAMESPACE}/pods", **query)
-        yield from page["items"]
-        if not page["metadata"].get("continue"):
+        for pod in page["items"]:
+            metadata = pod["metadata"]
+            index = int(metadata["annotations"]["batch.kubernetes.io/job-completion-index"])
+            created = metadata["creationTimestamp"]
+            yield {"name": metadata["name"], "index": index, "created": created, "status": pod["status"]}
+        query["continue"] = page["metadata"].get("continue")
+        if not query["continue"]:
             return
-        query["continue"] = page["metadata"]["continue"]
-
-
-def index_of(pod):
-    return int(pod["metadata"]["annotations"]["batch.kubernetes.io/job-completion-index"])
 
 
 def states(pod):
@@ -105,7 +106,7 @@ def is_time_to_report():
     if not stops(failed):
         return (succeeded | failed).issuperset(range(COUNT))
     active = pods(JOB, fieldSelector="status.phase!=Succeeded,status.phase!=Failed")
-    others = [(index_of(pod), states(pod).get("rollout", {})) for pod in active if pod["metadata"]["name"] != POD]
+    others = [(pod["index"], states(pod).get("rollout", {})) for pod in active if pod["name"] != POD]
     return not any("terminated" in state or ("running" in state and index < INDEX) for index, state in others)
 
 
@@ -147,8 +148,8 @@ def row(target, attempts, has_succeeded=False, has_failed=False):
 def attempts(job):
     """The pods of each index, oldest first."""
     found = collections.defaultdict(list)
-    for pod in sorted(pods(job), key=lambda pod: pod["metadata"]["creationTimestamp"]):
-        found[index_of(pod)].append(pod)
+    for pod in sorted(pods(job), key=lambda pod: pod["created"]):
+        found[pod["index"]].append(pod)
     return found
 
 
