@@ -15,6 +15,7 @@ from tests.support.kubernetes import TABLE, Api, open_gate, sessions_in_revision
 from tests.support.readme import gitops_block
 from tests.support.repository import Repository
 from tests.support.revisions import BLOCK, edit
+from tests.support.targets import applied, schemas
 from tests.support.waiting import until
 from tools.cluster import NAME
 from tools.gitops import ARGOCD
@@ -134,6 +135,35 @@ def test_a_retry_of_the_sync_keeps_the_first_reason_and_a_deleted_job_runs_again
     assert operation(argocd.settled()).startswith("Failed")
     assert argocd.runs() == [job, job]
     assert 'relation "two_id" already exists' in api.logs(job)[0]
+
+
+def test_targets_stop_after_a_failure_and_the_next_push_migrates_the_rest(
+    argocd: ArgoCD, api: Api, repository: Repository, database: Database
+) -> None:
+    """The next sync updates what the failed one left: the Role names the Jobs, which have other names then."""
+    names = "kano", "lagos", "oyo"
+    wave = {"argocd.argoproj.io/sync-wave": "-5"}  # takes precedence over the hooks' weights
+    argocd.values |= {"targets": schemas(database, *names), "job": {"annotations": wave}}
+    argocd.values["rollout"] = {"parallelism": 1}
+    database.execute("DROP SCHEMA lagos")
+    argocd.deploy("dev.yaml")
+    application = argocd.settled()
+    canary, job = argocd.runs()
+    assert (canary, applied(database, *names)) == (f"{job}-canary", {"kano": ["001"], "lagos": [], "oyo": []})
+    assert operation(application).startswith("Failed: one or more synchronization tasks completed unsuccessfully")
+    assert f"Container migrate for pod {api.namespace}/{job}-1-" in str(application["status"]["operationState"])
+    report = argocd.documented(gitops_block("| sed -n"), job)
+    assert re.search("^lagos .* FAILED: DB_SCHEMA is 'lagos', a schema that does not exist", report, re.MULTILINE)
+    assert re.search("^oyo +not started$", report, re.MULTILINE)
+    # What its tree of resources shows beside the pods.
+    messages = [pod.status.container_statuses[0].state.terminated.message for pod in api.pods(job)]
+    assert ("DB_SCHEMA is 'lagos'" in messages[0], messages[1:]) == (True, report.splitlines()[-1:])
+    assert report.splitlines()[-1].startswith("FAILED: 1 of 3 targets")
+    assert argocd.access() == ["serviceaccount", "role", "rolebinding"]
+    schemas(database, "lagos")
+    assert argocd.synced(repository.push())
+    assert applied(database, *names) == {name: ["001"] for name in names}
+    until(lambda: (argocd.access(), api.jobs()) == ([], [job, canary]))
 
 
 def test_a_job_that_is_deleted_during_its_run_completes_and_the_sync_is_terminated(

@@ -11,6 +11,7 @@ from tests.support.kubernetes import TABLE, Api, open_gate, sessions_in_revision
 from tests.support.readme import gitops_block
 from tests.support.repository import Repository
 from tests.support.revisions import edit
+from tests.support.targets import applied, schemas
 from tests.support.waiting import until
 
 
@@ -91,6 +92,60 @@ def test_a_run_is_repeated_on_request(flux: Flux, api: Api, database: Database) 
     finally:
         flux.delete()
         database.execute(f"DROP DATABASE {database.name}_late WITH (FORCE)")
+
+
+def test_a_failed_canary_starts_no_other_target_and_a_retry_migrates_all(
+    flux: Flux, api: Api, database: Database
+) -> None:
+    names = "kano", "lagos", "oyo"
+    flux.values["targets"] = schemas(database, *names)
+    database.execute("DROP SCHEMA kano")
+    flux.deploy("dev.yaml")
+    conditions = flux.settled()
+    canary = "hcm-db-migration-1-canary"
+    failed = f"[Job/{api.namespace}/{canary} status: 'Failed']"
+    assert conditions["Ready"].startswith("False InstallFailed: Helm install failed for release")
+    assert failed in conditions["Ready"]
+    assert any(failed in event for event in api.events() if event.startswith("InstallFailed: "))
+    assert (flux.runs(), flux.access(), applied(database, *names)) == ([canary], [], {name: [] for name in names})
+    report = flux.documented(gitops_block("| sed -n"), canary)
+    assert re.search("^kano .* FAILED: DB_SCHEMA is 'kano', a schema that does not exist", report, re.MULTILINE)
+    assert re.search("^oyo +not started$", report, re.MULTILINE)
+    assert report.splitlines()[-1].startswith("FAILED: 1 of 3 targets")
+    schemas(database, "kano")
+    flux.documented(gitops_block("forceAt=$now"))
+    until(lambda: len(flux.runs()) == 3)
+    assert flux.settled()["Ready"].startswith("True ")
+    assert flux.runs()[1:] == ["hcm-db-migration-2-canary", "hcm-db-migration-2"]
+    assert applied(database, *names) == {name: ["001"] for name in names}
+    assert (flux.access(), api.jobs()) == ([], [canary])
+
+
+def test_after_a_timeout_no_other_target_is_started_and_the_next_run_migrates_all(
+    flux: Flux, api: Api, repository: Repository, database: Database
+) -> None:
+    """Helm deletes the ServiceAccount, and with the next one, the first Job would start its targets as well."""
+    names = "kano", "lagos", "oyo"
+    flux.values |= {"targets": schemas(database, *names), "rollout": {"canary": 0, "parallelism": 1}}
+    for name in names:
+        database.execute(f"CREATE TABLE {name}.gate ()")
+        database.execute(f"ALTER TABLE {name}.gate OWNER TO {database.role}")
+    database.execute("INSERT INTO kano.gate DEFAULT VALUES")
+    wait = "DO $$ BEGIN WHILE EXISTS (SELECT FROM gate) LOOP PERFORM pg_sleep(0.1); END LOOP; END $$"
+    repository.revision("002", wait)
+    repository.push()
+    flux.deploy("dev.yaml", timeout="15s")
+    conditions = flux.settled()
+    assert re.search(r"timeout waiting for: \[Job/|would exceed context deadline", conditions["Ready"])
+    assert sessions_in_revision_002(database)
+    database.execute("DELETE FROM kano.gate")
+    until(lambda: any(event.startswith("FailedCreate: ") for event in api.events()))
+    assert applied(database, *names) == {"kano": ["001", "002"], "lagos": [], "oyo": []}
+    flux.patch(spec={"timeout": "5m"})
+    until(lambda: len(flux.runs()) == 2)
+    assert flux.settled()["Ready"].startswith("True UpgradeSucceeded")
+    assert applied(database, *names) == {name: ["001", "002"] for name in names}
+    assert api.logs("hcm-db-migration-1")[1:] in ([], [""])
 
 
 def test_a_remediated_failure_is_only_in_the_condition_released(

@@ -100,6 +100,13 @@ class Environment:
         events.sort(key=lambda event: event.metadata.creation_timestamp)
         return list({event.involved_object.uid: event.involved_object.name for event in events}.values())
 
+    def access(self) -> list[str]:
+        """The ServiceAccount of the targets' pods, its Role and its RoleBinding."""
+        selector = f"--selector=app.kubernetes.io/name={NAME}"
+        kinds = "serviceaccounts,roles,rolebindings"
+        found = self.cluster.kubectl("get", kinds, selector, f"--namespace={self.api.namespace}", "--output=name")
+        return [line.partition("/")[0].partition(".")[0] for line in found.splitlines()]
+
     def documented(self, block: str, job: str = "") -> str:
         """Run a block of docs/gitops.md for this environment and one of its Jobs; return its output."""
         namespace = self.api.namespace

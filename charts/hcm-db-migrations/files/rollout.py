@@ -40,7 +40,7 @@ def api(path, **query):
     url = f"https://{f'[{host}]' if ':' in host else host}:{port}/{path}?{urllib.parse.urlencode(query)}"
     https = urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile="/etc/api/ca.crt"))
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), https)
-    latest = min(time.monotonic() + 30, LATEST)
+    latest = min(time.monotonic() + (30 if MAX_FAILURES else 5), LATEST)
     while True:
         try:
             token = Path("/etc/api/token").read_text()
@@ -50,16 +50,21 @@ def api(path, **query):
         except (OSError, ValueError) as error:
             print(f"the Kubernetes API: {error}", flush=True)
             if time.monotonic() > latest:
-                refuse(error)
+                return without_api(error)
             time.sleep(1)
 
 
-def refuse(error):
+def without_api(error):
+    """The status of a Job of which nothing is known, if the pod needs none."""
     if getattr(error, "code", None) in (401, 403):
         cause = f"the ServiceAccount has no access to the state of the Job and its pods ({error})"
         finish(f"FAILED: {cause}: let it get jobs and list pods in the namespace {SEE}", NOT_RETRYABLE)
     cause = f"the Kubernetes API, which has the state of the Job and its pods, cannot be reached ({error})"
-    finish(f'FAILED: {cause}: allow the connection, or set "rollout.maxFailures" to null {SEE}', 1)
+    if MAX_FAILURES:
+        finish(f'FAILED: {cause}: allow the connection, or set "rollout.maxFailures" to null {SEE}', 1)
+    if INDEX == COUNT:
+        finish(f"no report: {cause}", 0)
+    return {}
 
 
 def pods(job, **query):
@@ -181,7 +186,8 @@ def report():
     finish("\n".join(lines), 0 if is_complete else STOPS)
 
 
-if INDEX == COUNT or (MAX_FAILURES and stops(succeeded_and_failed()[1])):
+# Also without a limit: a Job that Helm did not wait for has no access any more, and must not start targets after the next.
+if INDEX == COUNT or stops(succeeded_and_failed()[1]):
     while not is_time_to_report():
         if time.monotonic() > LATEST:
             finish("other targets are still running: the report continues in another pod", CONTINUES)

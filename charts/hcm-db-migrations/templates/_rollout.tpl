@@ -9,19 +9,18 @@
 {{- end -}}
 
 {{/* The Jobs of this release, as JSON. Of targets, each Job has a part: "first", the index of its first one in the list, "count",
-"maxFailures", and its "suffix", "hookWeight" and "logs": of canaries that succeeded, Helm would print them last. Without targets,
+"maxFailures", and its "suffix", "order" and "logs": of canaries that succeeded, Helm would print them last. Without targets,
 there is one Job and no part. */}}
 {{- define "hcm-db-migrations.parts" -}}
 {{- $count := include "hcm-db-migrations.targets" . | fromJsonArray | len -}}
 {{- $parts := list -}}
 {{- if $count -}}
 {{- $canary := min .Values.rollout.canary $count | int -}}
-{{- $weight := include "hcm-db-migrations.hookWeight" . | int -}}
 {{- if and $canary (lt $canary $count) -}}
-{{- $parts = append $parts (dict "first" 0 "count" $canary "maxFailures" 0 "suffix" "-canary" "hookWeight" (sub $weight 1) "logs" "hook-failed") -}}
+{{- $parts = append $parts (dict "first" 0 "count" $canary "maxFailures" 0 "suffix" "-canary" "order" -1 "logs" "hook-failed") -}}
 {{- end -}}
 {{- $first := ternary $canary 0 (lt $canary $count) -}}
-{{- $parts = append $parts (dict "first" $first "count" (sub $count $first) "maxFailures" .Values.rollout.maxFailures "suffix" "" "hookWeight" $weight) -}}
+{{- $parts = append $parts (dict "first" $first "count" (sub $count $first) "maxFailures" .Values.rollout.maxFailures "suffix" "" "order" 0) -}}
 {{- else -}}
 {{- $parts = list dict -}}
 {{- end -}}
@@ -32,14 +31,22 @@ there is one Job and no part. */}}
 {{- define "hcm-db-migrations.testPart" -}}
 {{- $part := dict -}}
 {{- with include "hcm-db-migrations.targets" . | fromJsonArray | len -}}
-{{- $part = dict "first" 0 "count" . "maxFailures" nil "hookWeight" (include "hcm-db-migrations.hookWeight" $ | int) "args" (list "current") "expected" "(head)" -}}
+{{- $part = dict "first" 0 "count" . "maxFailures" nil "order" 0 "args" (list "current") "expected" "(head)" -}}
 {{- end -}}
 {{- toJson $part -}}
 {{- end -}}
 
-{{/* The Job's hook weight; that of the targets' canary is one less, and that of their ServiceAccount two. */}}
-{{- define "hcm-db-migrations.hookWeight" -}}
-{{- merge (dict) (.Values.job.annotations | default dict) (.Values.commonAnnotations | default dict) | dig "helm.sh/hook-weight" "0" -}}
+{{/* Annotations that order the hooks of targets: (dict "root" $ "order" <-2: ServiceAccount, -1: canaries, 0: the rest>), from the Job's.
+A sync wave takes precedence over the weight in Argo CD, also of objects that are no hooks. */}}
+{{- define "hcm-db-migrations.orderAnnotations" -}}
+{{- $order := .order | int64 -}}
+{{- with .root.Values -}}
+{{- $annotations := merge (dict) (.job.annotations | default dict) (.commonAnnotations | default dict) -}}
+{{- $defaults := ternary (dict "helm.sh/hook-weight" "0") dict (ne .hook "") -}}
+{{- range $name, $value := merge (pick $annotations "helm.sh/hook-weight" "argocd.argoproj.io/sync-wave") $defaults }}
+{{ $name }}: {{ add $value $order | quote }}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 
 {{/* Seconds that targets may take if each attempt takes as long as it may: (dict "root" $ "count" <of targets>). Between two
