@@ -8,7 +8,6 @@ import shlex
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from itertools import takewhile
-from typing import Any
 
 import pytest
 from kubernetes import client
@@ -22,6 +21,7 @@ from tests.support.readme import chart_block, fleets_block
 from tests.support.release import Release
 from tests.support.repository import Repository
 from tests.support.revisions import edit
+from tests.support.targets import applied, schemas
 from tests.support.waiting import until
 from tools.cluster import Cluster
 
@@ -32,32 +32,10 @@ WAITING = f"DO $$ BEGIN IF {GATE} THEN {WAIT}; END IF; END $$"
 ALL_AT_ONCE = {"canary": 0, "parallelism": 2}
 
 
-@pytest.fixture
-def schemas(database: Database) -> Callable[..., list[dict[str, Any]]]:
-    """Creates schemas in the test's database; returns them as targets of the same names."""
-
-    def create(*names: str) -> list[dict[str, Any]]:
-        for name in names:
-            database.execute(f"CREATE SCHEMA {name} AUTHORIZATION {database.role}")
-        return [{"name": name, "schema": name} for name in names]
-
-    return create
-
-
 def close_gates(database: Database, *names: str) -> None:
     for name in names:
         database.execute(f"CREATE TABLE {name}.gate AS SELECT 1")
         database.execute(f"GRANT SELECT ON {name}.gate TO {database.role}")
-
-
-def applied(database: Database, *names: str) -> dict[str, list[str]]:
-    """{schema: the revisions in its record, in their order}."""
-    found = {}
-    for name in names:
-        exists = database.scalar("SELECT to_regclass(%s) IS NOT NULL", f"{name}.alembic_version_history")
-        rows = database.execute(f"SELECT revision FROM {name}.alembic_version_history ORDER BY id") if exists else []
-        found[name] = [revision for (revision,) in rows]
-    return found
 
 
 def report(log: str) -> dict[str, str]:
@@ -88,11 +66,10 @@ def test_a_canary_that_fails_stops_the_rest(
     api: Api,
     repository: Repository,
     database: Database,
-    schemas: Callable[..., list[dict[str, Any]]],
     version: int,
 ) -> None:
     release, names = releases(api, version), ("ng_kano", "ng_lagos", "ng_oyo")
-    schemas(*names[1:])
+    schemas(database, *names[1:])
     values = release.example(fleets_block("rollout:"))
     failed = release.upgrade(values)
     assert failed.returncode != 0
@@ -101,7 +78,7 @@ def test_a_canary_that_fails_stops_the_rest(
     assert api.jobs() == [canary]
     log = "\n".join(reported(release, chart_block("-canary)")))
     assert list(report(log)) == ["lagos", "oyo", "kano"]
-    schemas(names[0])
+    schemas(database, names[0])
     upgrade = release.upgrade(values)
     assert upgrade.returncode == 0, upgrade.text
     assert applied(database, *names) == {name: ["001"] for name in names}
@@ -110,6 +87,8 @@ def test_a_canary_that_fails_stops_the_rest(
         assert report(upgrade.text) == dict.fromkeys(("kano", "lagos", "oyo"), "migrated")
         upgrade.line("DONE: 3 targets: 3 migrated")
     assert api.jobs() == [canary]  # the failed one
+    roles = client.RbacAuthorizationV1Api(api.core.api_client).list_namespaced_role(api.namespace).items
+    assert roles == []
 
 
 def test_only_some_targets_and_helm_test_of_all(
@@ -117,11 +96,10 @@ def test_only_some_targets_and_helm_test_of_all(
     api: Api,
     repository: Repository,
     database: Database,
-    schemas: Callable[..., list[dict[str, Any]]],
 ) -> None:
     repository.revision("002", "SELECT 1")
     repository.push()
-    values = {"targets": schemas("kano", "lagos"), "rollout": {"only": ["lagos"]}}
+    values = {"targets": schemas(database, "kano", "lagos"), "rollout": {"only": ["lagos"]}}
     assert release.upgrade(values).returncode == 0
     assert release.run("test", release.name).returncode == 0  # it has the same values
     assert release.upgrade({**values, "rollout": {"only": []}}, "--no-hooks").returncode == 0
@@ -149,14 +127,13 @@ def test_after_too_many_failures_those_that_run_finish(
     api: Api,
     repository: Repository,
     database: Database,
-    schemas: Callable[..., list[dict[str, Any]]],
 ) -> None:
     seen = "import os; found = ' '.join(sorted(os.listdir('/etc/target'))), os.path.exists('/etc/api')"
     create = "op.execute('CREATE TABLE seen AS SELECT $$%s, API: %s$$' % found)"
     revision = repository.revision("002", WAITING)
     edit(revision, "def upgrade():", f"def upgrade():\n    {seen}\n    {create}")
     repository.push()
-    slow, last = schemas("slow", "last")
+    slow, last = schemas(database, "slow", "last")
     api.secret("of-slow", username=database.role, password=PASSWORD)
     slow["secret"] = {"name": "of-slow"}
     close_gates(database, "slow")
@@ -189,11 +166,10 @@ def test_the_report_waits_for_a_retry(
     api: Api,
     repository: Repository,
     database: Database,
-    schemas: Callable[..., list[dict[str, Any]]],
 ) -> None:
     repository.revision("002", WAITING)
     repository.push()
-    targets = schemas("slow")
+    targets = schemas(database, "slow")
     close_gates(database, "slow")
     job = {"activeDeadlineSeconds": 20, "backoffLimit": 1}
     upgrade = release.start_upgrade({"targets": targets, "rollout": ALL_AT_ONCE, "job": job})
@@ -214,10 +190,8 @@ def test_the_report_waits_for_a_retry(
     state="The database is not contacted",
     do="Follow the message, deploy again",
 )
-def test_a_serviceaccount_without_rights_is_reported(
-    release: Release, api: Api, database: Database, schemas: Callable[..., list[dict[str, Any]]]
-) -> None:
-    targets = schemas("kano")
+def test_a_serviceaccount_without_rights_is_reported(release: Release, api: Api, database: Database) -> None:
+    targets = schemas(database, "kano")
     created, *rights = chart_block("kubectl create serviceaccount migrations").strip().splitlines()
     assert release.documented(created).returncode == 0
     values = {"targets": targets, "serviceAccountName": "migrations", "job": {"activeDeadlineSeconds": 40}}
@@ -242,9 +216,8 @@ def test_the_examples_and_the_report_of_the_readme(
     api: Api,
     database: Database,
     databases: list[Database],
-    schemas: Callable[..., list[dict[str, Any]]],
 ) -> None:
-    schemas("ng_kano", "ng_lagos")
+    schemas(database, "ng_kano", "ng_lagos")
     examples = [
         release.example(block) for block in (chart_block("schema: ng_kano"), chart_block("hostKey: kenya-host"))
     ]
@@ -286,12 +259,11 @@ def test_faults_at_some_targets_do_not_disturb_the_others(
     repository: Repository,
     database: Database,
     databases: list[Database],
-    schemas: Callable[..., list[dict[str, Any]]],
 ) -> None:
     repository.revision("002", WAITING)
     repository.push()
     names = [f"s{number:02}" for number in range(24)]
-    targets = schemas(*names)
+    targets = schemas(database, *names)
     api.secret("wrong", username=database.role, password="wrong")  # noqa: S106
     targets[6]["secret"] = {"name": "wrong"}
     tenants: dict[str, str] = {}

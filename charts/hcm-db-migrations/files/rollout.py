@@ -186,7 +186,7 @@ def report():
     finish("\n".join(lines), 0 if is_complete else STOPS)
 
 
-# Also without a limit: a Job that Helm did not wait for has no access any more, and must not start targets after the next.
+# Also without a limit: a Job that Helm did not wait for has no access any more, and must not run after the next one.
 if INDEX == COUNT or stops(succeeded_and_failed()[1]):
     while not is_time_to_report():
         if time.monotonic() > LATEST:
