@@ -116,7 +116,8 @@ class Runner:
         after = self.state.position if failed_step else progress.position
         if file:
             with suppress(OSError):  # a full disk
-                file.write_text(f"{progress.first_position or ''} -> {after or ''}\n")
+                line = printable(f"{progress.first_position or ''} -> {after or ''}")
+                file.write_text(f"{line}\n", encoding="utf-8")
 
     def _succeeds(self) -> bool:
         """Whether the command is done; False after a transient failure and a wait."""

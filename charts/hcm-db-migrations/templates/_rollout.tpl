@@ -65,7 +65,7 @@ attempts, Kubernetes waits 10 s, 20 s and so on up to 10 minutes, and a pod may 
 {{- .Values.serviceAccountName | default (ternary (include "hcm-db-migrations.fullname" . | printf "%s-rollout") "" (not (empty .Values.targets))) -}}
 {{- end -}}
 
-{{/* Whether each target has retries of its own, which is not so in Kubernetes 1.28. */}}
+{{/* Whether each target has its own retries, which is not so in Kubernetes 1.28. */}}
 {{- define "hcm-db-migrations.hasRetriesPerTarget" -}}
 {{- if semverCompare ">=1.29-0" .Capabilities.KubeVersion.Version }}true{{ end -}}
 {{- end -}}
