@@ -342,7 +342,6 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
             ("\x07", "\\a"),
             ("\t", "\\t"),
             ("\n", "\\n"),
-            ("\x85", "\\u0085"),
             ("\u00a0", "\\u00a0"),
             ("\u200b", "\\u200b"),
             ("\u2028", "\\u2028"),
@@ -366,8 +365,8 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ),
     (_fleet(KANO, fullnameOverride="a" * 42), [_long_name("a" * 42)]),
     (_fleet(KANO, hook=""), [CANARY_WITHOUT_HOOKS]),
-    (_fleet(*({"name": f"t{at:04}", "schema": "s" * 40 + str(at)} for at in range(4000))), [_too_many(262895)]),
-    (_fleet(KANO, job={"activeDeadlineSeconds": 86400, "backoffLimit": 6}), [_too_slow(692000)]),
+    (_fleet(*({"name": f"t{at:04}", "schema": "s" * 40 + str(at)} for at in range(4000))), [_too_many(258891)]),
+    (_fleet(KANO, job={"activeDeadlineSeconds": 86400, "backoffLimit": 6}), [_too_slow(692070)]),
     (
         _fleet(*({"name": f"t{at}", "schema": f"t{at}"} for at in range(1200)), rollout={"parallelism": 1}),
         [_too_slow(636260)],

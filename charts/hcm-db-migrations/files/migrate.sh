@@ -7,21 +7,22 @@
 # Exit status: Alembic's; of this script, 255 (as Alembic's) for a failure that is not retryable, 143 after SIGTERM, else 1.
 set -u
 exec 2>&1 # a container's log may interleave two streams, and the reason would not be the last line
-workspace=$PWD target='' sources='' child='' stopped='' interrupted='' output='' stage='starting' effect='the database was not contacted'
+workspace=$PWD target='' sources='' said='' child='' stopped='' interrupted='' output='' stage='starting' effect='the database was not contacted'
 
 # Makes $1 the container's termination message: it is what Argo CD and kubectl describe show, without the log. kubelet cuts
 # off the beginning of a longer one. Of a target, its first line is the database's revision before and after the run.
 set_termination_message() {
   [ ! -w /dev/termination-log ] || {
-    [ -z "$target" ] || cat "$POSITION_FILE" 2>/dev/null || echo ' -> '
+    [ -z "$target" ] || { [ -s "$POSITION_FILE" ] && cat "$POSITION_FILE"; } || echo ' -> '
     printf '%s' "$1"
   } | head -c 4096 >/dev/termination-log
 }
 
 # Prints $1, a line that may be the last one.
 say() {
-  printf '%s\n' "$1" >&2
-  set_termination_message "$1"
+  said=$1
+  printf '%s\n' "$said" >&2
+  set_termination_message "$said"
 }
 
 fail() {
@@ -309,7 +310,8 @@ if [ -n "$output" ]; then
   [ "$status" -ne 0 ] || grep -qF -- "$EXPECTED" "$output" ||
     fail 1 "alembic $* did not report \"$EXPECTED\": the database is not at the current head of \"$GIT_REF\"; run helm upgrade" "helm test"
 fi
-[ "$status" -eq 0 ] && [ -z "$target" ] || set_termination_message "$([ "$status" -eq 0 ] || tail -n 1 "$workspace/log" 2>/dev/null)"
+reason=$([ "$status" -eq 0 ] || tail -n 1 "$workspace/log" 2>/dev/null)
+[ "$status" -eq 0 ] && [ -z "$target" ] || set_termination_message "${reason:-$said}"
 case $status in
 137) say "FAILED: alembic was killed, most likely out of memory: raise \"resources.limits.memory\"" ;;
 1) # Python's for an exception that env.py does not handle
