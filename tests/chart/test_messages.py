@@ -175,6 +175,10 @@ def _set_twice(variable: str, field: str) -> str:
     return f'"extraEnv" sets {variable} for all of "targets", and some have their own "{field}": remove one of the two'
 
 
+def _taken(path: str) -> str:
+    return f'"extraVolumeMounts" contains "{path}", where the pods of "targets" have their own: set another path'
+
+
 def _long_name(name: str) -> str:
     return (
         f'the name "{name}" has more than 41 characters, which is too long for the pods of "targets": set '
@@ -322,21 +326,6 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     (_fleet(KANO, {"name": "x.y", "schema": "ng_kano"}), [_same_database("kano", "x.y")]),
     (_fleet(KANO, KANO), [_same_name("kano"), _same_database("kano", "kano")]),
     *(
-        (_fleet({"name": "a", **one}, {"name": "b", **other}), [_same_database("a", "b")])
-        for one, other in [  # one database, in two spellings
-            ({}, {}),
-            ({}, {"port": 5432}),
-            ({}, {"secret": {"name": "x"}}),
-            ({}, {"configMap": {"name": "egov-config"}}),
-            ({"schema": "s"}, {"schema": "s", "configMap": {"hostKey": "db-host", "nameKey": "db-name"}}),
-            ({"configMap": {"name": "x"}}, {"configMap": {"nameKey": "db-name", "name": "x"}, "port": 5432}),
-        ]
-    ),
-    (
-        _fleet({"name": "a", "port": 6432}, {"name": "b"}, db={"port": 6432, "configMap": {"name": "x"}}),
-        [_same_database("a", "b")],
-    ),
-    *(
         (_fleet({**KANO, "schema": f"a{character}b"}), [_unprintable_schema(escaped)])
         for character, escaped in [
             ("\x07", "\\a"),
@@ -363,6 +352,10 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
             ("DATABASE_URL", "secret", {"secret": {"passwordKey": "x"}}),
         ]
     ),
+    *(
+        (_fleet(KANO, extraVolumeMounts=[{"name": "x", "mountPath": path}]), [_taken(path)])
+        for path in ("/etc/target", "//etc/./target/", "etc/target/DB_HOST")
+    ),
     (_fleet(KANO, fullnameOverride="a" * 42), [_long_name("a" * 42)]),
     (_fleet(KANO, hook=""), [CANARY_WITHOUT_HOOKS]),
     (_fleet(*({"name": f"t{at:04}", "schema": "s" * 40 + str(at)} for at in range(4000))), [_too_many(258891)]),
@@ -385,6 +378,65 @@ def test_a_mistake_has_one_message(helm: Helm, values: dict, problems: list[str]
     refused = helm.refuse(values if form == "plain" else {"hcm-db-migrations": values})
     assert _message(*problems) in refused
     assert "s3cret" not in refused
+
+
+EGOV = {"configMap": {"name": "egov-config", "hostKey": "db-host", "nameKey": "db-name"}}
+
+
+@pytest.mark.fault(
+    "Code and settings",
+    fault="Two entries of `targets` are one database and schema",
+    sees='`"targets" has two entries with the same database and schema, "<name>" and "<name>": remove one, ...`',
+    state="Nothing was changed",
+    do="Follow the message, deploy again",
+)
+@pytest.mark.parametrize("form", ["plain", "nested"])
+@pytest.mark.parametrize(
+    ("one", "other", "more"),
+    [
+        ({}, {}, {}),
+        ({"schema": "s"}, {"schema": "s"}, {}),
+        ({}, {"port": 5432}, {}),
+        ({"port": 6432}, {}, {"db": {"port": 6432, "configMap": {"name": "x"}}}),
+        ({}, {"secret": {"name": "x", "usernameKey": "y"}}, {}),
+        ({}, {"configMap": {"name": "egov-config"}}, {}),
+        ({"schema": "s", **EGOV}, {"schema": "s", "configMap": {"nameKey": "db-name"}}, {}),
+        ({"configMap": {"name": "x"}, "port": 5432}, {"configMap": {"nameKey": "db-name", "name": "x"}}, {}),
+    ],
+)
+def test_two_targets_of_one_database_are_refused(helm: Helm, one: dict, other: dict, more: dict, form: str) -> None:
+    values = _fleet({"name": "a", **one}, KANO, {"name": "b.c", **other}, **more)
+    refused = helm.refuse(values if form == "plain" else {"hcm-db-migrations": values})
+    assert _message(_same_database("a", "b.c")) in refused
+
+
+@pytest.mark.parametrize(
+    "differs",
+    [
+        {"schema": "S"},
+        {"schema": "s "},
+        {"port": 5433},
+        {"configMap": {"name": "x"}},
+        {"configMap": {"hostKey": "x"}},
+        {"configMap": {"nameKey": "x"}},
+    ],
+)
+def test_two_databases_are_two_targets(helm4: Helm, differs: dict) -> None:
+    helm4.render({"targets": [{"name": "a", "schema": "s"}, {"name": "b", "schema": "s", **differs}]})
+
+
+@pytest.mark.parametrize(
+    ("target", "variable"),
+    [
+        ({"schema": "s"}, "DATABASE_URL"),
+        ({"schema": "s"}, "DB_HOST"),
+        ({"port": 1}, "DB_SCHEMA"),
+        ({"secret": {"name": "x"}}, "DB_PASSWORD"),
+        ({"configMap": {"name": "x"}}, "PGSSLMODE"),
+    ],
+)
+def test_a_variable_that_no_target_has_is_that_of_all(helm4: Helm, target: dict, variable: str) -> None:
+    helm4.render({"targets": [{"name": "a", **target}], "extraEnv": [_reference(variable)]})
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,14 @@ def test_a_schema_of_a_target_is_unchanged(pod: Callable, schema: str) -> None:
     assert found == Result(0, f"{FIRST_LINE}{CODE}{schema}|")
 
 
+@pytest.mark.fault(
+    "Code and settings",
+    fault="A ConfigMap, Secret or key of a target is missing",
+    sees='`FAILED: no value for <variable> (key "<key>" of ...): create it in namespace "...", or point "db", the'
+    ' target or "extraEnv" to it ...`, exit 1; no value of another database is used',
+    state="The database is not contacted",
+    do="Create it, or fix the name in `targets`, deploy again",
+)
 @pytest.mark.parametrize("value", [None, "", "\n"], ids=["missing", "empty", "a newline"])
 @pytest.mark.parametrize(
     ("key", "missing"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import gzip
 import json
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -166,6 +168,7 @@ def test_only_the_named_targets_are_migrated_in_the_order_of_the_list(helm: Helm
     assert [target[0] for target in _list(_job_of_helm_test(found))] == ["kano", "oyo"]
     for everything in ([], None):
         assert helm.render({**THREE, "rollout": {"only": everything}}) == helm.render(THREE)
+    assert helm.render(THREE, "--set", "rollout.only={}") == helm.render(THREE)
     option = ("--set", "rollout.only={oyo}")  # as the report says
     assert [target[0] for target in _list(_jobs(helm.render(THREE, *option))[f"{JOB}-canary"])] == ["oyo"]
 
@@ -271,7 +274,24 @@ def test_the_container_rollout_has_the_settings_of_the_others(helm: Helm) -> Non
         own, migrate = _containers(job)["rollout"], _containers(job)["migrate"]
         for key in ("image", "imagePullPolicy", "securityContext", "resources", "terminationMessagePolicy"):
             assert own[key] == migrate[key], key
-        assert own["command"] == ["python3", "-I", "-c", (CHART / "files/rollout.py").read_text().strip() + "\n"]
+        script = (CHART / "files" / "rollout.py").read_text().strip()
+        assert own["command"] == ["python3", "-I", "-c", f"{script}\n"]
+        assert "$$" not in script
+        assert not re.findall(r"\$\([^\s()]+\)", script)  # Kubernetes would replace it
+
+
+def test_the_container_rollout_needs_nothing_but_the_oldest_python() -> None:
+    """It runs before anything is installed."""
+    source = (CHART / "files" / "rollout.py").read_text()
+    tree = ast.walk(ast.parse(source, feature_version=(3, 10)))
+    names = [
+        name
+        for node in tree
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names])
+    ]
+    assert {name.partition(".")[0] for name in names} <= sys.stdlib_module_names
+    assert names
 
 
 def test_a_target_has_what_differs_from_db_and_its_pod_nothing_of_another(helm: Helm) -> None:
@@ -409,6 +429,17 @@ def test_the_values_of_an_older_release_have_no_targets(helm: Helm, old_chart: P
 def test_a_null_in_rollout_is_named(helm: Helm, key: str) -> None:
     message = f'- "rollout.{key}" is null, which removes the default: set a value, or leave it out\n'
     assert message in helm.refuse({**MINIMAL, **THREE, "rollout": {key: None}})
+
+
+def test_no_null_ends_in_an_error_of_a_template(helm4: Helm) -> None:
+    defaults = yaml.safe_load((CHART / "values.yaml").read_text())
+    paths = [(key, None) for key in defaults if key != "git"]
+    paths += [(key, below) for key in ("db", "job", "rollout") for below in defaults[key]]
+    for key, below in paths:
+        null = {key: {below: None} if below else None}
+        for values in ({**MINIMAL, **THREE, **null}, {**null, "hcm-db-migrations": {**MINIMAL, **THREE}}):
+            result = helm4.template(values)
+            assert result.returncode == 0 or "Invalid values for hcm-db-migrations:" in result.stderr, result.stderr
 
 
 def test_nested_targets_are_those_of_the_top_level(helm: Helm) -> None:

@@ -169,6 +169,11 @@
 {{- end -}}
 {{- end -}}
 {{- end -}}
+{{- range .Values.extraVolumeMounts -}}
+{{- if regexMatch "^/?etc/target(/|$)" (clean .mountPath) -}}
+{{- $problems = append $problems (printf "\"extraVolumeMounts\" contains %q, where the pods of \"targets\" have their own: set another path" .mountPath) -}}
+{{- end -}}
+{{- end -}}
 {{- with include "hcm-db-migrations.fullname" . -}}
 {{- /* With a digest, "-canary" and an index, it is a label of 63 characters. */ -}}
 {{- if gt (len .) 41 -}}
