@@ -107,16 +107,15 @@ class Runner:
                     pass
         finally:
             gc.unfreeze()
-            self._write_positions()
+            failed_step = self.attempt.step if self.attempt else None
+            self.write_positions(self.state.position if failed_step else self.progress.position)
 
-    def _write_positions(self) -> None:
+    def write_positions(self, after: str | None = None) -> None:
         """For the report of several targets; what is unknown is empty."""
-        file, progress = self.database.settings.position_file, self.progress
-        failed_step = self.attempt.step if self.attempt else None
-        after = self.state.position if failed_step else progress.position
-        if file:
+        if file := self.database.settings.position_file:
+            line = printable(f"{self.progress.first_position or ''} -> {after or ''}")
             with suppress(OSError):  # a full disk
-                file.write_text(f"{progress.first_position or ''} -> {after or ''}\n")
+                file.write_text(f"{line}\n", encoding="utf-8")
 
     def _succeeds(self) -> bool:
         """Whether the command is done; False after a transient failure and a wait."""
@@ -287,6 +286,7 @@ class Attempt:
         else:
             progress.position = join(heads)
             progress.first_position = progress.first_position or progress.position
+            self.runner.write_positions()  # it may be killed
             self._refuse_unknown(heads, table)
             applied = revisions.applied(script, heads)
             self._refuse_changed(applied)

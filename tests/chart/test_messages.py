@@ -70,6 +70,10 @@ def _replaced(path: str) -> str:
     return f'"{path}" contains $( or $$, which Kubernetes would replace: remove it'
 
 
+def _reference(variable: str) -> dict[str, Any]:
+    return {"name": variable, "valueFrom": {"secretKeyRef": {"name": "a", "key": "b"}}}
+
+
 def _literals(*names: str) -> str:
     return (
         f'"extraEnv" sets secrets ({", ".join(names)}) as literals, which everyone who can read the release or the Job '
@@ -117,7 +121,8 @@ def _path(value: str) -> str:
 def _extra_env(*names: str) -> str:
     return (
         f'"extraEnv" has duplicate or reserved variable names ({", ".join(names)}): define each variable once, and '
-        "none of EXPECTED, GIT_COMMIT, GIT_PATH, GIT_REF, GIT_REPO, NAMESPACE, REQUIRED, REQUIREMENTS, USERNAME_FILE"
+        "none of EXPECTED, GIT_COMMIT, GIT_PATH, GIT_REF, GIT_REPO, JOB_COMPLETION_INDEX, NAMESPACE, POSITION_FILE, "
+        "REQUIRED, REQUIREMENTS, TARGET, USERNAME_FILE"
     )
 
 
@@ -134,6 +139,69 @@ def _twice(path: str) -> str:
     return (
         f'"{path}" and "hcm-db-migrations.{path}" are set to different values: set only one of them '
         f"(on the command line: --set hcm-db-migrations.{path}=...)"
+    )
+
+
+KANO = {"name": "kano", "schema": "ng_kano"}
+
+
+def _fleet(*targets: dict, **more: Any) -> dict[str, Any]:
+    return {**MINIMAL, "targets": list(targets), **more}
+
+
+def _same_name(name: str) -> str:
+    return f'"targets" has two entries with the name "{name}": rename one'
+
+
+def _same_database(one: str, other: str) -> str:
+    return (
+        f'"targets" has two entries with the same database and schema, "{one}" and "{other}": remove one, or set its '
+        '"schema", "configMap" or "port"'
+    )
+
+
+def _unprintable_schema(escaped: str) -> str:
+    return f'"targets" contains the unprintable character "{escaped}", in the schema of "kano": remove it'
+
+
+def _not_a_target(name: str) -> str:
+    return (
+        f'"rollout.only" contains "{name}", which is not the name of any of "targets": set one of their names, or [] '
+        "for all"
+    )
+
+
+def _set_twice(variable: str, field: str) -> str:
+    return f'"extraEnv" sets {variable} for all of "targets", and some have their own "{field}": remove one of the two'
+
+
+def _taken(path: str) -> str:
+    return f'"extraVolumeMounts" contains "{path}", where the pods of "targets" have their own: set another path'
+
+
+def _long_name(name: str) -> str:
+    return (
+        f'the name "{name}" has more than 41 characters, which is too long for the pods of "targets": set '
+        '"fullnameOverride"'
+    )
+
+
+CANARY_WITHOUT_HOOKS = (
+    '"rollout.canary" needs hooks, which run one Job after the other, and "hook" is "": set "rollout.canary" to 0'
+)
+
+
+def _too_many(size: int) -> str:
+    return (
+        f'"targets" takes {size} bytes in the pod\'s annotation, which holds 250000: divide them among several releases'
+    )
+
+
+def _too_slow(seconds: int) -> str:
+    return (
+        f'"targets" may take {seconds} s with these deadlines, retries and parallelism, which is more than 7 days, and '
+        'no --timeout of Helm should be that long: raise "rollout.parallelism", lower "job.activeDeadlineSeconds" or '
+        '"job.backoffLimit", or divide them among several releases'
     )
 
 
@@ -254,6 +322,48 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
         [_hook_annotation("job.annotations", "helm.sh/hook-delete-policy")],
     ),
     *((nested("extraPodSpec", {name: []}), [_owned(name)]) for name in ("containers", "hostNetwork", "tolerations")),
+    (_fleet(KANO, {"name": "kano", "schema": "x"}), [_same_name("kano")]),
+    (_fleet(KANO, {"name": "x.y", "schema": "ng_kano"}), [_same_database("kano", "x.y")]),
+    (_fleet(KANO, KANO), [_same_name("kano"), _same_database("kano", "kano")]),
+    *(
+        (_fleet({**KANO, "schema": f"a{character}b"}), [_unprintable_schema(escaped)])
+        for character, escaped in [
+            ("\x07", "\\a"),
+            ("\t", "\\t"),
+            ("\n", "\\n"),
+            ("\u00a0", "\\u00a0"),
+            ("\u200b", "\\u200b"),
+            ("\u2028", "\\u2028"),
+            ("\u202e", "\\u202e"),
+        ]
+    ),
+    ({**MINIMAL, "rollout": {"only": ["kano"]}}, [_not_a_target("kano")]),
+    (_fleet(KANO, rollout={"only": ["kano", "lagos", "x.y"]}), [_not_a_target("lagos"), _not_a_target("x.y")]),
+    *(
+        (_fleet(KANO, {"name": "a", **own}, extraEnv=[_reference(variable)]), [_set_twice(variable, field)])
+        for variable, field, own in [
+            ("DB_SCHEMA", "schema", {}),
+            ("DB_PORT", "port", {"port": 1}),
+            ("DB_HOST", "configMap", {"configMap": {"nameKey": "x"}}),
+            ("DB_NAME", "configMap", {"configMap": {"name": "x"}}),
+            ("DB_USER", "secret", {"secret": {"name": "x"}}),
+            ("DATABASE_URL", "port", {"port": 1}),
+            ("DATABASE_URL", "configMap", {"configMap": {"name": "x"}}),
+            ("DATABASE_URL", "secret", {"secret": {"passwordKey": "x"}}),
+        ]
+    ),
+    *(
+        (_fleet(KANO, extraVolumeMounts=[{"name": "x", "mountPath": path}]), [_taken(path)])
+        for path in ("/etc/target", "//etc/./target/", "etc/target/DB_HOST")
+    ),
+    (_fleet(KANO, fullnameOverride="a" * 42), [_long_name("a" * 42)]),
+    (_fleet(KANO, hook=""), [CANARY_WITHOUT_HOOKS]),
+    (_fleet(*({"name": f"t{at:04}", "schema": "s" * 40 + str(at)} for at in range(4000))), [_too_many(258891)]),
+    (_fleet(KANO, job={"activeDeadlineSeconds": 86400, "backoffLimit": 6}), [_too_slow(692070)]),
+    (
+        _fleet(*({"name": f"t{at}", "schema": f"t{at}"} for at in range(1200)), rollout={"parallelism": 1}),
+        [_too_slow(636260)],
+    ),
     (nested("enabled", False), [DISABLED]),
     (
         {"git": {"path": ".."}, "hook": "x", "enabled": False},
@@ -268,6 +378,65 @@ def test_a_mistake_has_one_message(helm: Helm, values: dict, problems: list[str]
     refused = helm.refuse(values if form == "plain" else {"hcm-db-migrations": values})
     assert _message(*problems) in refused
     assert "s3cret" not in refused
+
+
+EGOV = {"configMap": {"name": "egov-config", "hostKey": "db-host", "nameKey": "db-name"}}
+
+
+@pytest.mark.fault(
+    "Code and settings",
+    fault="Two entries of `targets` are one database and schema",
+    sees='`"targets" has two entries with the same database and schema, "<name>" and "<name>": remove one, ...`',
+    state="Nothing was changed",
+    do="Follow the message, deploy again",
+)
+@pytest.mark.parametrize("form", ["plain", "nested"])
+@pytest.mark.parametrize(
+    ("one", "other", "more"),
+    [
+        ({}, {}, {}),
+        ({"schema": "s"}, {"schema": "s"}, {}),
+        ({}, {"port": 5432}, {}),
+        ({"port": 6432}, {}, {"db": {"port": 6432, "configMap": {"name": "x"}}}),
+        ({}, {"secret": {"name": "x", "usernameKey": "y"}}, {}),
+        ({}, {"configMap": {"name": "egov-config"}}, {}),
+        ({"schema": "s", **EGOV}, {"schema": "s", "configMap": {"nameKey": "db-name"}}, {}),
+        ({"configMap": {"name": "x"}, "port": 5432}, {"configMap": {"nameKey": "db-name", "name": "x"}}, {}),
+    ],
+)
+def test_two_targets_of_one_database_are_refused(helm: Helm, one: dict, other: dict, more: dict, form: str) -> None:
+    values = _fleet({"name": "a", **one}, KANO, {"name": "b.c", **other}, **more)
+    refused = helm.refuse(values if form == "plain" else {"hcm-db-migrations": values})
+    assert _message(_same_database("a", "b.c")) in refused
+
+
+@pytest.mark.parametrize(
+    "differs",
+    [
+        {"schema": "S"},
+        {"schema": "s "},
+        {"port": 5433},
+        {"configMap": {"name": "x"}},
+        {"configMap": {"hostKey": "x"}},
+        {"configMap": {"nameKey": "x"}},
+    ],
+)
+def test_two_databases_are_two_targets(helm4: Helm, differs: dict) -> None:
+    helm4.render({"targets": [{"name": "a", "schema": "s"}, {"name": "b", "schema": "s", **differs}]})
+
+
+@pytest.mark.parametrize(
+    ("target", "variable"),
+    [
+        ({"schema": "s"}, "DATABASE_URL"),
+        ({"schema": "s"}, "DB_HOST"),
+        ({"port": 1}, "DB_SCHEMA"),
+        ({"secret": {"name": "x"}}, "DB_PASSWORD"),
+        ({"configMap": {"name": "x"}}, "PGSSLMODE"),
+    ],
+)
+def test_a_variable_that_no_target_has_is_that_of_all(helm4: Helm, target: dict, variable: str) -> None:
+    helm4.render({"targets": [{"name": "a", **target}], "extraEnv": [_reference(variable)]})
 
 
 @pytest.mark.parametrize(
@@ -385,6 +554,12 @@ def test_a_branch_a_tag_and_a_full_commit_are_accepted(helm: Helm, branch: str) 
             {**nested("git.knownHosts", True), "requirements": "r.txt"},
             ["git.knownHosts", "requirements"],
         ),
+        ({"targets": [KANO]}, _fleet({**KANO, "schema": "x"}), ["targets"]),
+        (
+            {"rollout": {"canary": 2, "only": ["kano"], "maxFailures": 5}},
+            _fleet(KANO, rollout={"canary": 3, "only": [], "maxFailures": None}),
+            ["rollout.canary", "rollout.maxFailures", "rollout.only"],
+        ),
     ],
 )
 def test_a_value_with_two_different_settings_is_refused(helm: Helm, above: dict, below: dict, paths: list[str]) -> None:
@@ -486,6 +661,35 @@ def test_a_secret_that_is_set_twice_is_not_shown(helm: Helm) -> None:
         (nested("commonLabels", {"a": "b c"}), "commonLabels"),
         (nested("job.annotations", {"a": 1}), "annotations"),
         (nested("extraPodSpec", []), "extraPodSpec"),
+        (_fleet({"schema": "x"}), "name"),
+        *(
+            (_fleet({"name": name}), "name")
+            for name in ("", "Kano", "ng_kano", "a b", "a.", "-a", "a" * 254, "a\n", "$(X)", 1, None, True)
+        ),
+        *((_fleet({"name": "a", "schema": schema}), "schema") for schema in ("", "s" * 64, 1, None, ["a"])),
+        *((_fleet({"name": "a", "port": port}), "port") for port in (0, 65536, "5432", 1.5, None)),
+        (_fleet({"name": "a", "shcema": "x"}), "shcema"),
+        (_fleet({"name": "a", "host": "x"}), "host"),
+        (_fleet({"name": "a", "configMap": {}}), "configMap"),
+        (_fleet({"name": "a", "configMap": None}), "configMap"),
+        (_fleet({"name": "a", "configMap": {"hostkey": "x"}}), "hostkey"),
+        (_fleet({"name": "a", "configMap": {"nameKey": "../x"}}), "nameKey"),
+        (_fleet({"name": "a", "secret": {}}), "secret"),
+        (_fleet({"name": "a", "secret": {"name": "A"}}), "secret"),
+        (_fleet({"name": "a", "secret": {"password": "s3cret"}}), "password"),
+        (nested("targets", {"kano": {}}), "targets"),
+        (nested("targets", ["kano"]), "targets"),
+        (nested("rollout.canary", -1), "canary"),
+        (nested("rollout.canary", 10001), "canary"),
+        (nested("rollout.canary", "1"), "canary"),
+        (nested("rollout.parallelism", 0), "parallelism"),
+        (nested("rollout.parallelism", 1001), "parallelism"),
+        (nested("rollout.maxFailures", -1), "maxFailures"),
+        (nested("rollout.maxFailures", "all"), "maxFailures"),
+        (nested("rollout.only", "kano"), "only"),
+        (nested("rollout.only", [1]), "only"),
+        (nested("rollout.onyl", []), "onyl"),
+        *((nested("extraVolumes", [{"name": name, "emptyDir": {}}]), "extraVolumes") for name in ("targets", "api")),
     ],
 )
 def test_the_schema_names_the_key_of_what_it_refuses(helm: Helm, values: dict, key: str) -> None:

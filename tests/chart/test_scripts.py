@@ -203,7 +203,7 @@ def test_without_requirements_neither_pip_nor_venv_runs(volume: Volume, containe
 
 def test_an_image_without_alembic_is_reported(volume: Volume, container: Callable, shell: str) -> None:
     volume.clone("alembic.ini")
-    for program in ("basename", "readlink", "printenv", "dirname"):
+    for program in ("basename", "readlink", "printenv", "dirname", "head"):
         (volume.bin / program).symlink_to(shutil.which(program))
     (volume.bin / shell).symlink_to(shutil.which(shell))
     assert volume.run(container(), shell, PATH=str(volume.bin), **CREDENTIALS) == Result(

@@ -32,6 +32,7 @@ DIGEST = "sha256:" + "0123456789abcdef" * 4
 VOLUME = {"name": "ca", "configMap": {"name": "ca"}}
 MOUNT = {"name": "ca", "mountPath": "/etc/ca"}
 VARIABLE = {"name": "PIP_CERT", "value": "/etc/ca/ca.crt"}
+FLEET = [{"name": name, "schema": name} for name in ("a", "b", "c")]
 TOLERATION = {"key": "dedicated", "operator": "Exists"}
 AFFINITY = {
     "nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [{"matchFields": []}]}}
@@ -61,6 +62,23 @@ def _sources(objects: Objects) -> list[dict[str, Any]]:
     """What the git-sync init container can read, without the sparse checkout patterns."""
     (volume,) = [volume for volume in pod(objects)["spec"]["volumes"] if volume["name"] == "git"]
     return volume["projected"]["sources"][1:]
+
+
+def _of_jobs(read: Callable[[dict[str, Any]], Any]) -> Read:
+    """For each of the targets' Jobs, without that of helm test."""
+    return lambda objects: [
+        read(each) for each in objects if each["kind"] == "Job" and not each["metadata"]["name"].endswith("-test")
+    ]
+
+
+def _targets(job: dict[str, Any]) -> list[str]:
+    annotations = job["spec"]["template"]["metadata"]["annotations"]
+    return [name for name, *_ in json.loads(annotations["hcm-db-migrations/targets"])]
+
+
+def _limit(job: dict[str, Any]) -> str:
+    limit: str = environment(job["spec"]["template"]["spec"]["initContainers"][0])["MAX_FAILURES"]
+    return limit
 
 
 OBJECTS = ["ConfigMap", "Pod", "Job", "the Job's pod"]
@@ -136,6 +154,11 @@ EFFECTS: dict[str, tuple[Any, Read, Any]] = {
     "db.secret.name": ("other", _variable("DB_USER"), _reference("secret", "other", "username")),
     "db.secret.usernameKey": ("user", _variable("DB_USER"), _reference("secret", "db", "user")),
     "db.secret.passwordKey": ("pass", _variable("DB_PASSWORD"), _reference("secret", "db", "pass")),
+    "targets": (FLEET, _of_jobs(_targets), [["a", "b", "c"]] * 2),
+    "rollout.canary": (2, _of_jobs(lambda job: job["spec"]["completions"]), [3, 2]),
+    "rollout.parallelism": (3, _of_jobs(lambda job: job["spec"]["parallelism"]), [3, 3]),
+    "rollout.maxFailures": (2, _of_jobs(_limit), ["0", "2"]),
+    "rollout.only": (["b", "c"], _of_jobs(_targets), [["b", "c"]] * 2),
     "hook": (
         "post-install,post-upgrade",
         lambda o: one(o, "Job")["metadata"]["annotations"]["helm.sh/hook"],
@@ -193,6 +216,7 @@ WITH: dict[str, dict[str, Any]] = {
     "git.secretName": SSH,
     "git.knownHosts": SSH,
     "git.ca.key": {"git": {"ca": {"configMapName": "ca"}}},
+    **{f"rollout.{key}": {"targets": FLEET} for key in ("canary", "parallelism", "maxFailures", "only")},
 }
 
 

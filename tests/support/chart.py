@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,8 @@ def _validated(manifest: str) -> str:
 def _validator(version: str, kind: str, api_version: str) -> Draft202012Validator:
     """The strict schema of one kind of object: unknown fields are errors."""
     folder = f"kubernetes-json-schema/v{version}.0-local-strict"
-    schema = schema_contents(f"{folder}/{kind.lower()}-{api_version.replace('/', '-')}.json", version)
+    group = re.sub(r"(\.[^/]*)?/", "-", api_version)  # rbac-v1 of rbac.authorization.k8s.io/v1
+    schema = schema_contents(f"{folder}/{kind.lower()}-{group}.json", version)
     return Draft202012Validator(schema, registry=Resource.from_contents(schema) @ _definitions(version))
 
 

@@ -7,21 +7,22 @@
 # Exit status: Alembic's; of this script, 255 (as Alembic's) for a failure that is not retryable, 143 after SIGTERM, else 1.
 set -u
 exec 2>&1 # a container's log may interleave two streams, and the reason would not be the last line
-workspace=$PWD child='' stopped='' interrupted='' output='' stage='starting' effect='the database was not contacted'
+workspace=$PWD target='' sources='' said='' child='' stopped='' interrupted='' output='' stage='starting' effect='the database was not contacted'
 
 # Makes $1 the container's termination message: it is what Argo CD and kubectl describe show, without the log. kubelet cuts
 # off the beginning of a longer one. Of a target, its first line is the database's revision before and after the run.
 set_termination_message() {
   [ ! -w /dev/termination-log ] || {
-    [ -z "${TARGET-}" ] || cat "$POSITION_FILE" 2>/dev/null || echo ' -> '
+    [ -z "$target" ] || { [ -s "$POSITION_FILE" ] && cat "$POSITION_FILE"; } || echo ' -> '
     printf '%s' "$1"
   } | head -c 4096 >/dev/termination-log
 }
 
 # Prints $1, a line that may be the last one.
 say() {
-  printf '%s\n' "$1" >&2
-  set_termination_message "$1"
+  said=$1
+  printf '%s\n' "$said" >&2
+  set_termination_message "$said"
 }
 
 fail() {
@@ -197,11 +198,12 @@ if [ -f report ]; then
   exit "$(cat report-status)"
 elif [ -f target ]; then
   . ./target
+  target=$TARGET sources=$SOURCES # not those of an image
   for file in /etc/target/*; do
     [ ! -f "$file" ] || { value=$(cat "$file" && echo .) && export "${file##*/}=${value%.}"; } # with its newlines, as a reference
   done
   export POSITION_FILE="$workspace/position"
-  printf '%s\n' "target $TARGET ($NUMBER)"
+  printf '%s\n' "target $target ($NUMBER)"
 fi
 
 if [ ! -d git/code ]; then
@@ -232,14 +234,15 @@ commit=$(basename "$(readlink git/code)")
 export GIT_COMMIT="$commit" # with GIT_REPO and GIT_REF, for the runner's record
 printf '%s\n' "code: repository $GIT_REPO, ref $GIT_REF, commit $commit, path $GIT_PATH"
 
-missing=
+missing='' theirs=''
 while read -r name source; do
-  theirs=$(printf '%s\n' "${SOURCES-}" | sed -n "s/^$name //p")
-  [ -n "$(printenv "$name")" ] || missing="${missing:+$missing, }$name (${theirs:-$source})"
+  [ -z "$(printenv "$name")" ] || continue
+  [ -z "$target" ] || theirs=$(printf '%s\n' "$sources" | sed -n "s/^$name //p")
+  missing="${missing:+$missing, }$name (${theirs:-$source})"
 done <<EOF
 $REQUIRED
 EOF
-[ -z "$missing" ] || fail 1 "no value for $missing: create it in namespace \"$NAMESPACE\", or point \"db\"${TARGET:+, the target} or \"extraEnv\" to it" "Database"
+[ -z "$missing" ] || fail 1 "no value for $missing: create it in namespace \"$NAMESPACE\", or point \"db\"${target:+, the target} or \"extraEnv\" to it" "Database"
 
 # git-sync checks out neither a submodule nor, outside of git.path, what a symlink points to.
 if [ ! -f "git/code/$GIT_PATH/${ALEMBIC_CONFIG:-alembic.ini}" ]; then
@@ -307,7 +310,8 @@ if [ -n "$output" ]; then
   [ "$status" -ne 0 ] || grep -qF -- "$EXPECTED" "$output" ||
     fail 1 "alembic $* did not report \"$EXPECTED\": the database is not at the current head of \"$GIT_REF\"; run helm upgrade" "helm test"
 fi
-[ "$status" -eq 0 ] && [ -z "${TARGET-}" ] || set_termination_message "$([ "$status" -eq 0 ] || tail -n 1 "$workspace/log" 2>/dev/null)"
+reason=$([ "$status" -eq 0 ] || tail -n 1 "$workspace/log" 2>/dev/null)
+[ "$status" -eq 0 ] && [ -z "$target" ] || set_termination_message "${reason:-$said}"
 case $status in
 137) say "FAILED: alembic was killed, most likely out of memory: raise \"resources.limits.memory\"" ;;
 1) # Python's for an exception that env.py does not handle
@@ -321,5 +325,5 @@ case $status in
   esac
   ;;
 esac
-case ${TARGET:+$status} in 253 | 254) status=1 ;; esac # those are the report's
+case ${target:+$status} in 253 | 254) status=1 ;; esac # those are the report's
 exit "$status"

@@ -58,5 +58,7 @@ the digest could try out passwords. */}}
 {{- $values := set (omit .root.Values "extraEnv") "extraEnv" $env -}}
 {{- $root := set (omit .root "Values") "Values" $values -}}
 {{- with include "hcm-db-migrations.parts" $root | fromJsonArray | last }}{{ $_ := set $root "part" . }}{{ end -}}
-{{- include (printf "hcm-db-migrations.%s" .of) $root | sha256sum -}}
+{{- /* The targets' names, schemas and ports are in the pod's annotations only. */ -}}
+{{- $targets := ternary (include "hcm-db-migrations.targetList" $root) "" (not (empty .root.Values.targets)) -}}
+{{- printf "%s%s" (include (printf "hcm-db-migrations.%s" .of) $root) $targets | sha256sum -}}
 {{- end -}}

@@ -143,6 +143,9 @@
 {{- $problems = append $problems (printf "\"targets\" has two entries with the name %q: rename one" .name) -}}
 {{- end -}}
 {{- $_ := set $names .name true -}}
+{{- with regexFind "[\\p{C}\\p{Z}]" (.schema | default "" | replace " " "") -}}
+{{- $problems = append $problems (printf "\"targets\" contains the unprintable character %q, in the schema of %q: remove it" . $target.name) -}}
+{{- end -}}
 {{- $configMap := merge dict (.configMap | default dict) $.Values.db.configMap -}}
 {{- $database := list $configMap.name $configMap.hostKey $configMap.nameKey (.port | default $.Values.db.port | int64) (.schema | default "") | toJson -}}
 {{- with get $databases $database -}}
@@ -157,15 +160,24 @@
 {{- end -}}
 {{- end -}}
 {{- if .Values.targets -}}
-{{- range .Values.extraEnv -}}
-{{- $field := get (dict "DATABASE_URL" "name" "DB_HOST" "configMap" "DB_NAME" "configMap" "DB_PORT" "port" "DB_SCHEMA" "schema" "DB_USER" "secret") .name -}}
-{{- if hasKey $fields $field -}}
-{{- $problems = append $problems (printf "\"extraEnv\" sets %s, which would take precedence over the \"targets\" that differ in it: remove it, or set it for each target" .name) -}}
+{{- $own := dict "DATABASE_URL" (list "configMap" "port" "secret") "DB_HOST" (list "configMap") "DB_NAME" (list "configMap") -}}
+{{- $own = merge $own (dict "DB_PORT" (list "port") "DB_SCHEMA" (list "schema") "DB_USER" (list "secret")) -}}
+{{- range $variable := .Values.extraEnv -}}
+{{- range get $own .name | default list -}}
+{{- if hasKey $fields . -}}
+{{- $problems = append $problems (printf "\"extraEnv\" sets %s for all of \"targets\", and some have their own %q: remove one of the two" $variable.name .) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- range .Values.extraVolumeMounts -}}
+{{- if regexMatch "^/?etc/target(/|$)" (clean .mountPath) -}}
+{{- $problems = append $problems (printf "\"extraVolumeMounts\" contains %q, where the pods of \"targets\" have their own: set another path" .mountPath) -}}
 {{- end -}}
 {{- end -}}
 {{- with include "hcm-db-migrations.fullname" . -}}
-{{- if gt (len .) 42 -}}
-{{- $problems = append $problems (printf "the name %q has more than 42 characters, which is too long for the pods of \"targets\": set \"fullnameOverride\"" .) -}}
+{{- /* With a digest, "-canary" and an index, it is a label of 63 characters. */ -}}
+{{- if gt (len .) 41 -}}
+{{- $problems = append $problems (printf "the name %q has more than 41 characters, which is too long for the pods of \"targets\": set \"fullnameOverride\"" .) -}}
 {{- end -}}
 {{- end -}}
 {{- if and (not .Values.hook) .Values.rollout.canary -}}
