@@ -53,7 +53,7 @@ def pod(volume: Volume, job: Callable, shell: str) -> Callable[..., Result]:
         volume.program("alembic", alembic)
         of = job(KANO, target)
         chosen = volume.target(of, 1, {"db-kenya": DATABASE} if objects is None else objects)
-        assert chosen == Result(0)
+        assert chosen.returncode == 0
         return volume.run(_container(of), shell, **CREDENTIALS | references)
 
     return run
@@ -129,7 +129,7 @@ def test_what_a_target_lacks_is_named_and_not_taken_from_db(
         f'{FIRST_LINE}{CODE}FAILED: no value for {missing}: create it in namespace "health", or point "db", the target '
         f'or "extraEnv" to it ({README}, "Database")\n',
     )
-    assert volume.termination_log.read_text().startswith(" -> \nFAILED: no value for ")
+    assert volume.termination_log.read_text().startswith("position:  -> \nFAILED: no value for ")
 
 
 def test_everything_that_is_missing_is_named_with_its_own_object(pod: Callable) -> None:
@@ -167,20 +167,23 @@ def test_one_databases_exit_code_is_alembics(volume: Volume, container: Callable
 @pytest.mark.parametrize(
     ("alembic", "message"),
     [
-        (f"{WRITES}echo some log; exit 0", "001 -> 002\n"),
-        ("echo some log; exit 0", " -> \n"),
-        (f"{WRITES}echo some log; echo 'FAILED: why' >&2; exit 255", "001 -> 002\nFAILED: why"),
-        ("echo 'FAILED: why: 001 -> 002' >&2; exit 1", " -> \nFAILED: why: 001 -> 002"),
-        (': >"$POSITION_FILE"; echo "FAILED: no space: 1 -> 2" >&2; exit 1', " -> \nFAILED: no space: 1 -> 2"),
+        (f"{WRITES}echo some log; exit 0", "position: 001 -> 002\n"),
+        ("echo some log; exit 0", "position:  -> \n"),
+        (f"{WRITES}echo some log; echo 'FAILED: why' >&2; exit 255", "position: 001 -> 002\nFAILED: why"),
+        ("echo 'FAILED: why: 001 -> 002' >&2; exit 1", "position:  -> \nFAILED: why: 001 -> 002"),
+        (
+            ': >"$POSITION_FILE"; echo "FAILED: no space: 1 -> 2" >&2; exit 1',
+            "position:  -> \nFAILED: no space: 1 -> 2",
+        ),
         (
             f"{WRITES}kill -9 $$",
-            '001 -> 002\nFAILED: alembic was killed, most likely out of memory: raise "resources.limits.memory"',
+            'position: 001 -> 002\nFAILED: alembic was killed, most likely out of memory: raise "resources.limits.memory"',
         ),
         (
             f"{WRITES}printf 'Traceback (most recent call last):\\n  x\\nValueError: why\\n' >&2; exit 1",
-            "001 -> 002\nFAILED: alembic upgrade head: ValueError: why (exit status 1)",
+            "position: 001 -> 002\nFAILED: alembic upgrade head: ValueError: why (exit status 1)",
         ),
-        (f"{WRITES}exit 3", "001 -> 002\n"),
+        (f"{WRITES}exit 3", "position: 001 -> 002\n"),
     ],
 )
 def test_the_termination_message_begins_with_the_revisions_before_and_after(
@@ -202,7 +205,7 @@ def test_a_long_reason_leaves_the_revisions_in_the_termination_message(
     volume.termination_log.touch()
     assert volume.start(_container(of), shell, **CREDENTIALS).wait().returncode == 1
     written = volume.termination_log.read_text()
-    assert (len(written), written[:14]) == (4096, "001 -> 002\nxxx")
+    assert (len(written), written[:24]) == (4096, "position: 001 -> 002\nxxx")
 
 
 def test_after_sigterm_the_revisions_are_those_that_the_runner_has_written(
@@ -217,7 +220,7 @@ def test_after_sigterm_the_revisions_are_those_that_the_runner_has_written(
     until(lambda: (volume.folder / "running").exists() or not program.running)
     result, seconds = program.stop()
     assert result == Result(143, f"target kano (1 of 1)\n{CODE}{SIGTERM}\n")
-    assert volume.termination_log.read_text() == f"001 -> 002\n{SIGTERM}"
+    assert volume.termination_log.read_text() == f"position: 001 -> 002\n{SIGTERM}"
     assert seconds < 2
 
 
@@ -228,7 +231,7 @@ def test_a_failed_clone_of_a_targets_pod_is_its_message(volume: Volume, job: Cal
     no_checkout = 'FAILED: no checkout of "main" from "https://git.example.org/schema"'
     reason = f'{no_checkout}: no route to host ({README}, "Git access")'
     assert volume.run(_container(of), shell, **CREDENTIALS) == Result(1, f"target kano (1 of 1)\n{reason}\n")
-    assert volume.termination_log.read_text() == f" -> \n{reason}"
+    assert volume.termination_log.read_text() == f"position:  -> \n{reason}"
 
 
 @pytest.mark.parametrize("status", [0, 1, 253, 254, 255])

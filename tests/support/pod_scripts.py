@@ -117,7 +117,8 @@ class Volume:
                     if of_index == str(index) and value is not None:
                         (folder / "target" / name).write_text(value)
         (rollout,) = [each for each in template["spec"]["initContainers"] if each["name"] == "rollout"]
-        return self.run(rollout, JOB=job["metadata"]["name"], POD="pod-1", JOB_COMPLETION_INDEX=str(index))
+        no_api = {"KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": "1"}
+        return self.run(rollout, JOB=job["metadata"]["name"], POD="pod-1", JOB_COMPLETION_INDEX=str(index), **no_api)
 
 
 def make_wheel(folder: Path, name: str, files: dict[str, str], metadata: str = "") -> Path:

@@ -13,7 +13,7 @@ workspace=$PWD target='' sources='' said='' child='' stopped='' interrupted='' o
 # off the beginning of a longer one. Of a target, its first line is the database's revision before and after the run.
 set_termination_message() {
   [ ! -w /dev/termination-log ] || {
-    [ -z "$target" ] || { [ -s "$POSITION_FILE" ] && cat "$POSITION_FILE"; } || echo ' -> '
+    [ -z "$target" ] || printf 'position: %s\n' "$([ -s "$POSITION_FILE" ] && cat "$POSITION_FILE" || echo ' -> ')"
     printf '%s' "$1"
   } | head -c 4096 >/dev/termination-log
 }

@@ -15,6 +15,7 @@ import signal
 import ssl
 import sys
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
@@ -35,36 +36,36 @@ def finish(report, status):
 
 
 def api(path, **query):
-    """An object of the API. It is retried: the API server may restart, and the Role may be seconds old."""
+    """An object of the API, or {} if it cannot be reached and need not be. Retried: the Role may be seconds old."""
     host, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ["KUBERNETES_SERVICE_PORT"]
     url = f"https://{f'[{host}]' if ':' in host else host}:{port}/{path}?{urllib.parse.urlencode(query)}"
-    https = urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile="/etc/api/ca.crt"))
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), https)
-    latest = min(time.monotonic() + (30 if MAX_FAILURES else 5), LATEST)
+    latest = min(time.monotonic() + 30, LATEST)
     while True:
         try:
+            https = urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile="/etc/api/ca.crt"))
+            opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), https)
             token = Path("/etc/api/token").read_text()
             request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
             with opener.open(request, timeout=10) as response:
                 return json.load(response)
         except (OSError, ValueError) as error:
             print(f"the Kubernetes API: {error}", flush=True)
+            needs_answer = MAX_FAILURES or INDEX == COUNT or isinstance(error, urllib.error.HTTPError)
+            if not needs_answer:
+                return {}
             if time.monotonic() > latest:
-                return without_api(error)
+                refuse(error)
             time.sleep(1)
 
 
-def without_api(error):
-    """The status of a Job of which nothing is known, if the pod needs none."""
+def refuse(error):
     if getattr(error, "code", None) in (401, 403):
         cause = f"the ServiceAccount has no access to the state of the Job and its pods ({error})"
         finish(f"FAILED: {cause}: let it get jobs and list pods in the namespace {SEE}", NOT_RETRYABLE)
     cause = f"the Kubernetes API, which has the state of the Job and its pods, cannot be reached ({error})"
-    if MAX_FAILURES:
-        finish(f'FAILED: {cause}: allow the connection, or set "rollout.maxFailures" to null {SEE}', 1)
-    if INDEX == COUNT:
+    if INDEX == COUNT and not MAX_FAILURES:
         finish(f"no report: {cause}", 0)
-    return {}
+    finish(f'FAILED: {cause}: allow the connection, or set "rollout.maxFailures" to null {SEE}', 1)
 
 
 def pods(job, **query):
@@ -116,18 +117,19 @@ def is_time_to_report():
 
 
 def said(pod):
-    """(before, after, reason) of a pod's termination message: "<before> -> <after>" and, if it failed, the reason."""
-    found, phase = states(pod), pod["status"]["phase"]
+    """(before, after, reason) of a pod's termination message: `position: <before> -> <after>`, and why it failed."""
+    found = states(pod)
     ended = found.get("migrate", {}).get("terminated", {})
-    before, after, message = re.fullmatch(r"(?s)(?:(.*?) -> (.*?)(?:\n|$))?(.*)", ended.get("message", "")).groups("")
-    lines = message.strip().splitlines()
-    if not lines and phase == "Failed":  # killed, or it never started
-        waiting = {name: state["waiting"].get("reason") for name, state in found.items() if "waiting" in state}
+    message = ended.get("message", "")
+    position = re.match(r"position: (.*) -> (.*)\n?", message)
+    lines = message[position.end() if position else 0 :].strip().splitlines()[-1:]
+    if not (position and lines):  # killed, or never started: kubelet takes the end of the log for the message
         causes = [pod["status"].get("reason"), ended.get("reason"), f"exit code {ended['exitCode']}" if ended else ""]
+        waiting = {name: state["waiting"].get("reason") for name, state in found.items() if "waiting" in state}
         causes += [f"{name}: {cause}" for name, cause in waiting.items() if cause != "PodInitializing"]
-        lines = [", ".join(filter(None, causes)) or "unknown"]
-    reason = "".join(char for char in "".join(lines[-1:]) if char.isprintable())
-    return before, after, reason.removeprefix("FAILED: ")
+        lines = [", ".join(filter(None, [*causes, *lines])) or "unknown"]
+    reason = "".join(char for char in lines[0] if char.isprintable())
+    return *(position.groups() if position else ("", "")), reason.removeprefix("FAILED: ")
 
 
 def seconds(pod):
