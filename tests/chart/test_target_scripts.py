@@ -177,7 +177,8 @@ def test_one_databases_exit_code_is_alembics(volume: Volume, container: Callable
         ),
         (
             f"{WRITES}kill -9 $$",
-            'position: 001 -> 002\nFAILED: alembic was killed, most likely out of memory: raise "resources.limits.memory"',
+            'position: 001 -> 002\nFAILED: alembic was killed, most likely out of memory: raise '
+            '"resources.limits.memory"',
         ),
         (
             f"{WRITES}printf 'Traceback (most recent call last):\\n  x\\nValueError: why\\n' >&2; exit 1",
