@@ -53,8 +53,9 @@ class Progress:
     def __init__(self, command: Command) -> None:
         self.command = command
         self.version_table: tuple[str, str] | None = None  # schema and name, once a session was opened
+        self.position: str | None = None  # the database's revision, as last read by an attempt
         self.first_position: str | None = None
-        self.position: str | None = None  # the database's revision, as last read
+        self.last_position: str | None = None  # also read after a failure; None: unknown
         self.steps: list[MigrationStep] | None = None
         self.invalid_before: frozenset[int] = frozenset()
         self.logged: set[str] = set()
@@ -96,7 +97,6 @@ class Runner:
         self.stop = StopSignal()
         self.progress = Progress(command)
         self.attempt: Attempt | None = None
-        self.state = DatabaseState()  # after the last failure
 
     def run(self) -> None:
         """Run the command; raise CommandError (no retry helps) or RetriesExhausted (one may) with one line."""
@@ -107,8 +107,7 @@ class Runner:
                     pass
         finally:
             gc.unfreeze()
-            failed_step = self.attempt.step if self.attempt else None
-            self.write_positions(self.state.position if failed_step else self.progress.position)
+            self.write_positions(self.progress.last_position)
 
     def write_positions(self, after: str | None = None) -> None:
         """For the report of several targets; what is unknown is empty."""
@@ -154,7 +153,7 @@ class Runner:
         state = DatabaseState()
         if read:
             state = read_state(self.database, step, progress.version_table, progress.invalid_before)
-        self.state = state
+        progress.last_position = state.position
         if step and step.ended_its_transaction(state.transaction) and error is not None:
             error = OwnTransaction()
         return Outcome(
@@ -284,7 +283,7 @@ class Attempt:
         if command.purges:  # Alembic has deleted the rows, and passes no heads
             self.session.use_search_path(SAFE_PATH)
         else:
-            progress.position = join(heads)
+            progress.position = progress.last_position = join(heads)
             progress.first_position = progress.first_position or progress.position
             self.runner.write_positions()  # it may be killed
             self._refuse_unknown(heads, table)
@@ -321,7 +320,8 @@ class Attempt:
             yield self._wrap(copy.copy(step), migration)
             assert self.step
             elapsed = self.step.elapsed
-            progress.position, self.step = join(self.heads), None
+            progress.position = progress.last_position = join(self.heads)
+            self.step = None
             self.runner.budget.reset()
             log.info("done in %.2f s", elapsed)
         self._log_new_invalid_indexes()

@@ -93,6 +93,7 @@ def test_a_program_that_embeds_helm_gets_no_annotation_that_crashes_it(
     assert re.fullmatch(r"v4\.\d+", embedded.run("version", "--template={{.Version}}").stdout)
     found = embedded.render()
     assert "output-log" not in str(found)
+    assert "output-log" not in str(embedded.render({"targets": [{"name": "a"}, {"name": "b", "schema": "b"}]}))
     annotated = {"helm.sh/hook-output-log-policy": "hook-failed"}
     assert "output-log" not in str(one(embedded.render({"podAnnotations": annotated}), "Pod"))
     expected = helm4.render()

@@ -215,6 +215,14 @@ def test_an_ordinary_job_has_no_canary_and_another_name_if_its_targets_change(he
         assert set(_jobs(render(*changed))) != {name}
 
 
+@pytest.mark.parametrize("option", ["", "--api-versions=batch/v1,batch/v1/Job"], ids=["Helm", "Argo CD"])
+def test_the_longest_name_fits_in_a_label_of_its_pods(helm: Helm, option: str) -> None:
+    """The pod's host name is the Job's name with the index, and may have 63 characters."""
+    found = helm.render({**THREE, "fullnameOverride": "a" * 41}, *filter(None, [option]))
+    for job in (*_jobs(found), f"{'a' * 41}-12345-canary"):
+        assert len(f"{job}-10000") <= 63, job
+
+
 def test_the_pods_have_a_service_account_that_may_only_read_the_jobs_and_the_pods(helm: Helm) -> None:
     found = helm.render(THREE)
     name = "hcm-db-migration-rollout"

@@ -13,6 +13,7 @@ from tests.support.project import Project
 from tests.support.revisions import SLEEP, audited
 from tests.support.runs import sleeping, terminate
 from tests.support.waiting import until
+from tools.postgres import Postgres, dsn, execute
 
 FAILS = 'op.execute("SELECT 1 / 0")'
 
@@ -109,15 +110,33 @@ def test_a_stopped_run_has_written_what_it_knew(
     assert file.read_text() == ("base -> \n" if number == signal.SIGKILL else "base -> 002\n")
 
 
-def test_a_run_that_waits_for_another_one_has_read_nothing(project: Project, database: Database, file: Path) -> None:
+def test_a_run_that_waits_for_another_one_has_only_read_the_end(
+    project: Project, database: Database, file: Path
+) -> None:
     project.add("002", SLEEP)
     first = project.start("upgrade", "head", POSITION_FILE=None)
     until(lambda: sleeping(database))
     second = project.start("upgrade", "head")
     second.prints(" waiting, ")
     assert second.stop()[0].returncode == 143
-    assert file.read_text() == " -> \n"
+    assert file.read_text() == " -> 001\n"
     first.stop()
+
+
+def test_after_a_server_that_stays_down_the_revision_is_unknown(
+    offline_project: Project, own_server: Postgres, tmp_path: Path
+) -> None:
+    """It may have committed the last revision."""
+    file = tmp_path / "position"
+    offline_project.add("002", 'op.execute("SELECT pg_sleep(60)")')
+    url = dsn(own_server.url)
+    running = offline_project.start(
+        "upgrade", "head", DATABASE_URL=url, POSITION_FILE=str(file), MIGRATION_WAIT_SECONDS="2"
+    )
+    until(lambda: "SELECT pg_sleep(60)" in str(execute(own_server.url, "SELECT query FROM pg_stat_activity")))
+    own_server.kill()
+    assert running.wait().returncode == 1
+    assert file.read_text() == "base -> \n"
 
 
 @pytest.mark.parametrize("path", ["missing/position", ".", "/dev/full"])
