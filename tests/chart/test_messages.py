@@ -122,7 +122,7 @@ def _extra_env(*names: str) -> str:
     return (
         f'"extraEnv" has duplicate or reserved variable names ({", ".join(names)}): define each variable once, and '
         "none of EXPECTED, GIT_COMMIT, GIT_PATH, GIT_REF, GIT_REPO, JOB_COMPLETION_INDEX, NAMESPACE, POSITION_FILE, "
-        "REQUIRED, REQUIREMENTS, TARGET, USERNAME_FILE"
+        "REQUIRED, REQUIREMENTS, USERNAME_FILE"
     )
 
 
@@ -347,6 +347,7 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
             ("DB_HOST", "configMap", {"configMap": {"nameKey": "x"}}),
             ("DB_NAME", "configMap", {"configMap": {"name": "x"}}),
             ("DB_USER", "secret", {"secret": {"name": "x"}}),
+            ("DB_PASSWORD", "passwordKey", {"secret": {"passwordKey": "x"}}),
             ("DATABASE_URL", "port", {"port": 1}),
             ("DATABASE_URL", "configMap", {"configMap": {"name": "x"}}),
             ("DATABASE_URL", "secret", {"secret": {"passwordKey": "x"}}),
@@ -359,10 +360,10 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     (_fleet(KANO, fullnameOverride="a" * 42), [_long_name("a" * 42)]),
     (_fleet(KANO, hook=""), [CANARY_WITHOUT_HOOKS]),
     (_fleet(*({"name": f"t{at:04}", "schema": "s" * 40 + str(at)} for at in range(4000))), [_too_many(258891)]),
-    (_fleet(KANO, job={"activeDeadlineSeconds": 86400, "backoffLimit": 6}), [_too_slow(692070)]),
+    (_fleet(KANO, job={"activeDeadlineSeconds": 86400, "backoffLimit": 6}), [_too_slow(692120)]),
     (
         _fleet(*({"name": f"t{at}", "schema": f"t{at}"} for at in range(1200)), rollout={"parallelism": 1}),
-        [_too_slow(636260)],
+        [_too_slow(636310)],
     ),
     (nested("enabled", False), [DISABLED]),
     (
@@ -398,7 +399,8 @@ EGOV = {"configMap": {"name": "egov-config", "hostKey": "db-host", "nameKey": "d
         ({"schema": "s"}, {"schema": "s"}, {}),
         ({}, {"port": 5432}, {}),
         ({"port": 6432}, {}, {"db": {"port": 6432, "configMap": {"name": "x"}}}),
-        ({}, {"secret": {"name": "x", "usernameKey": "y"}}, {}),
+        ({}, {"secret": {"passwordKey": "x"}}, {}),
+        ({"schema": "s"}, {"schema": "s", "secret": {"name": "x", "usernameKey": "y"}}, {}),
         ({}, {"configMap": {"name": "egov-config"}}, {}),
         ({"schema": "s", **EGOV}, {"schema": "s", "configMap": {"nameKey": "db-name"}}, {}),
         ({"configMap": {"name": "x"}, "port": 5432}, {"configMap": {"nameKey": "db-name", "name": "x"}}, {}),
@@ -423,6 +425,11 @@ def test_two_targets_of_one_database_are_refused(helm: Helm, one: dict, other: d
 )
 def test_two_databases_are_two_targets(helm4: Helm, differs: dict) -> None:
     helm4.render({"targets": [{"name": "a", "schema": "s"}, {"name": "b", "schema": "s", **differs}]})
+
+
+@pytest.mark.parametrize("secret", [{"name": "x"}, {"usernameKey": "x"}])
+def test_two_roles_may_have_two_schemas(helm4: Helm, secret: dict) -> None:
+    helm4.render({"targets": [{"name": "a"}, {"name": "b", "secret": secret}]})
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,7 @@ def test_one_databases_exit_code_is_alembics(volume: Volume, container: Callable
         ),
         (
             f"{WRITES}kill -9 $$",
-            'position: 001 -> 002\nFAILED: alembic was killed, most likely out of memory: raise '
+            "position: 001 -> 002\nFAILED: alembic was killed, most likely out of memory: raise "
             '"resources.limits.memory"',
         ),
         (

@@ -56,7 +56,7 @@ def reported(release: Release, command: str) -> list[str]:
     "Partial work",
     fault="Of several targets, a canary fails",
     sees="`kano ... FAILED: ...`, `lagos ... not started`, and `FAILED: 1 of 3 targets (2 not started); fix them and"
-    " upgrade all again, or these: --set 'rollout.only={kano}' (...)`",
+    " upgrade all again, or these: --set-string 'hcm-db-migrations.rollout.only={kano}' (...)`",
     state="No other target is contacted",
     do="Follow the message, deploy again",
 )

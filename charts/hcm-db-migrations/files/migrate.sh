@@ -198,12 +198,12 @@ if [ -f report ]; then
   exit "$(cat report-status)"
 elif [ -f target ]; then
   . ./target
-  target=$TARGET sources=$SOURCES # not those of an image
   for file in /etc/target/*; do
     [ ! -f "$file" ] || { value=$(cat "$file" && echo .) && export "${file##*/}=${value%.}"; } # with its newlines, as a reference
   done
   export POSITION_FILE="$workspace/position"
-  printf '%s\n' "target $target ($NUMBER)"
+  printf '%s\n' "target $target ($number)"
+  set_termination_message '' # without one, kubelet would take the log's end for that of a killed container
 fi
 
 if [ ! -d git/code ]; then

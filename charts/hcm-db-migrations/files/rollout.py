@@ -7,6 +7,7 @@
 # from FIRST on; its canaries are before, if any. SECONDS is the pod's deadline. MAX_FAILURES may be empty: no limit.
 import calendar
 import collections
+import http.client
 import json
 import os
 import re
@@ -42,13 +43,16 @@ def api(path, **query):
     latest = min(time.monotonic() + 30, LATEST)
     while True:
         try:
-            https = urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile="/etc/api/ca.crt"))
+            context = ssl.create_default_context(cafile="/etc/api/ca.crt")
+            # Python 3.13 and newer would refuse the CAs of many clusters.
+            context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+            https = urllib.request.HTTPSHandler(context=context)
             opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), https)
             token = Path("/etc/api/token").read_text()
             request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
             with opener.open(request, timeout=10) as response:
                 return json.load(response)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             print(f"the Kubernetes API: {error}", flush=True)
             needs_answer = MAX_FAILURES or INDEX == COUNT or isinstance(error, urllib.error.HTTPError)
             if not needs_answer:
@@ -65,19 +69,20 @@ def refuse(error):
     cause = f"the Kubernetes API, which has the state of the Job and its pods, cannot be reached ({error})"
     if INDEX == COUNT and not MAX_FAILURES:
         finish(f"no report: {cause}", 0)
-    finish(f'FAILED: {cause}: allow the connection, or set "rollout.maxFailures" to null {SEE}', 1)
+    finish(f"FAILED: {cause}: allow the connection {SEE}", 1)
 
 
-def pods(job, **query):
-    """The pods of a Job, without their specs: a thousand would not fit into the memory."""
-    query = {**query, "labelSelector": f"batch.kubernetes.io/job-name={job}", "limit": 50}
+def pods(label, **query):
+    """The pods with a label, without their specs: a thousand would not fit into the memory."""
+    query = {**query, "labelSelector": f"batch.kubernetes.io/{label}", "limit": 50}
     while True:
         page = api(f"api/v1/namespaces/{NAMESPACE}/pods", **query)
         for pod in page["items"]:
             metadata = pod["metadata"]
-            index = int(metadata["annotations"]["batch.kubernetes.io/job-completion-index"])
-            created = metadata["creationTimestamp"]
-            yield {"name": metadata["name"], "index": index, "created": created, "status": pod["status"]}
+            index = metadata.get("annotations", {}).get("batch.kubernetes.io/job-completion-index")
+            if index is not None:
+                of = {"name": metadata["name"], "index": int(index), "created": metadata["creationTimestamp"]}
+                yield {**of, "status": pod["status"]}
         query["continue"] = page["metadata"].get("continue")
         if not query["continue"]:
             return
@@ -96,10 +101,11 @@ def indexes(text):
     return {index for part in ranges for index in range(int(part[0]), int(part[-1]) + 1)}
 
 
-def succeeded_and_failed():
-    """The indexes that are done. In Kubernetes 1.28, none has failed: the first failure ends the Job."""
-    status = api(f"apis/batch/v1/namespaces/{NAMESPACE}/jobs/{JOB}").get("status", {})
-    return indexes(status.get("completedIndexes")), indexes(status.get("failedIndexes"))
+def job():
+    """The targets' indexes that succeeded and that failed (in Kubernetes 1.28, always none), and the pods' label."""
+    found = api(f"apis/batch/v1/namespaces/{NAMESPACE}/jobs/{JOB}")
+    succeeded, failed = (indexes(found.get("status", {}).get(at)) for at in ("completedIndexes", "failedIndexes"))
+    return succeeded - {COUNT}, failed - {COUNT}, f"controller-uid={found.get('metadata', {}).get('uid')}"
 
 
 def stops(failed):
@@ -108,10 +114,10 @@ def stops(failed):
 
 def is_time_to_report():
     """All targets are done; or, if the rollout stops, none runs, and this pod is the first of those that wait here."""
-    succeeded, failed = succeeded_and_failed()
+    succeeded, failed, label = job()
     if not stops(failed):
         return (succeeded | failed).issuperset(range(COUNT))
-    active = pods(JOB, fieldSelector="status.phase!=Succeeded,status.phase!=Failed")
+    active = pods(label, fieldSelector="status.phase!=Succeeded,status.phase!=Failed")
     others = [(pod["index"], states(pod).get("rollout", {})) for pod in active if pod["name"] != POD]
     return not any("terminated" in state or ("running" in state and index < INDEX) for index, state in others)
 
@@ -121,7 +127,7 @@ def said(pod):
     found = states(pod)
     ended = found.get("migrate", {}).get("terminated", {})
     message = ended.get("message", "")
-    position = re.match(r"position: (.*) -> (.*)\n?", message)
+    position = re.match(r"position: (.*) -> (.*)\n", message)
     lines = message[position.end() if position else 0 :].strip().splitlines()[-1:]
     if not (position and lines):  # killed, or never started: kubelet takes the end of the log for the message
         causes = [pod["status"].get("reason"), ended.get("reason"), f"exit code {ended['exitCode']}" if ended else ""]
@@ -140,33 +146,39 @@ def seconds(pod):
 
 
 def row(target, attempts, has_succeeded=False, has_failed=False):
-    """(name, before, after, seconds, result) by the target's pods, which know before their Job does; or by the Job."""
-    last = attempts[-1] if attempts else None
+    """(name, before, after, seconds, result) by the pods that ended, which know before their Job; or by the Job."""
+    ended = [pod for pod in attempts if pod["status"]["phase"] in ("Succeeded", "Failed") and not has_waited(pod)]
+    last = ended[-1] if ended else None
     phase = last["status"]["phase"] if last else "Succeeded" if has_succeeded else "Failed" if has_failed else ""
-    if phase not in ("Succeeded", "Failed"):
+    if not phase:
         return target[0], "", "", "", "not started"
     _, after, reason = said(last) if last else ("", "", "its pod was deleted")
-    before = next(filter(None, (said(pod)[0] for pod in attempts)), "")
+    before = next(filter(None, (said(pod)[0] for pod in ended)), "")
     result = "done" if not before else "unchanged" if before == after else "migrated"
     took = seconds(last) if last else ""
     return target[0], before, after, took, result if phase == "Succeeded" else f"FAILED: {reason}"
 
 
-def attempts(job):
+def has_waited(pod):
+    """Whether a pod ended in this file's loop, before its target was started."""
+    return states(pod).get("migrate", {}).get("terminated", {}).get("exitCode") == CONTINUES
+
+
+def attempts(label):
     """The pods of each index, oldest first."""
     found = collections.defaultdict(list)
-    for pod in sorted(pods(job), key=lambda pod: pod["created"]):
+    for pod in sorted(pods(label), key=lambda pod: pod["created"]):
         found[pod["index"]].append(pod)
     return found
 
 
 def report():
-    succeeded, failed = succeeded_and_failed()
+    succeeded, failed, label = job()
     rows = []
     if FIRST:  # the canaries have succeeded, or this Job would not have started
-        canaries = attempts(f"{JOB}-canary")
+        canaries = attempts(f"job-name={JOB}-canary")
         rows += [row(target, canaries[at], has_succeeded=True) for at, target in enumerate(TARGETS[:FIRST])]
-    own = attempts(JOB)
+    own = attempts(label)
     for at, target in enumerate(TARGETS[FIRST : FIRST + COUNT]):
         rows.append(row(target, own[at], at in succeeded, at in failed))
     if failed:  # else the canaries' Job is followed by that of the others
@@ -180,7 +192,8 @@ def report():
     counts = ", ".join(f"{number} {result}" for result, number in others.items())
     total = f"{len(rows)}{f' of {len(TARGETS)}' if len(rows) < len(TARGETS) else ''} targets"
     if names:
-        fix = f"fix them and upgrade all again, or these: --set 'rollout.only={{{','.join(names)}}}'"
+        only = f"--set-string 'hcm-db-migrations.rollout.only={{{','.join(names)}}}'"
+        fix = f"fix them and upgrade all again, or these: {only}"
         lines.append(f"FAILED: {len(names)} of {total}{f' ({counts})' if counts else ''}; {fix} {SEE}")
     else:
         lines.append(f"DONE: {total}: {counts}")
@@ -189,14 +202,15 @@ def report():
 
 
 # Also without a limit: a Job that Helm did not wait for has no access any more, and must not run after the next one.
-if INDEX == COUNT or stops(succeeded_and_failed()[1]):
+if INDEX == COUNT or stops(job()[1]):
+    time.sleep(1 if INDEX == COUNT else 5)  # until it is known of the other pods whether they have started
     while not is_time_to_report():
         if time.monotonic() > LATEST:
             finish("other targets are still running: the report continues in another pod", CONTINUES)
-        time.sleep(1)
+        time.sleep(2)
     report()
 name, schema, port, config_map, secret = TARGETS[FIRST + INDEX]
-lines = [f"TARGET={shlex.quote(name)} NUMBER='{FIRST + INDEX + 1} of {len(TARGETS)}'"]
+lines = [f"target={shlex.quote(name)} number='{FIRST + INDEX + 1} of {len(TARGETS)}'"]
 lines.append(f"HOSTNAME={POD}")  # for messages; that of an Indexed Job's pod is not its name
 lines += [f"export DB_SCHEMA={shlex.quote(schema)}"] if schema else []
 lines += [f"export DB_PORT={port}"] if port else []
@@ -207,5 +221,5 @@ for kind, reference, variables in references:
         if key:
             lines.append(f"unset {variables[at]}")  # if it is missing, that of "db" would be another database's
             sources.append(f'{variables[at]} key "{key}" of {kind} "{reference[0]}"')
-lines.append("SOURCES=" + shlex.quote("\n".join(sources)))
+lines.append("sources=" + shlex.quote("\n".join(sources)))
 Path("target").write_text("\n".join([*lines, ""]))

@@ -10,7 +10,7 @@ terminationGracePeriodSeconds: 30
 automountServiceAccountToken: false
 # A Service named "db" would set DB_PORT to a URL.
 enableServiceLinks: false
-{{- with include "hcm-db-migrations.serviceAccountName" $root }}
+{{- with include "hcm-db-migrations.serviceAccountName" (dict "root" $root "part" $.part) }}
 serviceAccountName: {{ . | quote }}
 {{- end }}
 {{- with .imagePullSecrets }}

@@ -62,7 +62,8 @@ attempts, Kubernetes waits 10 s, 20 s and so on up to 10 minutes, and a pod may 
 {{- end -}}
 {{- $parallelism := .root.Values.rollout.parallelism | int64 -}}
 {{- $rounds := div (add .count $parallelism -1) $parallelism -}}
-{{- add (mul $rounds $target) $attempt -}}
+{{- /* Then the report, which may wait for its own turn. */ -}}
+{{- add (mul $rounds $target) (max $attempt $pause) -}}
 {{- end -}}
 
 {{/* Seconds of Helm's --timeout that fit the longest Job of the targets, and 50 s for the end of its pods: helm test's has them all. */}}
@@ -70,9 +71,12 @@ attempts, Kubernetes waits 10 s, 20 s and so on up to 10 minutes, and a pod may 
 {{- include "hcm-db-migrations.partDeadline" (dict "root" . "count" (include "hcm-db-migrations.targets" . | fromJsonArray | len)) | int64 | add 50 -}}
 {{- end -}}
 
-{{/* Name of the ServiceAccount of the pods, whose token the container "rollout" has. */}}
+{{/* Name of the pods' ServiceAccount, whose token the container "rollout" has: (dict "root" $ "part" <of targets>). */}}
 {{- define "hcm-db-migrations.serviceAccountName" -}}
-{{- .Values.serviceAccountName | default (ternary (include "hcm-db-migrations.fullname" . | printf "%s-rollout") "" (not (empty .Values.targets))) -}}
+{{- with .root -}}
+{{- $own := ternary (include "hcm-db-migrations.testName" .) (include "hcm-db-migrations.fullname" . | printf "%s-rollout") (hasKey ($.part | default dict) "expected") -}}
+{{- .Values.serviceAccountName | default (ternary $own "" (not (empty .Values.targets))) -}}
+{{- end -}}
 {{- end -}}
 
 {{/* Whether retries are counted for each target, which Kubernetes 1.28 does not do. */}}

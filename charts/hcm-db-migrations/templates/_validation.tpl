@@ -71,7 +71,7 @@
 {{- $problems = append $problems (printf "%q has neither tag nor digest, and would be unpinned: set \"%s.tag\" or \"%s.digest\"" $path $path $path) -}}
 {{- end -}}
 {{- end -}}
-{{- $taken := list "EXPECTED" "GIT_COMMIT" "GIT_PATH" "GIT_REF" "GIT_REPO" "JOB_COMPLETION_INDEX" "NAMESPACE" "POSITION_FILE" "REQUIRED" "REQUIREMENTS" "TARGET" "USERNAME_FILE" -}}
+{{- $taken := list "EXPECTED" "GIT_COMMIT" "GIT_PATH" "GIT_REF" "GIT_REPO" "JOB_COMPLETION_INDEX" "NAMESPACE" "POSITION_FILE" "REQUIRED" "REQUIREMENTS" "USERNAME_FILE" -}}
 {{- $seen := list -}}
 {{- $wrong := list -}}
 {{- range .extraEnv -}}
@@ -147,12 +147,16 @@
 {{- $problems = append $problems (printf "\"targets\" contains the unprintable character %q, in the schema of %q: remove it" . $target.name) -}}
 {{- end -}}
 {{- $configMap := merge dict (.configMap | default dict) $.Values.db.configMap -}}
-{{- $database := list $configMap.name $configMap.hostKey $configMap.nameKey (.port | default $.Values.db.port | int64) (.schema | default "") | toJson -}}
+{{- $database := list $configMap.name $configMap.hostKey $configMap.nameKey (.port | default $.Values.db.port | int64) (.schema | default "") -}}
+{{- /* Without a schema, it is the role's. */ -}}
+{{- if not .schema }}{{ $secret := merge dict (.secret | default dict) $.Values.db.secret }}{{ $database = concat $database (list $secret.name $secret.usernameKey) }}{{ end -}}
+{{- $database = toJson $database -}}
 {{- with get $databases $database -}}
 {{- $problems = append $problems (printf "\"targets\" has two entries with the same database and schema, %q and %q: remove one, or set its \"schema\", \"configMap\" or \"port\"" . $target.name) -}}
 {{- end -}}
 {{- $_ := set $databases $database .name -}}
 {{- range $field, $_ := . }}{{ $_ := set $fields $field true }}{{ end -}}
+{{- if dig "secret" "passwordKey" "" . }}{{ $_ := set $fields "passwordKey" true }}{{ end -}}
 {{- end -}}
 {{- range (.Values.rollout | default dict).only -}}
 {{- if not (hasKey $names .) -}}
@@ -161,7 +165,7 @@
 {{- end -}}
 {{- if .Values.targets -}}
 {{- $own := dict "DATABASE_URL" (list "configMap" "port" "secret") "DB_HOST" (list "configMap") "DB_NAME" (list "configMap") -}}
-{{- $own = merge $own (dict "DB_PORT" (list "port") "DB_SCHEMA" (list "schema") "DB_USER" (list "secret")) -}}
+{{- $own = merge $own (dict "DB_PORT" (list "port") "DB_SCHEMA" (list "schema") "DB_USER" (list "secret") "DB_PASSWORD" (list "passwordKey")) -}}
 {{- range $variable := .Values.extraEnv -}}
 {{- range get $own .name | default list -}}
 {{- if hasKey $fields . -}}
