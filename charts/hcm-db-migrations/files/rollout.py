@@ -117,6 +117,7 @@ def is_time_to_report():
     succeeded, failed, label = job()
     if not stops(failed):
         return (succeeded | failed).issuperset(range(COUNT))
+    time.sleep(5)  # until the API knows of the pods before that failure whether their target has started
     active = pods(label, fieldSelector="status.phase!=Succeeded,status.phase!=Failed")
     others = [(pod["index"], states(pod).get("rollout", {})) for pod in active if pod["name"] != POD]
     return not any("terminated" in state or ("running" in state and index < INDEX) for index, state in others)
@@ -147,7 +148,7 @@ def seconds(pod):
 
 def row(target, attempts, has_succeeded=False, has_failed=False):
     """(name, before, after, seconds, result) by the pods that ended, which know before their Job; or by the Job."""
-    ended = [pod for pod in attempts if pod["status"]["phase"] in ("Succeeded", "Failed") and not has_waited(pod)]
+    ended = [pod for pod in attempts if pod["status"]["phase"] in ("Succeeded", "Failed") and not has_reported(pod)]
     last = ended[-1] if ended else None
     phase = last["status"]["phase"] if last else "Succeeded" if has_succeeded else "Failed" if has_failed else ""
     if not phase:
@@ -159,9 +160,9 @@ def row(target, attempts, has_succeeded=False, has_failed=False):
     return target[0], before, after, took, result if phase == "Succeeded" else f"FAILED: {reason}"
 
 
-def has_waited(pod):
-    """Whether a pod ended in this file's loop, before its target was started."""
-    return states(pod).get("migrate", {}).get("terminated", {}).get("exitCode") == CONTINUES
+def has_reported(pod):
+    """Whether a pod reported, or would have, instead of starting its target."""
+    return states(pod).get("migrate", {}).get("terminated", {}).get("exitCode") in (CONTINUES, STOPS)
 
 
 def attempts(label):
@@ -203,7 +204,6 @@ def report():
 
 # Also without a limit: a Job that Helm did not wait for has no access any more, and must not run after the next one.
 if INDEX == COUNT or stops(job()[1]):
-    time.sleep(1 if INDEX == COUNT else 5)  # until it is known of the other pods whether they have started
     while not is_time_to_report():
         if time.monotonic() > LATEST:
             finish("other targets are still running: the report continues in another pod", CONTINUES)
