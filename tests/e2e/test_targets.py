@@ -171,7 +171,7 @@ def test_the_report_waits_for_a_retry(
     repository.push()
     targets = schemas(database, "slow")
     close_gates(database, "slow")
-    job = {"activeDeadlineSeconds": 20, "backoffLimit": 1}
+    job = {"activeDeadlineSeconds": 30, "backoffLimit": 1}
     upgrade = release.start_upgrade({"targets": targets, "rollout": ALL_AT_ONCE, "job": job})
     until(lambda: any(log.startswith("other targets") for log in api.logs(FIRST_JOB)))
     until(lambda: any("interrupted by SIGTERM" in log for log in api.logs(FIRST_JOB)))
@@ -246,8 +246,8 @@ def test_the_examples_and_the_report_of_the_readme(
     "Concurrency",
     fault="Of 30 targets, one is locked and one has a wrong password, while a pod is deleted, another's container is"
     " killed, and kubelet is restarted",
-    sees="`FAILED: 2 of 30 targets (28 migrated); fix them and upgrade all again, or these: --set"
-    " 'rollout.only={s05,s06}' (...)`",
+    sees="`FAILED: 2 of 30 targets (28 migrated); fix them and upgrade all again, or these: --set-string"
+    " 'hcm-db-migrations.rollout.only={s05,s06}' (...)`",
     state="Every other target is migrated once",
     do="Follow the message, deploy again",
 )

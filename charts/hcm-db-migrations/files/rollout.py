@@ -25,7 +25,7 @@ NOT_RETRYABLE, CONTINUES, STOPS = 255, 253, 254  # exit codes, in the Job's podF
 SEE = '(README.md of the chart, "Many databases")'
 NAMESPACE, JOB, POD, MAX_FAILURES = (os.environ[name] for name in ("NAMESPACE", "JOB", "POD", "MAX_FAILURES"))
 FIRST, COUNT, INDEX = (int(os.environ[name]) for name in ("FIRST", "COUNT", "JOB_COMPLETION_INDEX"))
-LATEST = time.monotonic() + int(os.environ["SECONDS"]) * 0.8  # before the deadline, which would delete the log
+LATEST = time.monotonic() + int(os.environ["SECONDS"]) * 0.6  # before the deadline, which would delete the log
 TARGETS = json.loads(Path("/etc/targets/list").read_text())
 signal.signal(signal.SIGTERM, lambda *_: os._exit(143))  # as PID 1, it would ignore the signal
 
