@@ -130,8 +130,9 @@ def test_kubernetes_1_28_has_no_retries_per_target(helm: Helm) -> None:
     ],
 )
 def test_a_job_without_targets_is_not_rendered(helm: Helm, canary: int, parts: dict) -> None:
-    found = _jobs(helm.render({**THREE, "rollout": {"canary": canary}}))
+    found = _jobs(helm.render({**THREE, "rollout": {"canary": canary, "maxFailures": None}}))
     assert {name: (_part(job)["FIRST"], _part(job)["COUNT"]) for name, job in found.items()} == parts
+    assert _part(found[JOB])["MAX_FAILURES"] == ("0" if canary >= 3 else "")  # all are canaries
     policy = [job["metadata"]["annotations"]["helm.sh/hook-output-log-policy"] for job in found.values()]
     assert policy[-1] == "hook-succeeded,hook-failed"  # the report of the last Job is always printed
 

@@ -20,7 +20,8 @@ there is one Job and no part. */}}
 {{- $parts = append $parts (dict "first" 0 "count" $canary "maxFailures" 0 "suffix" "-canary" "order" -1 "logs" "hook-failed") -}}
 {{- end -}}
 {{- $first := ternary $canary 0 (lt $canary $count) -}}
-{{- $parts = append $parts (dict "first" $first "count" (sub $count $first) "maxFailures" .Values.rollout.maxFailures "suffix" "" "order" 0) -}}
+{{- $maxFailures := ternary .Values.rollout.maxFailures 0 (lt $canary $count) -}}
+{{- $parts = append $parts (dict "first" $first "count" (sub $count $first) "maxFailures" $maxFailures "suffix" "" "order" 0) -}}
 {{- else -}}
 {{- $parts = list dict -}}
 {{- end -}}
