@@ -165,10 +165,7 @@ def _unprintable_schema(escaped: str) -> str:
 
 
 def _not_a_target(name: str) -> str:
-    return (
-        f'"rollout.only" contains "{name}", which is not the name of any of "targets": set one of their names, or [] '
-        "for all"
-    )
+    return f'"rollout.only" contains "{name}", which is no name in "targets": set one of their names, or [] for all'
 
 
 def _set_twice(variable: str, field: str) -> str:
@@ -391,7 +388,6 @@ EGOV = {"configMap": {"name": "egov-config", "hostKey": "db-host", "nameKey": "d
     state="Nothing was changed",
     do="Follow the message, deploy again",
 )
-@pytest.mark.parametrize("form", ["plain", "nested"])
 @pytest.mark.parametrize(
     ("one", "other", "more"),
     [
@@ -406,10 +402,9 @@ EGOV = {"configMap": {"name": "egov-config", "hostKey": "db-host", "nameKey": "d
         ({"configMap": {"name": "x"}, "port": 5432}, {"configMap": {"nameKey": "db-name", "name": "x"}}, {}),
     ],
 )
-def test_two_targets_of_one_database_are_refused(helm: Helm, one: dict, other: dict, more: dict, form: str) -> None:
-    values = _fleet({"name": "a", **one}, KANO, {"name": "b.c", **other}, **more)
-    refused = helm.refuse(values if form == "plain" else {"hcm-db-migrations": values})
-    assert _message(_same_database("a", "b.c")) in refused
+def test_two_targets_of_one_database_are_refused(helm4: Helm, one: dict, other: dict, more: dict) -> None:
+    refused = helm4.refuse(_fleet({"name": "a", **one}, KANO, {"name": "b_c", **other}, **more))
+    assert _message(_same_database("a", "b_c")) in refused
 
 
 @pytest.mark.parametrize(
@@ -671,7 +666,7 @@ def test_a_secret_that_is_set_twice_is_not_shown(helm: Helm) -> None:
         (_fleet({"schema": "x"}), "name"),
         *(
             (_fleet({"name": name}), "name")
-            for name in ("", "Kano", "ng_kano", "a b", "a.", "-a", "a" * 254, "a\n", "$(X)", 1, None, True)
+            for name in ("", "Kano", "_kano", "a b", "a.", "-a", "a" * 64, "a\n", "$(X)", 1, None, True)
         ),
         *((_fleet({"name": "a", "schema": schema}), "schema") for schema in ("", "s" * 64, 1, None, ["a"])),
         *((_fleet({"name": "a", "port": port}), "port") for port in (0, 65536, "5432", 1.5, None)),

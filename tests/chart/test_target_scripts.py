@@ -89,14 +89,16 @@ AWKWARD = [
 ]
 
 
-@pytest.mark.parametrize("value", AWKWARD)
-def test_a_value_of_a_target_is_unchanged(pod: Callable, value: str) -> None:
+@pytest.mark.parametrize("at", range(0, len(AWKWARD), 4))
+def test_a_value_of_a_target_is_unchanged(pod: Callable, at: int) -> None:
     """A reference of a container would not change it either."""
-    found = pod('printf "%s|" "$DB_USER" "$DB_PASSWORD"', objects={"db-kenya": {**DATABASE, "password": value}})
-    assert found == Result(0, normalize(f"{FIRST_LINE}{CODE}ku|{value}|"))
+    values = AWKWARD[at : at + 4]
+    found = pod(PRINTS, objects={"db-kenya": dict(zip(DATABASE, values, strict=True))})
+    host, name, user, password = values
+    assert found == Result(0, normalize(f"{FIRST_LINE}{CODE}{host}|6432|{name}|{user}|{password}|unset|"))
 
 
-@pytest.mark.parametrize("schema", ["a b  c ", "a\"b'c`d", "back\\slash", "$(id) $HOME ${x}", "ünï学校", "-n", "*"])
+@pytest.mark.parametrize("schema", ["a b  c\"'`d\\ $(id) ${x} * ünï ", "-n"])
 def test_a_schema_of_a_target_is_unchanged(pod: Callable, schema: str) -> None:
     found = pod('printf "%s|" "$DB_SCHEMA"', {"name": "kenya", "schema": schema})
     assert found == Result(0, f"{FIRST_LINE}{CODE}{schema}|")
@@ -151,7 +153,7 @@ def test_a_password_of_extra_env_is_not_unset(volume: Volume, job: Callable, she
     assert found == Result(0, f"target kenya (1 of 1)\n{CODE}kenya.example.org|6432|k|ku||unset|")
 
 
-@pytest.mark.parametrize(("status", "expected"), [(0, 0), (1, 1), (3, 3), (252, 252), (253, 1), (254, 1), (255, 255)])
+@pytest.mark.parametrize(("status", "expected"), [(0, 0), (1, 1), (253, 1), (254, 1), (255, 255)])
 def test_the_exit_code_is_alembics_but_not_one_of_the_report(pod: Callable, status: int, expected: int) -> None:
     """A target's 254 would stop the others, and its 253 would be ignored."""
     assert pod(f"exit {status}").returncode == expected
@@ -235,7 +237,7 @@ def test_a_failed_clone_of_a_targets_pod_is_its_message(volume: Volume, job: Cal
     assert volume.termination_log.read_text() == f"position:  -> \n{reason}"
 
 
-@pytest.mark.parametrize("status", [0, 1, 253, 254, 255])
+@pytest.mark.parametrize("status", [0, 254, 255])
 def test_a_pod_with_a_report_prints_it_and_neither_clones_nor_migrates(
     volume: Volume, job: Callable, shell: str, status: int
 ) -> None:

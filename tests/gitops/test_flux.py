@@ -94,9 +94,7 @@ def test_a_run_is_repeated_on_request(flux: Flux, api: Api, database: Database) 
         database.execute(f"DROP DATABASE {database.name}_late WITH (FORCE)")
 
 
-def test_a_failed_canary_starts_no_other_target_and_a_retry_migrates_all(
-    flux: Flux, api: Api, database: Database
-) -> None:
+def test_a_failed_canary_starts_no_other_target(flux: Flux, api: Api, database: Database) -> None:
     names = "kano", "lagos", "oyo"
     flux.values["targets"] = schemas(database, *names)
     database.execute("DROP SCHEMA kano")
@@ -112,13 +110,6 @@ def test_a_failed_canary_starts_no_other_target_and_a_retry_migrates_all(
     assert re.search("^kano .* FAILED: DB_SCHEMA is 'kano', a schema that does not exist", report, re.MULTILINE)
     assert re.search("^oyo +not started$", report, re.MULTILINE)
     assert report.splitlines()[-1].startswith("FAILED: 1 of 3 targets")
-    schemas(database, "kano")
-    flux.documented(gitops_block("forceAt=$now"))
-    until(lambda: len(flux.runs()) == 3)
-    assert flux.settled()["Ready"].startswith("True ")
-    assert flux.runs()[1:] == ["hcm-db-migration-2-canary", "hcm-db-migration-2"]
-    assert applied(database, *names) == {name: ["001"] for name in names}
-    assert (flux.access(), api.jobs()) == ([], [canary])
 
 
 def test_after_a_timeout_no_other_target_is_started_and_the_next_run_migrates_all(

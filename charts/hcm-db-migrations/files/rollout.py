@@ -191,7 +191,8 @@ def report():
     names = [of[0] for of in rows if of[4].startswith("FAILED")]
     others = collections.Counter(of[4] for of in rows if of[0] not in names)
     counts = ", ".join(f"{number} {result}" for result, number in others.items())
-    total = f"{len(rows)}{f' of {len(TARGETS)}' if len(rows) < len(TARGETS) else ''} targets"
+    of = f" of {len(TARGETS)}" if len(rows) < len(TARGETS) else ""
+    total = f"{len(rows)}{of} {'targets' if len(TARGETS) > 1 else 'target'}"
     if names:
         only = f"--set-string 'hcm-db-migrations.rollout.only={{{','.join(names)}}}'"
         fix = f"fix them and upgrade all again, or these: {only}"

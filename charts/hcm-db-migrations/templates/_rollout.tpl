@@ -1,6 +1,6 @@
-{{/* The targets that this release migrates, as JSON: those of rollout.only, else all. */}}
+{{/* The targets that this release migrates, as JSON: those of rollout.only, else all. Of a part with "all", all. */}}
 {{- define "hcm-db-migrations.targets" -}}
-{{- $only := (.Values.rollout | default dict).only -}}
+{{- $only := ternary list (.Values.rollout | default dict).only (hasKey (.part | default dict) "all") -}}
 {{- $targets := list -}}
 {{- range .Values.targets -}}
 {{- if or (not $only) (has .name $only) }}{{ $targets = append $targets . }}{{ end -}}
@@ -8,11 +8,15 @@
 {{- toJson $targets -}}
 {{- end -}}
 
+{{- define "hcm-db-migrations.targetCount" -}}
+{{- include "hcm-db-migrations.targets" . | fromJsonArray | len -}}
+{{- end -}}
+
 {{/* The Jobs of this release, as JSON. Of targets, each Job has a part: "first", the index of its first one in the list, "count",
-"maxFailures", and its "suffix", "order" and "logs": of canaries that succeeded, Helm would print them last. Without targets,
-there is one Job and no part. */}}
+"maxFailures", the "suffix" of its name, its "order" among the hooks, and "logs", Helm's log policy: only after a failure for
+canaries, whose log Helm would print last. Without targets, there is one Job and no part. */}}
 {{- define "hcm-db-migrations.parts" -}}
-{{- $count := include "hcm-db-migrations.targets" . | fromJsonArray | len -}}
+{{- $count := include "hcm-db-migrations.targetCount" . | int -}}
 {{- $parts := list -}}
 {{- if $count -}}
 {{- $canary := min .Values.rollout.canary $count | int -}}
@@ -21,7 +25,7 @@ there is one Job and no part. */}}
 {{- end -}}
 {{- $first := ternary $canary 0 (lt $canary $count) -}}
 {{- $maxFailures := ternary .Values.rollout.maxFailures 0 (lt $canary $count) -}}
-{{- $parts = append $parts (dict "first" $first "count" (sub $count $first) "maxFailures" $maxFailures "suffix" "" "order" 0) -}}
+{{- $parts = append $parts (dict "first" $first "count" (sub $count $first) "maxFailures" $maxFailures "order" 0) -}}
 {{- else -}}
 {{- $parts = list dict -}}
 {{- end -}}
@@ -31,8 +35,8 @@ there is one Job and no part. */}}
 {{/* The part of helm test, as JSON: all targets; {} without targets. */}}
 {{- define "hcm-db-migrations.testPart" -}}
 {{- $part := dict -}}
-{{- with include "hcm-db-migrations.targets" . | fromJsonArray | len -}}
-{{- $part = dict "first" 0 "count" . "maxFailures" nil "order" 0 "args" (list "current") "expected" "(head)" -}}
+{{- with len (.Values.targets | default list) -}}
+{{- $part = dict "all" true "first" 0 "count" . "maxFailures" nil "order" 0 "account" (include "hcm-db-migrations.testName" $) "args" (list "current") "expected" "(head)" -}}
 {{- end -}}
 {{- toJson $part -}}
 {{- end -}}
@@ -69,13 +73,13 @@ attempts, Kubernetes waits 10 s, 20 s and so on up to 10 minutes, and a pod may 
 
 {{/* Seconds of Helm's --timeout that fit the longest Job of the targets, and 50 s for the end of its pods: helm test's has them all. */}}
 {{- define "hcm-db-migrations.timeout" -}}
-{{- include "hcm-db-migrations.partDeadline" (dict "root" . "count" (include "hcm-db-migrations.targets" . | fromJsonArray | len)) | int64 | add 50 -}}
+{{- include "hcm-db-migrations.partDeadline" (dict "root" . "count" (len (.Values.targets | default list))) | int64 | add 50 -}}
 {{- end -}}
 
 {{/* Name of the pods' ServiceAccount, whose token the container "rollout" has: (dict "root" $ "part" <of targets>). */}}
 {{- define "hcm-db-migrations.serviceAccountName" -}}
 {{- with .root -}}
-{{- $own := ternary (include "hcm-db-migrations.testName" .) (include "hcm-db-migrations.fullname" . | printf "%s-rollout") (hasKey ($.part | default dict) "expected") -}}
+{{- $own := ($.part | default dict).account | default (include "hcm-db-migrations.fullname" . | printf "%s-rollout") -}}
 {{- .Values.serviceAccountName | default (ternary $own "" (not (empty .Values.targets))) -}}
 {{- end -}}
 {{- end -}}

@@ -160,7 +160,7 @@
 {{- end -}}
 {{- range (.Values.rollout | default dict).only -}}
 {{- if not (hasKey $names .) -}}
-{{- $problems = append $problems (printf "\"rollout.only\" contains %q, which is not the name of any of \"targets\": set one of their names, or [] for all" .) -}}
+{{- $problems = append $problems (printf "\"rollout.only\" contains %q, which is no name in \"targets\": set one of their names, or [] for all" .) -}}
 {{- end -}}
 {{- end -}}
 {{- if .Values.targets -}}
