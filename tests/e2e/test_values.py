@@ -70,7 +70,8 @@ def drawn(schema: dict[str, Any], path: str) -> st.SearchStrategy[Any]:
     kinds = schema.get("type", "string")
     found = st.one_of([_of_type(kind, schema, path) for kind in ([kinds] if isinstance(kinds, str) else kinds)])
     valid = Draft7Validator({**schema, "definitions": DEFINITIONS})
-    return found.filter(valid.is_valid) if {"not", "if", "allOf", "maxLength"} & set(schema) else found
+    checked = {"not", "if", "allOf", "minLength", "maxLength", "minProperties"}
+    return found.filter(valid.is_valid) if checked & set(schema) else found
 
 
 def _of_type(kind: str, schema: dict[str, Any], path: str) -> st.SearchStrategy[Any]:
@@ -99,8 +100,8 @@ def test_the_schema_uses_only_keywords_that_drawn_handles() -> None:
     """Otherwise a new one would be ignored."""
     keywords = {
         *("$ref", "additionalProperties", "allOf", "anyOf", "const", "description", "else", "enum", "examples", "if"),
-        *("items", "maxLength", "maxProperties", "maximum", "minItems", "minProperties", "minimum", "not", "pattern"),
-        *("properties", "propertyNames", "required", "then", "type"),
+        *("items", "maxLength", "maxProperties", "maximum", "minItems", "minLength", "minProperties", "minimum", "not"),
+        *("pattern", "properties", "propertyNames", "required", "then", "type"),
     }
 
     def used_by(schema: Any) -> set[str]:
