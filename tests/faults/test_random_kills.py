@@ -1,6 +1,6 @@
 """Ten concurrent runs with random kills, in many rounds: each revision is applied once, and nothing is left behind.
 
-make soak                                                          1,000 rounds instead of 20
+make soak                                                          1,000 rounds instead of 10
 pytest tests/faults/test_random_kills.py --rounds 5 --seed 42       repeat the faults of an earlier run
 """
 

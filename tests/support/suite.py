@@ -15,7 +15,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--postgres-url",
         help="URL of an external PostgreSQL, as superuser (default: an embedded one for each worker)",
     )
-    parser.addoption("--rounds", type=int, default=20, help="rounds of ten runs with random kills (default: 20)")
+    parser.addoption("--rounds", type=int, default=10, help="rounds of ten runs with random kills (default: 10)")
     parser.addoption("--seed", help="repeat the random faults of an earlier run (default: random)")
 
 

@@ -123,6 +123,13 @@ def is_time_to_report():
     return not any("terminated" in state or ("running" in state and index < INDEX) for index, state in others)
 
 
+def stuck(state):
+    """Why a container does not run, or failed; or ''."""
+    reason = state.get("waiting", {}).get("reason", "").replace("PodInitializing", "")
+    code = state.get("terminated", {}).get("exitCode")
+    return reason or (f"exit code {code}" if code else "")
+
+
 def said(pod):
     """(before, after, reason) of a pod's termination message: `position: <before> -> <after>`, and why it failed."""
     found = states(pod)
@@ -131,9 +138,8 @@ def said(pod):
     position = re.match(r"position: (.*) -> (.*)\n", message)
     lines = message[position.end() if position else 0 :].strip().splitlines()[-1:]
     if not (position and lines):  # killed, or never started: kubelet takes the end of the log for the message
-        causes = [pod["status"].get("reason"), ended.get("reason"), f"exit code {ended['exitCode']}" if ended else ""]
-        waiting = {name: state["waiting"].get("reason") for name, state in found.items() if "waiting" in state}
-        causes += [f"{name}: {cause}" for name, cause in waiting.items() if cause != "PodInitializing"]
+        causes = [pod["status"].get("reason"), ended.get("reason")]
+        causes += [f"{name}: {cause}" for name, state in found.items() if (cause := stuck(state))]
         lines = [", ".join(filter(None, [*causes, *lines])) or "unknown"]
     reason = "".join(char for char in lines[0] if char.isprintable())
     return *(position.groups() if position else ("", "")), reason.removeprefix("FAILED: ")
