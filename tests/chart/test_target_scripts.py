@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.chart import Helm
+from tests.support.chart import Helm, containers
 from tests.support.pod_scripts import CODE, CREDENTIALS, README, Volume
 from tests.support.programs import Result, normalize
 from tests.support.waiting import until
@@ -37,13 +37,6 @@ def job(helm4: Helm) -> Callable[..., dict[str, Any]]:
     return render
 
 
-def _container(job: dict[str, Any], name: str = "migrate") -> dict[str, Any]:
-    spec = job["spec"]["template"]["spec"]
-    (found,) = [each for each in spec["initContainers"] + spec["containers"] if each["name"] == name]
-    container: dict[str, Any] = found
-    return container
-
-
 @pytest.fixture
 def pod(volume: Volume, job: Callable, shell: str) -> Callable[..., Result]:
     """Runs the pod of the target kenya: `alembic` is a script, `objects` what the cluster has."""
@@ -54,7 +47,7 @@ def pod(volume: Volume, job: Callable, shell: str) -> Callable[..., Result]:
         of = job(KANO, target)
         chosen = volume.target(of, 1, {"db-kenya": DATABASE} if objects is None else objects)
         assert chosen.returncode == 0
-        return volume.run(_container(of), shell, **CREDENTIALS | references)
+        return volume.run(containers(of)["migrate"], shell, **CREDENTIALS | references)
 
     return run
 
@@ -68,7 +61,7 @@ def test_what_a_target_leaves_out_is_that_of_db(volume: Volume, job: Callable, s
     volume.program("alembic", PRINTS)
     of = job(KANO, KENYA)
     volume.target(of, 0, {"db-kenya": DATABASE})
-    assert volume.run(_container(of), shell, **CREDENTIALS) == Result(
+    assert volume.run(containers(of)["migrate"], shell, **CREDENTIALS) == Result(
         0, f"target kano (1 of 2)\n{CODE}db|5432|n|u|p|ng_kano|"
     )
 
@@ -149,7 +142,7 @@ def test_a_password_of_extra_env_is_not_unset(volume: Volume, job: Callable, she
     volume.program("alembic", PRINTS)
     of = job(KENYA, extraEnv=[{"name": "DB_PASSWORD", "value": ""}])
     volume.target(of, 0, {"db-kenya": DATABASE})
-    found = volume.run(_container(of), shell, DB_HOST="db", DB_NAME="n", DB_USER="u")
+    found = volume.run(containers(of)["migrate"], shell, DB_HOST="db", DB_NAME="n", DB_USER="u")
     assert found == Result(0, f"target kenya (1 of 1)\n{CODE}kenya.example.org|6432|k|ku||unset|")
 
 
@@ -206,7 +199,7 @@ def test_a_long_reason_leaves_the_revisions_in_the_termination_message(
     of = job(KANO)
     volume.target(of, 0)
     volume.termination_log.touch()
-    assert volume.start(_container(of), shell, **CREDENTIALS).wait().returncode == 1
+    assert volume.start(containers(of)["migrate"], shell, **CREDENTIALS).wait().returncode == 1
     written = volume.termination_log.read_text()
     assert (len(written), written[:24]) == (4096, "position: 001 -> 002\nxxx")
 
@@ -218,7 +211,7 @@ def test_after_sigterm_the_revisions_are_those_that_the_runner_has_written(
     volume.program("alembic", f'{WRITES}touch "$HOME/running"; exec sleep 60')
     of = job(KANO)
     volume.target(of, 0)
-    program = volume.start(_container(of), shell, **CREDENTIALS)
+    program = volume.start(containers(of)["migrate"], shell, **CREDENTIALS)
     volume.termination_log.touch()
     until(lambda: (volume.folder / "running").exists() or not program.running)
     result, seconds = program.stop()
@@ -233,7 +226,7 @@ def test_a_failed_clone_of_a_targets_pod_is_its_message(volume: Volume, job: Cal
     (volume.folder / "git-error").write_text("no route to host")
     no_checkout = 'FAILED: no checkout of "main" from "https://git.example.org/schema"'
     reason = f'{no_checkout}: no route to host ({README}, "Git access")'
-    assert volume.run(_container(of), shell, **CREDENTIALS) == Result(1, f"target kano (1 of 1)\n{reason}\n")
+    assert volume.run(containers(of)["migrate"], shell, **CREDENTIALS) == Result(1, f"target kano (1 of 1)\n{reason}\n")
     assert volume.termination_log.read_text() == f"position:  -> \n{reason}"
 
 
@@ -248,8 +241,8 @@ def test_a_pod_with_a_report_prints_it_and_neither_clones_nor_migrates(
     (volume.folder / "report-status").write_text(str(status))
     volume.program("git-sync", "echo cloned")
     volume.program("alembic", "echo migrated")
-    assert volume.run(_container(of, "git-sync"), shell) == Result(0)
-    assert volume.run(_container(of), shell) == Result(status, f"{table}{last}\n")  # no credential is needed
+    assert volume.run(containers(of)["git-sync"], shell) == Result(0)
+    assert volume.run(containers(of)["migrate"], shell) == Result(status, f"{table}{last}\n")  # no credential is needed
     assert volume.termination_log.read_text() == last
 
 

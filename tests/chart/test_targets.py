@@ -17,7 +17,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.chart import MINIMAL, Helm, Objects, environment, one
+from tests.support.chart import MINIMAL, Helm, Objects, containers, environment, one
 from tests.support.programs import Result
 from tools.paths import CHART
 
@@ -41,13 +41,9 @@ def _spec(job: dict[str, Any]) -> dict[str, Any]:
     return spec
 
 
-def _containers(job: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {container["name"]: container for container in _spec(job)["initContainers"] + _spec(job)["containers"]}
-
-
 def _part(job: dict[str, Any]) -> dict[str, str]:
     """What the container "rollout" knows about its Job."""
-    found = environment(_containers(job)["rollout"])
+    found = environment(containers(job)["rollout"])
     return {name: found[name] for name in ("FIRST", "COUNT", "MAX_FAILURES")}
 
 
@@ -157,7 +153,7 @@ def test_the_jobs_deadline_is_that_of_all_rounds_and_the_report(
     assert (found["spec"]["activeDeadlineSeconds"], found["spec"]["parallelism"]) == (seconds, parallelism)
     of_a_pod = job.get("activeDeadlineSeconds", 230)
     assert _spec(found)["activeDeadlineSeconds"] == of_a_pod
-    assert environment(_containers(found)["rollout"])["SECONDS"] == str(of_a_pod)
+    assert environment(containers(found)["rollout"])["SECONDS"] == str(of_a_pod)
 
 
 def test_only_the_named_targets_are_migrated_in_the_order_of_the_list(helm: Helm) -> None:
@@ -266,10 +262,10 @@ def test_only_the_container_rollout_has_the_token(helm: Helm) -> None:
     found = helm.render({**THREE, **address, "podSecurityContext": {"runAsUser": None}})
     for job in (*_jobs(found).values(), _job_of_helm_test(found)):
         assert _spec(job)["automountServiceAccountToken"] is False
-        assert list(_containers(job)) == ["rollout", "passwd", "git-sync", "migrate"]
+        assert list(containers(job)) == ["rollout", "passwd", "git-sync", "migrate"]
         mounts = {
             name: [mount["name"] for mount in container["volumeMounts"] if mount["name"] == API]
-            for name, container in _containers(job).items()
+            for name, container in containers(job).items()
         }
         assert mounts == {"rollout": [API], "passwd": [], "git-sync": [], "migrate": []}
         token = [each["name"] for each in _spec(job)["volumes"] if "serviceAccountToken" in json.dumps(each)]
@@ -278,7 +274,7 @@ def test_only_the_container_rollout_has_the_token(helm: Helm) -> None:
 
 def test_the_container_rollout_has_the_settings_of_the_others(helm: Helm) -> None:
     for job in _jobs(helm.render({**THREE, "image": {"digest": f"sha256:{'0' * 64}"}})).values():
-        own, migrate = _containers(job)["rollout"], _containers(job)["migrate"]
+        own, migrate = containers(job)["rollout"], containers(job)["migrate"]
         for key in ("image", "imagePullPolicy", "securityContext", "resources", "terminationMessagePolicy"):
             assert own[key] == migrate[key], key
         script = (CHART / "files" / "rollout.py").read_text().strip()
@@ -324,7 +320,7 @@ def test_a_target_has_what_differs_from_db_and_its_pod_nothing_of_another(helm: 
     ]
     assert [source for source in _sources(found[f"{JOB}-canary"]) if "downwardAPI" not in source] == []
     for job in found.values():
-        mounts = {name: container["volumeMounts"] for name, container in _containers(job).items()}
+        mounts = {name: container["volumeMounts"] for name, container in containers(job).items()}
         assert {name: [each for each in of if each["name"] == "targets"] for name, of in mounts.items()} == {
             "rollout": [{"name": "targets", "mountPath": "/etc/targets/list", "subPath": "list", "readOnly": True}],
             "git-sync": [],
@@ -345,7 +341,7 @@ def test_a_password_of_extra_env_is_that_of_all_targets(helm: Helm) -> None:
     assert _list(job)[0][4] == ["db-kenya", "username", ""]
     assert {"key": "username", "path": "0/DB_USER"} in _sources(job)[2]["secret"]["items"]
     assert "DB_PASSWORD" not in json.dumps(_sources(job))
-    assert environment(_containers(job)["migrate"])["DB_PASSWORD"] == password["valueFrom"]
+    assert environment(containers(job)["migrate"])["DB_PASSWORD"] == password["valueFrom"]
 
 
 @pytest.mark.parametrize(
@@ -380,12 +376,12 @@ def test_helm_test_is_a_job_that_checks_all_targets(helm: Helm) -> None:
     annotations = job["metadata"]["annotations"]
     assert (annotations["helm.sh/hook"], annotations["helm.sh/hook-weight"]) == ("test", "0")
     assert "hcm-db-migrations/targets" not in annotations
-    container = _containers(job)["migrate"]
+    container = containers(job)["migrate"]
     assert (container["args"], environment(container)["EXPECTED"]) == (["current"], "(head)")
     for other in _jobs(found).values():
         assert _list(other) == _list(job)
-        assert _containers(other)["migrate"]["args"] == ["upgrade", "head"]
-        assert "EXPECTED" not in environment(_containers(other)["migrate"])
+        assert containers(other)["migrate"]["args"] == ["upgrade", "head"]
+        assert "EXPECTED" not in environment(containers(other)["migrate"])
 
 
 def _text(helm: Helm, values: dict[str, Any], *options: str, chart: Path = CHART) -> str:

@@ -21,21 +21,11 @@ from tests.support.readme import chart_block
 from tests.support.release import Release
 from tests.support.repository import Repository
 from tests.support.revisions import edit
-from tests.support.targets import applied, schemas
+from tests.support.targets import WAITING, applied, close_gates, schemas
 from tests.support.waiting import until
 from tools.cluster import Cluster
 
-# A revision that waits while its schema has a table `gate` with a row.
-GATE = "to_regclass(current_schema() || '.gate') IS NOT NULL"
-WAIT = "WHILE EXISTS (SELECT FROM gate) LOOP PERFORM pg_sleep(0.1); END LOOP"
-WAITING = f"DO $$ BEGIN IF {GATE} THEN {WAIT}; END IF; END $$"
 ALL_AT_ONCE = {"canary": 0, "parallelism": 2}
-
-
-def close_gates(database: Database, *names: str) -> None:
-    for name in names:
-        database.execute(f"CREATE TABLE {name}.gate AS SELECT 1")
-        database.execute(f"GRANT SELECT ON {name}.gate TO {database.role}")
 
 
 def report(log: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ from tests.support.kubernetes import TABLE, Api, open_gate, sessions_in_revision
 from tests.support.readme import gitops_block
 from tests.support.repository import Repository
 from tests.support.revisions import edit
-from tests.support.targets import applied, schemas
+from tests.support.targets import WAITING, applied, close_gates, schemas
 from tests.support.waiting import until
 
 
@@ -118,12 +118,8 @@ def test_after_a_timeout_no_other_target_is_started_and_the_next_run_migrates_al
     """Helm deletes the ServiceAccount, and with the next one, the first Job would start its targets as well."""
     names = "kano", "lagos", "oyo"
     flux.values |= {"targets": schemas(database, *names), "rollout": {"canary": 0, "parallelism": 1}}
-    for name in names:
-        database.execute(f"CREATE TABLE {name}.gate ()")
-        database.execute(f"ALTER TABLE {name}.gate OWNER TO {database.role}")
-    database.execute("INSERT INTO kano.gate DEFAULT VALUES")
-    wait = "DO $$ BEGIN WHILE EXISTS (SELECT FROM gate) LOOP PERFORM pg_sleep(0.1); END LOOP; END $$"
-    repository.revision("002", wait)
+    close_gates(database, "kano")
+    repository.revision("002", WAITING)
     repository.push()
     flux.deploy("dev.yaml", timeout="15s")
     conditions = flux.settled()

@@ -146,6 +146,12 @@ def git_sync(objects: Objects) -> dict[str, Any]:
     return container
 
 
+def containers(job: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The containers of a Job's pod by name, in the order in which they start."""
+    spec = job["spec"]["template"]["spec"]
+    return {container["name"]: container for container in spec["initContainers"] + spec["containers"]}
+
+
 def environment(container: dict[str, Any]) -> dict[str, Any]:
     """{name: value or reference}; a duplicate name is an error."""
     names = [entry["name"] for entry in container["env"]]

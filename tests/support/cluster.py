@@ -24,6 +24,7 @@ from tests.support.kubernetes import Api
 from tests.support.readme import chart_command
 from tests.support.release import Release
 from tests.support.repository import Repository
+from tests.support.targets import WAIT
 from tests.support.waiting import until
 from tools import gitops
 from tools.binaries import find_or_build
@@ -156,8 +157,7 @@ def audited_repository(repository: Repository, database: Database) -> Repository
     database.execute("CREATE TABLE gate AS SELECT 1")
     database.execute("CREATE TABLE audit (revision text)")
     database.execute(f"GRANT ALL ON gate, audit TO {database.role}")
-    wait = "DO $$ BEGIN WHILE EXISTS (SELECT FROM gate) LOOP PERFORM pg_sleep(0.1); END LOOP; END $$"
-    repository.revision("002", "INSERT INTO audit VALUES ('002')", wait)
+    repository.revision("002", "INSERT INTO audit VALUES ('002')", f"DO $$ BEGIN {WAIT} END $$")
     repository.push()
     return repository
 

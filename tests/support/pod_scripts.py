@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.chart import Helm, environment, migrate
+from tests.support.chart import Helm, containers, environment, migrate
 from tests.support.programs import Program, Result, normalize, start
 from tools.paths import ROOT
 
@@ -116,7 +116,7 @@ class Volume:
                     value = (objects or {}).get(of.get("name", ""), {}).get(item.get("key"))
                     if of_index == str(index) and value is not None:
                         (folder / "target" / name).write_text(value)
-        (rollout,) = [each for each in template["spec"]["initContainers"] if each["name"] == "rollout"]
+        rollout = containers(job)["rollout"]
         no_api = {"KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": "1"}
         return self.run(rollout, JOB=job["metadata"]["name"], POD="pod-1", JOB_COMPLETION_INDEX=str(index), **no_api)
 

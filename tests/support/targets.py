@@ -6,12 +6,23 @@ from tests.support.database import Database
 
 Target = dict[str, str]
 
+# A loop that waits while the table `gate` has a row; a revision that does so if its schema has that table.
+WAIT = "WHILE EXISTS (SELECT FROM gate) LOOP PERFORM pg_sleep(0.1); END LOOP;"
+WAITING = f"DO $$ BEGIN IF to_regclass(current_schema() || '.gate') IS NOT NULL THEN {WAIT} END IF; END $$"
+
 
 def schemas(database: Database, *names: str) -> list[Target]:
     """Targets that are schemas of the test's database, which are created."""
     for name in names:
         database.execute(f"CREATE SCHEMA {name} AUTHORIZATION {database.role}")
     return [{"name": name, "schema": name} for name in names]
+
+
+def close_gates(database: Database, *names: str) -> None:
+    """Let WAITING wait in these schemas, until the row of their `gate` is deleted."""
+    for name in names:
+        database.execute(f"CREATE TABLE {name}.gate AS SELECT 1")
+        database.execute(f"GRANT SELECT ON {name}.gate TO {database.role}")
 
 
 def applied(database: Database, *names: str) -> dict[str, list[str]]:
