@@ -67,6 +67,15 @@ class Result:
         assert len(found) == times, f"{len(found)} lines with {parts}:\n{self.text}"
 
 
+def _exists(pid: int) -> bool:
+    """Whether a process has this pid: after the program was waited for, another one that the kernel gave it to."""
+    try:
+        os.getpgid(pid)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 class Process(Protocol):
     """The interface that subprocess.Popen and AlembicProcess share."""
 
@@ -133,11 +142,13 @@ class Program:
 
     def kill(self) -> None:
         """Kill the program and what it started."""
-        self.killed = self.killed or self.running
+        running = self.running
+        self.killed = self.killed or running
         if self.leads_group:
             with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-        elif self.running:
+                if running or not _exists(self.process.pid):
+                    os.killpg(self.process.pid, signal.SIGKILL)
+        elif running:
             self.process.send_signal(signal.SIGKILL)
         self.process.wait(30)
 
