@@ -60,7 +60,9 @@ def test_with_the_path_annotation_an_unrelated_push_runs_nothing_and_one_during_
     (audited_repository.folder.parent / "README.md").write_text("unrelated\n")
     assert argocd.synced(audited_repository.push())
     assert (deployed_ref(argocd), len(argocd.runs())) == (commit, 1)
-    argocd.sync()
+    delete, sync = gitops_block("--type=merge").split("\n", 1)
+    assert delete.endswith("delete job <name>")
+    argocd.documented(sync)
     assert argocd.synced()
     assert database.at == ["003"]
 

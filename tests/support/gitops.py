@@ -291,7 +291,11 @@ class ArgoCD(Environment):
             if last.get("initiatedBy", {}).get("username") == user:
                 return True
             if "operation" not in found:
-                self.patch(operation={"initiatedBy": {"username": user}, "sync": {}})
+                # Else it would be merged with a repair, before or just now, of some resources and without hooks.
+                version = {"resourceVersion": found["metadata"]["resourceVersion"]}
+                sync = {"initiatedBy": {"username": user}, "sync": {}}
+                with contextlib.suppress(client.ApiException):
+                    self.patch(metadata=version, operation=sync, status={"operationState": None})
             return False
 
         eventually(started)
