@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from http import HTTPStatus
 from typing import Any, TypeVar
 
 import pytest
@@ -294,8 +295,11 @@ class ArgoCD(Environment):
                 # Else it would be merged with a repair, before or just now, of some resources and without hooks.
                 version = {"resourceVersion": found["metadata"]["resourceVersion"]}
                 sync = {"initiatedBy": {"username": user}, "sync": {}}
-                with contextlib.suppress(client.ApiException):
+                try:
                     self.patch(metadata=version, operation=sync, status={"operationState": None})
+                except client.ApiException as error:
+                    if error.status != HTTPStatus.CONFLICT:
+                        raise
             return False
 
         eventually(started)

@@ -68,7 +68,7 @@ class Result:
 
 
 def _exists(pid: int) -> bool:
-    """Whether a process has this pid: after the program was waited for, another one that the kernel gave it to."""
+    """Whether a process has this pid; a group may outlive the process that it is named after."""
     try:
         os.getpgid(pid)
     except ProcessLookupError:
@@ -144,10 +144,9 @@ class Program:
         """Kill the program and what it started."""
         running = self.running
         self.killed = self.killed or running
-        if self.leads_group:
+        if self.leads_group and (running or not _exists(self.process.pid)):  # else the pid is another program's by now
             with suppress(ProcessLookupError):
-                if running or not _exists(self.process.pid):
-                    os.killpg(self.process.pid, signal.SIGKILL)
+                os.killpg(self.process.pid, signal.SIGKILL)
         elif running:
             self.process.send_signal(signal.SIGKILL)
         self.process.wait(30)

@@ -20,12 +20,14 @@ canaries, whose log Helm would print last. Without targets, there is one Job and
 {{- $parts := list -}}
 {{- if $count -}}
 {{- $canary := min .Values.rollout.canary $count | int -}}
-{{- if and $canary (lt $canary $count) -}}
+{{- $last := dict "first" 0 "count" $count "maxFailures" 0 "order" 0 -}}
+{{- if lt $canary $count -}}
+{{- if $canary -}}
 {{- $parts = append $parts (dict "first" 0 "count" $canary "maxFailures" 0 "suffix" "-canary" "order" -1 "logs" "hook-failed") -}}
 {{- end -}}
-{{- $first := ternary $canary 0 (lt $canary $count) -}}
-{{- $maxFailures := ternary .Values.rollout.maxFailures 0 (lt $canary $count) -}}
-{{- $parts = append $parts (dict "first" $first "count" (sub $count $first) "maxFailures" $maxFailures "order" 0) -}}
+{{- $last = dict "first" $canary "count" (sub $count $canary) "maxFailures" .Values.rollout.maxFailures "order" 0 -}}
+{{- end -}}
+{{- $parts = append $parts $last -}}
 {{- else -}}
 {{- $parts = list dict -}}
 {{- end -}}
