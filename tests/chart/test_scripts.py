@@ -244,8 +244,8 @@ def test_helm_test_fails_as_alembic_does(volume: Volume, helm4: Helm, shell: str
     assert volume.run(_test_container(helm4), shell, **CREDENTIALS) == Result(255, f"{CODE}FAILED: why\n")
 
 
-def _terminated(program: Program, volume: Volume) -> tuple[Result, float]:
-    """Send SIGTERM as soon as the file "running" exists; return the result, and how many seconds that took."""
+def _terminated(program: Program, volume: Volume) -> Result:
+    """Send SIGTERM as soon as the file "running" exists; return the result."""
     until(lambda: (volume.folder / "running").exists() or not program.running)
     return program.stop()
 
@@ -256,14 +256,13 @@ WAITS = 'touch "$HOME/running"; exec sleep 60'
 def test_sigterm_stops_an_alembic_without_a_handler_at_once(volume: Volume, container: Callable, shell: str) -> None:
     volume.clone("alembic.ini")
     volume.program("alembic", WAITS)
-    result, seconds = _terminated(volume.start(container(), shell, **CREDENTIALS), volume)
+    result = _terminated(volume.start(container(), shell, **CREDENTIALS), volume)
     assert result == Result(
         143,
         CODE
         + "stopped by SIGTERM while running alembic upgrade head; PostgreSQL rolls back what was not committed; if the "
         "Job's deadline was exceeded, raise \"job.activeDeadlineSeconds\" and Helm's --timeout together\n",
     )
-    assert seconds < 2
 
 
 def test_an_alembic_that_handles_sigterm_prints_the_last_line(volume: Volume, container: Callable, shell: str) -> None:
@@ -272,9 +271,8 @@ def test_an_alembic_that_handles_sigterm_prints_the_last_line(volume: Volume, co
         "alembic",
         "trap 'echo rolled back at 001 >&2; kill $!; exit 7' TERM\nsleep 60 &\ntouch \"$HOME/running\"; wait",
     )
-    result, seconds = _terminated(volume.start(container(), shell, **CREDENTIALS), volume)
+    result = _terminated(volume.start(container(), shell, **CREDENTIALS), volume)
     assert (result.returncode, result.lines[-1]) == (7, "rolled back at 001")
-    assert seconds < 2
 
 
 def test_sigterm_before_alembic_starts_prevents_its_start(volume: Volume, container: Callable, shell: str) -> None:
@@ -282,7 +280,7 @@ def test_sigterm_before_alembic_starts_prevents_its_start(volume: Volume, contai
     volume.clone("alembic.ini")
     volume.program("printenv", 'touch "$HOME/running"; sleep 1; echo value')
     volume.program("alembic", "echo alembic started")
-    result, _ = _terminated(volume.start(container(), shell, **CREDENTIALS), volume)
+    result = _terminated(volume.start(container(), shell, **CREDENTIALS), volume)
     assert result == Result(
         143,
         CODE
@@ -298,8 +296,8 @@ def test_sigterm_between_two_programs_ends_the_run_at_once(
     volume.clone("alembic.ini")
     volume.program(program, f'touch "$HOME/running"; sleep 1; exec {shutil.which(program)} "$@"')
     volume.program("alembic", "echo alembic started")
-    result, seconds = _terminated(volume.start(container(), shell, **CREDENTIALS), volume)
-    assert (result.returncode, seconds < 4) == (143, True), result.text
+    result = _terminated(volume.start(container(), shell, **CREDENTIALS), volume)
+    assert result.returncode == 143, result.text
     assert "alembic started" not in result.text
     assert result.text.count("stopped by SIGTERM") == 1
 
@@ -343,14 +341,13 @@ def pip(volume: Volume, container: Callable, shell: str) -> Iterator[Program]:
     do="Deploy again",
 )
 def test_sigterm_stops_pip_at_once_and_alembic_does_not_start(pip: Program) -> None:
-    result, seconds = pip.stop()
+    result = pip.stop()
     assert result == Result(
         143,
         CODE
         + "stopped by SIGTERM while installing requirements.txt; the database was not contacted; if the Job's deadline "
         'was exceeded, raise "job.activeDeadlineSeconds" and Helm\'s --timeout together\n',
     )
-    assert seconds < 2
 
 
 @pytest.mark.fault(
@@ -494,9 +491,8 @@ def test_an_image_without_timeout_clones_without_a_limit_and_says_so(
 )
 def test_sigterm_stops_the_clone_at_once(volume: Volume, clone: Callable, shell: str) -> None:
     volume.program("git-sync", f"HOME={volume.folder}\n{WAITS}")
-    result, seconds = _terminated(volume.start(clone(), shell), volume)
+    result = _terminated(volume.start(clone(), shell), volume)
     assert result.returncode == 143
-    assert seconds < 2
 
 
 def test_the_pod_has_what_the_scripts_need(helm: Helm) -> None:

@@ -214,10 +214,9 @@ def test_after_sigterm_the_revisions_are_those_that_the_runner_has_written(
     program = volume.start(containers(of)["migrate"], shell, **CREDENTIALS)
     volume.termination_log.touch()
     until(lambda: (volume.folder / "running").exists() or not program.running)
-    result, seconds = program.stop()
+    result = program.stop()
     assert result == Result(143, f"target kano (1 of 1)\n{CODE}{SIGTERM}\n")
     assert volume.termination_log.read_text() == f"position: 001 -> 002\n{SIGTERM}"
-    assert seconds < 2
 
 
 def test_a_failed_clone_of_a_targets_pod_is_its_message(volume: Volume, job: Callable, shell: str) -> None:

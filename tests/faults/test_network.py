@@ -15,7 +15,7 @@ from tests.support.programs import Program
 from tests.support.project import Project
 from tests.support.revisions import AUDIT, FILE, SLEEP, audited
 from tests.support.runs import audit, idle, sleeping
-from tests.support.waiting import until
+from tests.support.waiting import AT_ONCE, until
 from tools.postgres import dsn
 
 UNKNOWN = "commit status unknown: check with 'alembic current'"
@@ -93,12 +93,11 @@ def test_a_signal_during_a_commit_reports_its_status_as_unknown_and_not_as_rolle
     committing: Program, database: Database, proxy: Proxy
 ) -> None:
     proxy.toxic("timeout", timeout=0)
-    result, seconds = committing.stop(signal.SIGTERM)
+    result = committing.stop(signal.SIGTERM)
     assert (result.returncode, result.failure) == (
         143,
         f"interrupted by SIGTERM; did not stop in time and was killed; {UNKNOWN}; run again to resume",
     )
-    assert seconds < 3
     proxy.cut()
     idle(database)
 
@@ -141,7 +140,7 @@ def test_a_network_that_stays_down_ends_the_run_and_the_next_one_completes(
     start = time.monotonic()
     proxy.cut()
     result = running.wait()
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < AT_ONCE
     assert result.returncode == 1
     assert result.failure.startswith(f"could not connect to database {database.name} at ")
     idle(database)
@@ -163,7 +162,7 @@ def test_a_connection_without_a_response_is_an_error(proxied: Project, database:
     proxy.toxic("timeout", timeout=0)
     start = time.monotonic()
     result = proxied.alembic("upgrade", "head", MIGRATION_WAIT_SECONDS="2")
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < AT_ONCE
     assert result.returncode == 1
     assert result.failure.startswith(f"could not connect to database {database.name} at ")
     assert "timeout expired" in result.failure
@@ -185,9 +184,8 @@ def test_a_run_whose_connection_is_stalled_ends_on_sigterm(proxied: Project, dat
     running = proxied.start("upgrade", "head")
     until(lambda: sleeping(database))
     proxy.toxic("timeout", timeout=0)
-    result, seconds = running.stop(signal.SIGTERM)
+    result = running.stop(signal.SIGTERM)
     assert (result.returncode, result.failure) == (143, KILLED)
-    assert seconds < 3
     proxy.cut()
     idle(database)
     proxy.reset()

@@ -69,7 +69,7 @@ def test_a_run_that_is_killed_while_it_waits_does_not_affect_the_other(project: 
     until(lambda: sleeping(database))
     second = project.start("upgrade", "head")
     second.prints(" waiting, ")
-    result, _ = second.stop(signal.SIGKILL)
+    result = second.stop(signal.SIGKILL)
     assert result.returncode == -9
     assert first.wait().returncode == 0
     assert (database.at, audit(database)) == (["003"], ["003"])

@@ -244,7 +244,7 @@ def test_a_plan_is_refused_during_a_run(project: Project, database: Database) ->
     refused = database.psql(plan)
     assert refused.returncode != 0
     assert "another migration is running" in refused.stderr
-    assert running.stop()[0].returncode == 143
+    assert running.stop().returncode == 143
 
 
 def test_a_plan_after_a_downgrade_to_base_is_applied(project: Project, database: Database) -> None:

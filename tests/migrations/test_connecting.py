@@ -14,6 +14,7 @@ from tests.support.database import Database, parts
 from tests.support.messages import target
 from tests.support.project import Project
 from tests.support.servers import serving
+from tests.support.waiting import AT_ONCE
 from tools.postgres import Postgres, dsn
 
 
@@ -28,7 +29,7 @@ from tools.postgres import Postgres, dsn
 def test_a_wrong_password_fails_at_once(project: Project, database: Database) -> None:
     start = time.monotonic()
     result = project.alembic("upgrade", "head", DATABASE_URL=dsn(database.url.set(password=PASSWORD + "x")))
-    assert time.monotonic() - start < 15  # retries take up to 90 s
+    assert time.monotonic() - start < AT_ONCE  # retries take up to 90 s
     assert result.returncode == 255
     assert re.fullmatch(
         rf"cannot connect to {target(database)}: connection to server at \S+ port \d+ failed: FATAL: password"
@@ -83,7 +84,7 @@ def test_an_unreachable_database_times_out(offline_project: Project, host: str) 
     url = f"postgresql://me:x@{host}:1/db"
     resolver = {"RES_OPTIONS": "timeout:1 attempts:1"}  # the machine's may be down, and libpq has no timeout for it
     result = offline_project.alembic("upgrade", "head", DATABASE_URL=url, MIGRATION_WAIT_SECONDS="2", **resolver)
-    assert 2 < time.monotonic() - start < 8
+    assert 2 < time.monotonic() - start < AT_ONCE
     assert result.returncode == 1
     assert result.lines[0].startswith("HH:MM:SS INFO waiting, up to 2 s more: ")
     assert result.failure.startswith(f"could not connect to database db at {host}:1 within 2 s: ")

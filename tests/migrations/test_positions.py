@@ -106,7 +106,7 @@ def test_a_stopped_run_has_written_what_it_knew(
     project.add("003", audited("003", SLEEP))
     running = project.start("upgrade", "head")
     until(lambda: sleeping(database))
-    assert running.stop(number)[0].returncode == code
+    assert running.stop(number).returncode == code
     assert file.read_text() == ("base -> \n" if number == signal.SIGKILL else "base -> 002\n")
 
 
@@ -118,7 +118,7 @@ def test_a_run_that_waits_for_another_one_has_only_read_the_end(
     until(lambda: sleeping(database))
     second = project.start("upgrade", "head")
     second.prints(" waiting, ")
-    assert second.stop()[0].returncode == 143
+    assert second.stop().returncode == 143
     assert file.read_text() == " -> 001\n"
     first.stop()
 

@@ -3,7 +3,6 @@
 import re
 import signal
 import threading
-import time
 
 import pytest
 
@@ -84,7 +83,7 @@ with op.get_bind().engine.begin() as other:
     project_at_002.add("003", body)
     running = project_at_002.start("upgrade", "head")
     running.prints("still running")
-    result, seconds = running.stop(signal.SIGTERM)
+    result = running.stop(signal.SIGTERM)
     own = f"pid N, hcm-db-migrations as {database.role} from 127.0.0.1, a connection opened by the revision"
     line = progress(result)[0]
     assert line.endswith(f": no statement is running; {own} waits for this run")
@@ -93,7 +92,6 @@ with op.get_bind().engine.begin() as other:
         f"; waiting for this run: {own}; check for changes committed on the revision's second connection; the database"
         " is at revision 002; "
     ) in result.failure
-    assert seconds < 3
 
 
 def test_a_session_that_waits_for_the_run_is_named(project_at_002: Project, database: Database) -> None:
@@ -107,7 +105,7 @@ def test_a_session_that_waits_for_the_run_is_named(project_at_002: Project, data
         thread.start()
         until(lambda: database.scalar(f"SELECT count(*) FROM pg_locks WHERE pid = {pid} AND NOT granted") > 0)
         running.prints("still running")
-        result, _ = running.stop(signal.SIGTERM)
+        result = running.stop(signal.SIGTERM)
         thread.join()
     line = progress(result)[0]
     assert "; pid N, report as postgres" in line
@@ -116,7 +114,5 @@ def test_a_session_that_waits_for_the_run_is_named(project_at_002: Project, data
 
 def test_a_short_revision_logs_no_progress(project_at_002: Project) -> None:
     project_at_002.add("003", audited("003", "time.sleep(3)"))
-    start = time.monotonic()
     result = project_at_002.alembic("upgrade", "head")
-    assert time.monotonic() - start < 9
     assert "still running" not in result.stderr

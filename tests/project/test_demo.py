@@ -55,7 +55,6 @@ def test_an_interrupted_demo_leaves_nothing_behind(folder: Path) -> None:
     demo = _demo(folder, [sys.executable, "-m", "tools.demo"])  # Ctrl-C is for all of make's processes
     demo.prints("$ migrate.sh")
     assert list(folder.iterdir()) != []
-    result, seconds = demo.stop(signal.SIGINT)
-    assert seconds < 30
+    result = demo.stop(signal.SIGINT)
     assert result.text.endswith("interrupted; everything that was started is stopped\n")
     assert list(folder.iterdir()) == []

@@ -26,4 +26,4 @@ def test_a_process_with_the_pid_of_a_program_that_ended_is_not_killed() -> None:
     ended.wait()
     process = SimpleNamespace(pid=other.process.pid, poll=ended.process.poll, wait=ended.process.wait)
     dataclasses.replace(ended, process=process).kill()
-    assert other.stop()[0].returncode == -signal.SIGTERM
+    assert other.stop().returncode == -signal.SIGTERM

@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from tests.support.canary import assert_no_secret
-from tests.support.waiting import until
+from tests.support.waiting import AT_ONCE, until
 
 # Patterns for text that varies from run to run, and their replacements in a Result.
 VARYING = [
@@ -134,11 +133,10 @@ class Program:
         shown = str if verbatim else normalize
         return Result(returncode, shown(self.stdout), shown(self.stderr))
 
-    def stop(self, number: signal.Signals = signal.SIGTERM) -> tuple[Result, float]:
-        """Send a signal; return the result and the seconds until the program exited."""
-        start = time.monotonic()
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> Result:
+        """Send a signal; return the result. AssertionError if the program does not exit `AT_ONCE`."""
         self.process.send_signal(number)
-        return self.wait(), time.monotonic() - start
+        return self.wait(AT_ONCE)
 
     def kill(self) -> None:
         """Kill the program and what it started."""
