@@ -17,7 +17,6 @@ import pytest
 from tests.support.chart import Helm, git_sync, migrate, nested, one, pod
 from tests.support.pod_scripts import CODE, COMMIT, CREDENTIALS, README, WITHOUT_CAPABILITIES, Volume, relocate
 from tests.support.programs import Program, Result, normalize
-from tests.support.waiting import until
 
 
 def test_kubernetes_leaves_the_scripts_unchanged(helm: Helm) -> None:
@@ -244,19 +243,13 @@ def test_helm_test_fails_as_alembic_does(volume: Volume, helm4: Helm, shell: str
     assert volume.run(_test_container(helm4), shell, **CREDENTIALS) == Result(255, f"{CODE}FAILED: why\n")
 
 
-def _terminated(program: Program, volume: Volume) -> Result:
-    """Send SIGTERM as soon as the file "running" exists; return the result."""
-    until(lambda: (volume.folder / "running").exists() or not program.running)
-    return program.stop()
-
-
 WAITS = 'touch "$HOME/running"; exec sleep 60'
 
 
 def test_sigterm_stops_an_alembic_without_a_handler_at_once(volume: Volume, container: Callable, shell: str) -> None:
     volume.clone("alembic.ini")
     volume.program("alembic", WAITS)
-    result = _terminated(volume.start(container(), shell, **CREDENTIALS), volume)
+    result = volume.stop(volume.start(container(), shell, **CREDENTIALS))
     assert result == Result(
         143,
         CODE
@@ -271,7 +264,7 @@ def test_an_alembic_that_handles_sigterm_prints_the_last_line(volume: Volume, co
         "alembic",
         "trap 'echo rolled back at 001 >&2; kill $!; exit 7' TERM\nsleep 60 &\ntouch \"$HOME/running\"; wait",
     )
-    result = _terminated(volume.start(container(), shell, **CREDENTIALS), volume)
+    result = volume.stop(volume.start(container(), shell, **CREDENTIALS))
     assert (result.returncode, result.lines[-1]) == (7, "rolled back at 001")
 
 
@@ -280,7 +273,7 @@ def test_sigterm_before_alembic_starts_prevents_its_start(volume: Volume, contai
     volume.clone("alembic.ini")
     volume.program("printenv", 'touch "$HOME/running"; sleep 1; echo value')
     volume.program("alembic", "echo alembic started")
-    result = _terminated(volume.start(container(), shell, **CREDENTIALS), volume)
+    result = volume.stop(volume.start(container(), shell, **CREDENTIALS))
     assert result == Result(
         143,
         CODE
@@ -296,7 +289,7 @@ def test_sigterm_between_two_programs_ends_the_run_at_once(
     volume.clone("alembic.ini")
     volume.program(program, f'touch "$HOME/running"; sleep 1; exec {shutil.which(program)} "$@"')
     volume.program("alembic", "echo alembic started")
-    result = _terminated(volume.start(container(), shell, **CREDENTIALS), volume)
+    result = volume.stop(volume.start(container(), shell, **CREDENTIALS))
     assert result.returncode == 143, result.text
     assert "alembic started" not in result.text
     assert result.text.count("stopped by SIGTERM") == 1
@@ -491,7 +484,7 @@ def test_an_image_without_timeout_clones_without_a_limit_and_says_so(
 )
 def test_sigterm_stops_the_clone_at_once(volume: Volume, clone: Callable, shell: str) -> None:
     volume.program("git-sync", f"HOME={volume.folder}\n{WAITS}")
-    result = _terminated(volume.start(clone(), shell), volume)
+    result = volume.stop(volume.start(clone(), shell))
     assert result.returncode == 143
 
 

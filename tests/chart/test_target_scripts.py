@@ -10,7 +10,6 @@ import pytest
 from tests.support.chart import Helm, containers
 from tests.support.pod_scripts import CODE, CREDENTIALS, README, Volume
 from tests.support.programs import Result, normalize
-from tests.support.waiting import until
 
 Target = dict[str, Any]
 KANO = {"name": "kano", "schema": "ng_kano"}
@@ -213,8 +212,7 @@ def test_after_sigterm_the_revisions_are_those_that_the_runner_has_written(
     volume.target(of, 0)
     program = volume.start(containers(of)["migrate"], shell, **CREDENTIALS)
     volume.termination_log.touch()
-    until(lambda: (volume.folder / "running").exists() or not program.running)
-    result = program.stop()
+    result = volume.stop(program)
     assert result == Result(143, f"target kano (1 of 1)\n{CODE}{SIGTERM}\n")
     assert volume.termination_log.read_text() == f"position: 001 -> 002\n{SIGTERM}"
 

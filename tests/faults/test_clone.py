@@ -26,7 +26,6 @@ from tests.support.git import git
 from tests.support.pod_scripts import COMMIT, CREDENTIALS, README, STAND_IN, WITHOUT_CAPABILITIES, Volume
 from tests.support.programs import Result
 from tests.support.servers import serving
-from tests.support.waiting import AT_ONCE
 from tools.network import free_port
 from tools.values import merged
 
@@ -138,7 +137,7 @@ def test_a_git_server_that_does_not_respond_in_time_is_reported_before_the_deadl
             result = pod.run(repo)
         seconds = time.monotonic() - start
     assert result == Result(1, f'FAILED: no checkout of "main" from "{repo}": {TIMED_OUT} {GIT}\n')
-    assert 6 <= seconds < AT_ONCE
+    assert 6 <= seconds < 10
     assert TIMED_OUT in pod.clone_log
 
 

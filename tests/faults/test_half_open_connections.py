@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -90,10 +91,13 @@ def test_a_half_open_connection_is_detected_on_both_sides_and_the_next_run_compl
     running = veth.start(MIGRATION_WAIT_SECONDS="3")
     busy = "SELECT 1 FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep%'"
     until(lambda: veth.execute(busy) or (veth.project.folder / "started").exists())
+    start = time.monotonic()
     veth.set_link("down")
     running.prints(" waiting, ")
-    until(lambda: not veth.held())
+    assert time.monotonic() - start < 25
+    until(lambda: not veth.held(), 20 - (time.monotonic() - start))
     result = running.wait()
+    assert time.monotonic() - start < 40
     assert result.returncode == 1
     assert f"revision 003 ({FILE.format('003')}) failed: could not receive data from server: " in result.stderr
     assert result.failure.startswith("could not connect to database postgres at 192.0.2.1:")
@@ -117,9 +121,10 @@ def test_sigterm_while_the_network_is_down_ends_the_run_at_once(veth: Veth) -> N
     running = veth.start()
     until(lambda: veth.execute("SELECT 1 FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep%'"))
     veth.set_link("down")
+    start = time.monotonic()
     result = running.stop(signal.SIGTERM)
     assert (result.returncode, result.failure) == (143, KILLED)
-    until(lambda: not veth.held())
+    until(lambda: not veth.held(), 20 - (time.monotonic() - start))
     assert veth.execute("SELECT version_num FROM alembic_version") == [("002",)]
     veth.set_link("up")
     path.write_text(path.read_text().replace("pg_sleep(60)", "1"))

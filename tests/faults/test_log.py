@@ -9,7 +9,7 @@ import pytest
 from tests.support.chart import Helm, migrate
 from tests.support.fault_injection import root_only
 from tests.support.pod_scripts import CREDENTIALS, SHELLS, Volume
-from tests.support.waiting import until
+from tests.support.waiting import AT_ONCE, until
 
 
 @pytest.mark.fault(
@@ -41,6 +41,6 @@ def test_a_signal_to_all_processes_ends_the_run_at_once(helm4: Helm, volume: Vol
     until((volume.folder / "running").exists)
     (group,) = Path(f"/proc/{program.process.pid}/task/{program.process.pid}/children").read_text().split()
     os.killpg(int(group), signal.SIGTERM)
-    result = program.wait()
+    result = program.wait(AT_ONCE)
     assert result.returncode == 143, result.text
     assert result.lines[-1].startswith("stopped by SIGTERM while running alembic upgrade head; ")

@@ -15,7 +15,7 @@ from tests.support.programs import Program
 from tests.support.project import Project
 from tests.support.revisions import AUDIT, FILE, SLEEP, audited
 from tests.support.runs import audit, idle, sleeping
-from tests.support.waiting import AT_ONCE, until
+from tests.support.waiting import until
 from tools.postgres import dsn
 
 UNKNOWN = "commit status unknown: check with 'alembic current'"
@@ -140,7 +140,7 @@ def test_a_network_that_stays_down_ends_the_run_and_the_next_one_completes(
     start = time.monotonic()
     proxy.cut()
     result = running.wait()
-    assert time.monotonic() - start < AT_ONCE
+    assert time.monotonic() - start < 15
     assert result.returncode == 1
     assert result.failure.startswith(f"could not connect to database {database.name} at ")
     idle(database)
@@ -162,7 +162,7 @@ def test_a_connection_without_a_response_is_an_error(proxied: Project, database:
     proxy.toxic("timeout", timeout=0)
     start = time.monotonic()
     result = proxied.alembic("upgrade", "head", MIGRATION_WAIT_SECONDS="2")
-    assert time.monotonic() - start < AT_ONCE
+    assert time.monotonic() - start < 20
     assert result.returncode == 1
     assert result.failure.startswith(f"could not connect to database {database.name} at ")
     assert "timeout expired" in result.failure

@@ -173,7 +173,7 @@ def test_a_locked_version_table_is_waited_for_in_bounded_time(project_at_002: Pr
         other.execute("LOCK TABLE alembic_version")
         start = time.monotonic()
         result = project_at_002.alembic("upgrade", "head", MIGRATION_WAIT_SECONDS="2")
-        assert time.monotonic() - start < AT_ONCE
+        assert time.monotonic() - start < 30
     assert result.returncode == 1
     assert result.failure == (
         "canceling statement due to lock timeout; blocked by pid N, report as postgres; the database's revision is"

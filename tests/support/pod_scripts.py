@@ -16,6 +16,7 @@ import pytest
 
 from tests.support.chart import Helm, containers, environment, migrate
 from tests.support.programs import Program, Result, normalize, start
+from tests.support.waiting import until
 from tools.paths import ROOT
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -97,6 +98,11 @@ class Volume:
                 message = message.partition("\n")[2]  # after the database's revision
             assert message == last or (not message and last.startswith("code: "))  # alembic may print nothing
         return result
+
+    def stop(self, program: Program) -> Result:
+        """Send SIGTERM as soon as one of the test's programs has created the file "running" in the volume."""
+        until(lambda: (self.folder / "running").exists() or not program.running)
+        return program.stop()
 
     def target(self, job: dict[str, Any], index: int, objects: dict[str, dict[str, str]] | None = None) -> Result:
         """Mount the volume "targets" of a Job's pod, and run the pod's container "rollout".

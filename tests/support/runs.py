@@ -4,7 +4,7 @@ import re
 
 from tests.support.database import Database
 from tests.support.programs import Result
-from tests.support.waiting import AT_ONCE, until
+from tests.support.waiting import until
 
 
 def audit(database: Database) -> list[str]:
@@ -34,5 +34,5 @@ def follow(result: Result, database: Database) -> None:
 
 
 def idle(database: Database) -> None:
-    """Wait until no session of a run remains on the server, and so no lock."""
-    until(lambda: database.activity() == [], AT_ONCE)
+    """Wait, for seconds, until no session of a run remains on the server, and so no lock."""
+    until(lambda: database.activity() == [], 6)

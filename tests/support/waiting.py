@@ -7,9 +7,9 @@ from tools.steps import wait_until
 
 T = TypeVar("T")
 
-# Seconds that "at once" may take on a machine that is busy with other tests: far more than on an idle one, and far less
-# than what a test lets a program wait for (60 s).
-AT_ONCE = 20
+# Seconds that "at once" may take on a machine that is busy with other tests: more than twice what the slowest needed
+# there, and far less than what a test lets a program wait for.
+AT_ONCE = 10
 
 
 def until(condition: Callable[[], T | None], seconds: float = 60) -> T:
