@@ -2,6 +2,7 @@
 
 From the chart's values.yaml: the table in its README.md, the descriptions in values.schema.json, which editors show,
 and files/defaults.json, because a template cannot read values.yaml. From the tests marked `fault`: docs/failures.md.
+From the revisions: docs/schema.md.
 
     python -m tools.docs              write them
     python -m tools.docs --check      only name the files that differ
@@ -13,6 +14,7 @@ import contextlib
 import io
 import json
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +24,11 @@ import pytest
 import yaml
 
 from tools.paths import CHART, ROOT
+from tools.postgres import Postgres, dsn
+from tools.steps import run
 
 FAILURES = ROOT / "docs" / "failures.md"
+SCHEMA = ROOT / "docs" / "schema.md"
 # The groups of faults, in the order of docs/failures.md.
 GROUPS = [
     "Database",
@@ -158,8 +163,15 @@ def failures() -> str:
     return "\n".join(lines) + "\n"
 
 
+def schema() -> str:
+    """Return docs/schema.md: what the revisions make of an empty database. Raises RuntimeError if one fails."""
+    with Postgres() as server:
+        # Another process imports the runner, and no setting of this one changes what the revisions do.
+        return run([sys.executable, "-m", "tools.schema"], cwd=ROOT, env={"DATABASE_URL": dsn(server.url)})
+
+
 def main(arguments: list[str]) -> str | None:
-    texts = {**generated(), FAILURES: failures()}
+    texts = {**generated(), SCHEMA: schema(), FAILURES: failures()}
     differing = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
     if arguments == ["--check"]:
         names = ", ".join(str(path.relative_to(ROOT)) for path in differing)
@@ -171,4 +183,8 @@ def main(arguments: list[str]) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the server is stopped
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except RuntimeError as error:
+        sys.exit(f"FAILED: {error}")
