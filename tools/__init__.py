@@ -10,7 +10,7 @@
 - `tools.fixtures`: what is in the cluster: PostgreSQL, a git and package server, ConfigMaps and Secrets.
 - `tools.offline_cluster`: a private container engine and local images, when no image can be pulled; see its README.md.
 - `tools.demo`: `make demo`.
-- `tools.docs`: `make docs`: the generated documents.
+- `tools.docs`: `make docs`: the generated documents; `tools.schema`: docs/schema.md.
 
 The folders helm, kube-score, toxiproxy and checkov hold only the pinned versions of these tools.
 """
