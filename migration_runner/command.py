@@ -62,6 +62,11 @@ class Command:
         return self.environment.script
 
     @property
+    def targets_head(self) -> bool:
+        """Whether there is nothing to do in a database that is at the head."""
+        return self.destination in (("head",), ("heads",)) and not self.purges
+
+    @property
     def is_relative(self) -> bool:
         """Whether the destination is relative to the current revision, as `+1` and `-1` are."""
         return any(re.search(r"(^|@)[+-]\d+$", target) for target in self.destination)

@@ -9,7 +9,7 @@ from pathlib import Path
 from alembic import context
 from alembic.util import CommandError
 
-from migration_runner import revisions, settings
+from migration_runner import headers, revisions, settings
 from migration_runner.command import Command, Needs
 from migration_runner.runner import Runner
 
@@ -27,15 +27,26 @@ def run() -> None:
 def run_online() -> None:
     """Run the command on the database that the environment names, with at most one failure line."""
     _set_up_logging()
-    if command := _prepare():
-        Runner(command, settings.load(_env_file(command))).run()
+    command = Command.from_context()
+    # At the head, nothing will run, so the files are loaded only if the database is elsewhere.
+    found = headers.read(command.script) if command.targets_head else None
+    if not (found or _check(command)):
+        return
+    try:
+        wanted = settings.load(_env_file(command))
+    except CommandError:
+        if found:
+            revisions.load(command.script, command.destination)  # a broken file is reported first
+        raise
+    Runner(command, wanted, found).run()
 
 
 def run_offline() -> None:
     """Write the SQL of `--sql`, all or nothing; a failure goes to standard error, as standard output is the plan."""
     _set_up_logging()
     try:
-        if command := _prepare():
+        command = Command.from_context()
+        if _check(command):
             from migration_runner import plan  # saves 15 ms: a Job has no compiled files
 
             plan.write(command, settings.load(_env_file(command)))
@@ -46,18 +57,17 @@ def run_offline() -> None:
         raise SystemExit(255) from error
 
 
-def _prepare() -> Command | None:
-    """Check the revision files; return the command, or None if it needed no database and is done."""
-    command = Command.from_context()
-    revisions.validate(command.script)
+def _check(command: Command) -> bool:
+    """Load and check the revision files; False if the command needs no database, and is done."""
     if command.needs is not Needs.NOTHING:
-        revisions.validate_runnable(command.script, command.destination)
-        return command
+        revisions.load(command.script, command.destination)
+        return True
+    revisions.validate(command.script)
     if rev_id := getattr(command.environment.config.cmd_opts, "rev_id", None):  # of `revision`, or `merge`
         revisions.validate_new_id(command.script, rev_id)
     context.configure(dialect_name="postgresql", as_sql=True, process_revision_directives=revisions.assign_revision_id)
     context.run_migrations()
-    return None
+    return False
 
 
 def _env_file(command: Command) -> Path | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
@@ -121,16 +121,39 @@ class Record:
         self.writer = Writer(script, origin, "run", _literals(raw))
         self.table = table.name if table else None  # quoted; None if it does not exist
         self.problem = _problem(table) if table else None
-        self.entries: dict[str, Entry] = {}  # each revision's last row
-        if table and not self.problem and table.can_read:
+        self.entries: dict[str, Entry] = {}  # each revision's last row, once read
+        self.reads = table is not None and not self.problem and table.can_read
+        if table and not self.problem and not table.can_write:
+            self.problem = f"{table.name} {NOT_GRANTED}"
+        self.writes = table is not None and not self.problem
+
+    def read_if_unchanged(self, files: Mapping[str, tuple[str, str]]) -> bool:
+        """Read the newest row, if the files are those recorded; else False, and the checksums must be compared."""
+        if not self.reads:
+            return True
+        try:
+            rows = self.raw.query(
+                'SELECT revision, file, file_sha256 FROM (SELECT DISTINCT ON (revision COLLATE "C")'
+                f" revision, file, file_sha256, direction, checksum FROM {self.table}"
+                f' ORDER BY revision COLLATE "C", {NEWEST_FIRST}) last'
+                " WHERE direction <> 'downgrade' AND starts_with(checksum, %s)",
+                checksum.VERSION,
+            )
+            changed = any(files.get(name, (file, sha256)) != (file, sha256) for name, file, sha256 in rows)
+            self.read_newest()
+        except ValueError:  # reported by read()
+            return False
+        return not changed
+
+    def read(self) -> None:
+        """Read the entries."""
+        if self.reads:
             try:
                 entries = self._entries("DISTINCT ON (revision)", f"revision, {NEWEST_FIRST}")
                 self.entries = {entry.revision: entry for entry in entries}
             except ValueError as error:  # a date of the year 10000; another encoding, in an SQL_ASCII database
-                self.problem = f"{table.name} cannot be read: {describe(error)}"
-        if table and not self.problem and not table.can_write:
-            self.problem = f"{table.name} {NOT_GRANTED}"
-        self.writes = table is not None and not self.problem
+                self.problem = f"{self.table} cannot be read: {describe(error)}"
+                self.writes = False
 
     def _entries(self, distinct: str, order: str) -> list[Entry]:
         seconds = "extract(epoch FROM duration)::pg_catalog.float8"  # the driver reads not every intervalstyle
@@ -174,7 +197,7 @@ class Record:
                 lines = entry.lines if entry else "Applied: not recorded"
                 revision.cmd_format = functools.partial(_with_lines, revision.cmd_format, lines)  # type: ignore[method-assign]
 
-    def since(self, heads: tuple[str, ...], applied: set[str]) -> Entry | None:
+    def since(self, heads: tuple[str, ...], applied: Set[str]) -> Entry | None:
         """The last row, if the database is where it says: else something else has moved it."""
         entry = max(self.entries.values(), key=lambda entry: entry.applied_at, default=None)
         if entry is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 log = logging.getLogger("migration_runner")
 
@@ -14,11 +15,11 @@ LOG_INTERVAL = 10  # seconds
 class RetryBudget:
     """The seconds that a run may wait until its first revision has finished, and again until each further one.
 
-    The clock starts with the first wait, as work does not count.
+    The clock starts with the first wait, as work does not count. `before` is called before each wait.
     """
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    def __init__(self, seconds: float, before: Callable[[], None] = lambda: None) -> None:
+        self.seconds, self.before = seconds, before
         self.reset()
 
     def reset(self) -> None:
@@ -34,6 +35,7 @@ class RetryBudget:
 
     def wait(self, reason: str, max_delay: float = MAX_DELAY) -> bool:
         """Sleep twice as long as the last time, logging the reason; False if the budget is used up."""
+        self.before()
         now, (at, logged) = time.monotonic(), self.last_logged
         self.end = now + self.seconds if self.end is None else self.end
         left = self.end - now

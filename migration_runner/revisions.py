@@ -25,6 +25,12 @@ from migration_runner.errors import describe
 SEE_README = "see 'Adding a migration' in README.md"
 
 
+def load(script: ScriptDirectory, destination: Iterable[str]) -> None:
+    """Load and check the revision files for a command on a database, or raise CommandError."""
+    validate(script)
+    validate_runnable(script, destination)
+
+
 def validate(script: ScriptDirectory) -> None:
     """Load all revision files, once for the whole command, or raise CommandError naming the file and the fix.
 

@@ -6,7 +6,7 @@ import copy
 import functools
 import gc
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Set
 from contextlib import suppress
 from typing import Any
 
@@ -29,6 +29,7 @@ from migration_runner.errors import (
     root_cause,
     sqlstate,
 )
+from migration_runner.headers import Headers
 from migration_runner.monitor import Monitor
 from migration_runner.outcome import DatabaseState, Outcome, read_state
 from migration_runner.retry import RetryBudget
@@ -90,10 +91,11 @@ class Progress:
 class Runner:
     """Runs a command, over as many connections as needed."""
 
-    def __init__(self, command: Command, settings: Settings) -> None:
+    def __init__(self, command: Command, settings: Settings, headers: Headers | None) -> None:
         self.command = command
+        self.headers = headers  # None: the revision files are loaded
         self.database = Database(settings)
-        self.budget = RetryBudget(settings.wait_seconds)
+        self.budget = RetryBudget(settings.wait_seconds, self.load_revisions)
         self.stop = StopSignal()
         self.progress = Progress(command)
         self.attempt: Attempt | None = None
@@ -108,6 +110,16 @@ class Runner:
         finally:
             gc.unfreeze()
             self.write_positions(self.progress.last_position)
+
+    def load_revisions(self) -> None:
+        """Called before a wait, a failure and the first step, as a broken file is reported instead."""
+        if self.headers:
+            self.headers = None
+            try:
+                revisions.load(self.command.script, self.command.destination)
+            finally:
+                self.stop.check()
+            gc.freeze()
 
     def write_positions(self, after: str | None = None) -> None:
         """For the report of several targets; what is unknown is empty."""
@@ -127,6 +139,7 @@ class Runner:
             raise
         except BaseException as caught:
             self.stop.check()
+            self.load_revisions()
             # The connection may break on leaving, and hide the attempt's own error.
             error = self.attempt.error if self.attempt and self.attempt.error else caught
             ours = isinstance(error, CommandError | RetriesExhausted)
@@ -226,6 +239,10 @@ class Attempt:
                 )
             )
         self.record = record.Record(session.raw, command.script, session.settings.origin, tables.get(history))
+        if table and self._is_done(table):
+            return
+        self.runner.load_revisions()
+        self.record.read()
         session.raw.commit()
         if command.needs is Needs.WRITE:
             self._warn_if_nothing_is_recorded()
@@ -252,6 +269,19 @@ class Attempt:
             session.connection.begin()
         command.environment.run_migrations()
         session.connection.commit()
+
+    def _is_done(self, table: catalog.Table) -> bool:
+        """Whether the database is at the head, and the revision files, which are not loaded, are those recorded."""
+        headers = self.runner.headers
+        if not headers:
+            return False
+        rows = self.session.raw.query(f"SELECT version_num FROM {table.name}")  # noqa: S608  quoted
+        if rows != [(headers.head,)] or not self.record.read_if_unchanged(headers.files):
+            return False
+        self._warn_if_nothing_is_recorded()
+        self._note_position(headers.head)
+        self._log_nothing_to_do((headers.head,), headers.files.keys(), f"{headers.head} (head)")
+        return True
 
     def _warn_of_untrusted_creators(self) -> None:
         creators = catalog.untrusted_creators(self.session.raw, self.session.schemas)
@@ -283,9 +313,7 @@ class Attempt:
         if command.purges:  # Alembic has deleted the rows, and passes no heads
             self.session.use_search_path(SAFE_PATH)
         else:
-            progress.position = progress.last_position = join(heads)
-            progress.first_position = progress.first_position or progress.position
-            self.runner.write_positions()  # it may be killed
+            self._note_position(join(heads))
             self._refuse_unknown(heads, table)
             applied = revisions.applied(script, heads)
             self._refuse_changed(applied)
@@ -303,8 +331,7 @@ class Attempt:
             if command.purges:  # of `stamp --purge base`, Alembic makes no step
                 self._create_record()
                 self.record.write_purge()
-            self._log_since(heads, applied)
-            log.info("at %s: nothing to do", self._describe_heads(heads))
+            self._log_nothing_to_do(heads, applied, self._describe_heads(heads))
             return
         names = [_name(step) for step in steps[:10]] + ["..."] * (len(steps) > 10)
         progress.log(f"at {self._describe_heads(heads)}; to do: {len(steps)} ({', '.join(names)})")
@@ -331,6 +358,12 @@ class Attempt:
                 self.session.raw.rollback()
         self._log_since(self.heads, revisions.applied(script, self.heads))
         log.info("now at %s", self._describe_heads(self.heads))
+
+    def _note_position(self, position: str) -> None:
+        progress = self.runner.progress
+        progress.position = progress.last_position = position
+        progress.first_position = progress.first_position or position
+        self.runner.write_positions()  # it may be killed
 
     def _wrap(self, step: MigrationStep, migration: MigrationContext) -> MigrationStep:
         """The step with its function wrapped by StepRun."""
@@ -373,7 +406,11 @@ class Attempt:
             raise CommandError(line)
         self.runner.progress.log(line, logging.WARNING)
 
-    def _log_since(self, heads: tuple[str, ...], applied: set[str]) -> None:
+    def _log_nothing_to_do(self, heads: tuple[str, ...], applied: Set[str], position: str) -> None:
+        self._log_since(heads, applied)
+        log.info("at %s: nothing to do", position)
+
+    def _log_since(self, heads: tuple[str, ...], applied: Set[str]) -> None:
         if entry := self.record.since(heads, applied):
             log.info("since %s", entry.summary)
 
