@@ -50,9 +50,9 @@ class ResolvedSearchPath:
     schemas: tuple[str, ...]  # of the path, those that exist and that the role may use
 
 
-def resolve_search_path(raw: RawConnection, search_path: str, version_table: str) -> ResolvedSearchPath:
-    """Resolve names as a revision would, in the transaction that the caller ends."""
-    role, schema, schemas, found = raw.query(
+def resolve_search_path(connection: Queryable, search_path: str, version_table: str) -> ResolvedSearchPath:
+    """Resolve names as a revision would; outside a transaction, so that the path is set for one query alone."""
+    role, schema, schemas, found = connection.query(
         "SELECT set_config('search_path', %s, true);"
         " SELECT current_user::pg_catalog.text, pg_catalog.current_schema()::pg_catalog.text,"
         " pg_catalog.current_schemas(false)::pg_catalog.text[],"
@@ -60,28 +60,22 @@ def resolve_search_path(raw: RawConnection, search_path: str, version_table: str
         search_path,
         version_table,
     )[0]
-    raw.query("SELECT pg_catalog.set_config('search_path', 'pg_catalog', true)")
-    owner = raw.query(
-        TRUSTED + "SELECT nspowner::regrole::text FROM pg_namespace"
-        " WHERE nspname = %s::name AND nspowner NOT IN (SELECT oid FROM trusted)",
+    ((owner, table_schema),) = connection.query(
+        TRUSTED
+        + """
+        SELECT (SELECT nspowner::regrole::text FROM pg_namespace
+                WHERE nspname = %s::name AND nspowner NOT IN (SELECT oid FROM trusted)),
+               (SELECT n.nspname::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = %s)
+        """,
         schema,
-    )
-    table_schema = raw.query(
-        "SELECT n.nspname::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = %s",
         found,
     )
-    return ResolvedSearchPath(
-        role,
-        schema,
-        owner[0][0] if owner else None,
-        table_schema[0][0] if table_schema else None,
-        tuple(schemas),
-    )
+    return ResolvedSearchPath(role, schema, owner, table_schema, tuple(schemas))
 
 
-def untrusted_creators(raw: RawConnection, schemas: Sequence[str]) -> list[str]:
+def untrusted_creators(connection: Queryable, schemas: Sequence[str]) -> list[str]:
     """`public (PUBLIC, report)`: the schemas in which untrusted roles may create objects."""
-    rows = raw.query(
+    rows = connection.query(
         TRUSTED
         + """
         SELECT n.nspname::text, array_to_string(array_agg(DISTINCT coalesce(r.rolname, 'PUBLIC')), ', ')
@@ -182,9 +176,13 @@ def version_table_problem(raw: RawConnection, table: Table) -> str | None:
     if column is None or not re.match(r"(character varying|text|character)(\(|$)", column):
         has = f"has a version_num of type {column}" if column else "has no column version_num"
         return f"{has}, so it is not Alembic's"
-    if raw.query(f"SELECT EXISTS (SELECT FROM {table.name} WHERE version_num IS NULL)")[0][0]:
+    ((null, twice),) = raw.query(
+        f"SELECT EXISTS (SELECT FROM {table.name} WHERE version_num IS NULL),"
+        f" EXISTS (SELECT FROM {table.name} GROUP BY version_num HAVING count(*) > 1)"
+    )
+    if null:
         return f"has a row without a revision: DELETE FROM {table.name} WHERE version_num IS NULL"
-    if raw.query(f"SELECT EXISTS (SELECT FROM {table.name} GROUP BY version_num HAVING count(*) > 1)")[0][0]:
+    if twice:
         return (
             f"has a duplicate revision: DELETE FROM {table.name} a USING {table.name} b"
             " WHERE a.version_num = b.version_num AND a.ctid > b.ctid"

@@ -14,7 +14,7 @@ import hashlib
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -36,18 +36,27 @@ _DYNAMIC = frozenset(["eval", "exec", "globals"])
 
 
 @contextmanager
-def sources_kept() -> Iterator[None]:
-    """Keep the source of each module that is loaded, with its loader, so that no file is read twice."""
-    compile_source = SourceFileLoader.source_to_code
+def sources_kept(read: Mapping[str, bytes]) -> Iterator[None]:
+    """Keep the source of each module that is loaded, with its loader, so that no file is read twice.
+
+    `read` are sources that were read already, by path.
+    """
+    get_code, compile_source = SourceFileLoader.get_code, SourceFileLoader.source_to_code
+
+    def get(loader: Any, name: str) -> Any:
+        source = read.get(loader.path)
+        return get_code(loader, name) if source is None else loader.source_to_code(source, loader.path)
 
     def keep(loader: Any, data: Any, *arguments: Any, **options: Any) -> Any:
         loader.revision_source = data
         return compile_source(loader, data, *arguments, **options)
 
+    SourceFileLoader.get_code = get  # type: ignore[assignment,method-assign]
     SourceFileLoader.source_to_code = keep  # type: ignore[assignment,method-assign]
     try:
         yield
     finally:
+        SourceFileLoader.get_code = get_code  # type: ignore[method-assign]
         SourceFileLoader.source_to_code = compile_source  # type: ignore[method-assign]
 
 

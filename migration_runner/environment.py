@@ -36,7 +36,7 @@ def run_online() -> None:
         wanted = settings.load(_env_file(command))
     except CommandError:
         if found:
-            revisions.load(command.script, command.destination)  # a broken file is reported first
+            _check(command)  # a broken file is reported first
         raise
     Runner(command, wanted, found).run()
 
@@ -59,10 +59,10 @@ def run_offline() -> None:
 
 def _check(command: Command) -> bool:
     """Load and check the revision files; False if the command needs no database, and is done."""
-    if command.needs is not Needs.NOTHING:
-        revisions.load(command.script, command.destination)
-        return True
     revisions.validate(command.script)
+    if command.needs is not Needs.NOTHING:
+        revisions.validate_runnable(command.script, command.destination)
+        return True
     if rev_id := getattr(command.environment.config.cmd_opts, "rev_id", None):  # of `revision`, or `merge`
         revisions.validate_new_id(command.script, rev_id)
     context.configure(dialect_name="postgresql", as_sql=True, process_revision_directives=revisions.assign_revision_id)

@@ -16,6 +16,8 @@ from graphlib import CycleError, TopologicalSorter
 from alembic.script import ScriptDirectory
 from alembic.util import load_python_file, to_tuple
 
+from migration_runner.checksum import sources_kept
+
 # What stands at the beginning of a line, outside a string, is only this: docstrings, imports, the assignments, and
 # functions without decorators and defaults. Only these run on import, and none of them changes what is assigned. \r and
 # \f are not matched where they would begin another line for Python.
@@ -51,16 +53,18 @@ class Headers:
 
     head: str
     files: Mapping[str, tuple[str, str]]  # by revision: the file's name, and its sha256 as sha256sum prints it
+    sources: Mapping[str, bytes]  # by path, as Alembic resolves it
 
 
 def read(script: ScriptDirectory) -> Headers | None:
     """None if it takes all of Alembic to understand the files, or to say what is wrong with them."""
     files: dict[str, tuple[str, str]] = {}
     parents: dict[str, tuple[str, ...]] = {}
+    sources: dict[str, bytes] = {}
     if script.sourceless or script.recursive_version_locations or len(script._version_locations) != 1:
         return None
     try:
-        with os.scandir(script._version_locations[0]) as entries:
+        with os.scandir(os.path.realpath(script._version_locations[0])) as entries:
             for entry in entries:
                 if not entry.name.endswith(".py"):
                     continue
@@ -69,8 +73,8 @@ def read(script: ScriptDirectory) -> Headers | None:
                 if entry.name.startswith(("__init__", ".#")):  # as in Alembic
                     continue
                 with open(entry.path, "rb", buffering=0) as file:  # noqa: PTH123  half the time
-                    source = file.read()
-                header = _read(source) or _run(entry.path)
+                    sources[entry.path] = source = file.read()
+                header = _read(source) or _run(entry.path, source)
                 if header is None or header[0] in files:
                     return None
                 revision, parents[revision] = header
@@ -80,7 +84,7 @@ def read(script: ScriptDirectory) -> Headers | None:
         return None
     followed = {parent for names in parents.values() for parent in names}
     heads = files.keys() - followed
-    return Headers(heads.pop(), files) if len(heads) == 1 and followed <= files.keys() else None
+    return Headers(heads.pop(), files, sources) if len(heads) == 1 and followed <= files.keys() else None
 
 
 def _read(source: bytes) -> tuple[str, tuple[str, ...]] | None:
@@ -95,10 +99,10 @@ def _read(source: bytes) -> tuple[str, tuple[str, ...]] | None:
     return revision[1:-1], () if parents == "None" else tuple(re.findall(r"[\w.]+", parents))
 
 
-def _run(path: str) -> tuple[str, tuple[str, ...]] | None:
+def _run(path: str, source: bytes) -> tuple[str, tuple[str, ...]] | None:
     """The same, of any file."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), sources_kept({path: source}):
             warnings.simplefilter("ignore")
             module = load_python_file(*os.path.split(path))
         revision, parents = module.revision, to_tuple(module.down_revision, default=())

@@ -113,10 +113,11 @@ class Runner:
 
     def load_revisions(self) -> None:
         """Called before a wait, a failure and the first step, as a broken file is reported instead."""
-        if self.headers:
-            self.headers = None
+        headers, self.headers = self.headers, None
+        if headers:
             try:
-                revisions.load(self.command.script, self.command.destination)
+                revisions.validate(self.command.script, headers.sources)
+                revisions.validate_runnable(self.command.script, self.command.destination)
             finally:
                 self.stop.check()
             gc.freeze()
@@ -284,8 +285,7 @@ class Attempt:
         return True
 
     def _warn_of_untrusted_creators(self) -> None:
-        creators = catalog.untrusted_creators(self.session.raw, self.session.schemas)
-        self.session.raw.rollback()
+        creators = catalog.untrusted_creators(self.session, self.session.schemas)
         if creators:
             self.runner.progress.log(
                 f"untrusted roles may CREATE in {', '.join(map(printable, creators))}, and revisions may call what they"

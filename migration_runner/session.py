@@ -110,10 +110,13 @@ class Session:
         self.use_search_path(self.search_path)
 
     def query(self, statement: str | bytes, *parameters: object) -> list[tuple[object, ...]]:
-        """Run one of the runner's own queries in its own transaction, between revisions."""
-        rows = self.raw.query(statement, *parameters)
-        self.raw.commit()
-        return rows
+        """Run one of the runner's own queries in its own transaction and round trip, outside of any other."""
+        self.raw.autocommit = True
+        try:
+            return self.raw.query(statement, *parameters)
+        finally:
+            if not self.raw.closed:
+                self.raw.autocommit = False
 
 
 @contextmanager
@@ -185,7 +188,7 @@ def _set_defaults(session: Session) -> None:
     """What each revision starts with: SERVER_SETTINGS, as far as the server has them, and the role's own."""
     names = ["session_authorization", "role", *OWN_SETTINGS, *SERVER_SETTINGS]  # the first one resets the second
     columns = ", ".join(f"pg_catalog.current_setting('{name}', true)" for name in ["search_path", *names])
-    path, *values = session.raw.query(f"SELECT {columns}")[0]
+    path, *values = session.query(f"SELECT {columns}")[0]
     session.search_path = str(path)
     known = {name: str(value) for name, value in zip(names, values, strict=True) if value is not None}
     session.defaults = known | {name: value for name, value in SERVER_SETTINGS.items() if name in known}
@@ -199,9 +202,8 @@ def _choose_schema(session: Session) -> None:
     if wanted:
         if not session.query("SELECT EXISTS (SELECT FROM pg_namespace WHERE nspname = %s::name)", wanted)[0][0]:
             raise CommandError(f"DB_SCHEMA is '{wanted}', a schema that does not exist; create it, or set another")
-        session.search_path = str(session.raw.query("SELECT quote_ident(%s)", wanted)[0][0])
-    found = catalog.resolve_search_path(session.raw, session.search_path, session.settings.version_table)
-    session.raw.commit()
+        session.search_path = str(session.query("SELECT quote_ident(%s)", wanted)[0][0])
+    found = catalog.resolve_search_path(session, session.search_path, session.settings.version_table)
     if found.current_schema is None:
         raise CommandError(
             f"the role {printable(found.role)} has no USAGE privilege on any schema in its search_path"
