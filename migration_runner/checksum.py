@@ -39,7 +39,7 @@ _DYNAMIC = frozenset(["eval", "exec", "globals"])
 def sources_kept(read: Mapping[str, bytes]) -> Iterator[None]:
     """Keep the source of each module that is loaded, with its loader, so that no file is read twice.
 
-    `read` are sources that were read already, by path.
+    `read` has sources that were read already, by path.
     """
     get_code, compile_source = SourceFileLoader.get_code, SourceFileLoader.source_to_code
 

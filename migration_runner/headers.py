@@ -29,7 +29,7 @@ _PLAIN = re.compile(
     (?!(?:[^\n]*\n)?[^\n]*coding[:=](?![ ]*utf-8\b))
     (?:
         """(?:[^"\\]|\\.|"(?!""))*"""{_END}
-        | (?:from|import)[ ](?![^\r\n]*(?:branch_labels|depends_on))[\w., ]+{_END}
+        | (?:from|import)[ ][\w., ]+{_END}
         | {_END}
     )*
     revision{_TYPE}({_ID}){_END}
@@ -37,13 +37,12 @@ _PLAIN = re.compile(
     down_revision{_TYPE}(None|{_ID}|\((?:{_ID},[ ]?)+{_ID}?\)){_END}
     (?:(?:branch_labels|depends_on){_TYPE}None{_END}|{_END})*
     (?:
-        def[ ](?!(?:revision|down_revision|branch_labels|depends_on)\()\w+
-        \([\w., :|\[\]]*\)(?:[ ]->[ ][\w., |\[\]]+)?:[^\r\n\f]*\r?\n
+        def[ ]\w+\([\w., :|\[\]]*\)(?:[ ]->[ ][\w., |\[\]]+)?:[^\r\n\f]*\r?\n
         | [ \t][^\r\n\f]*\r?\n
         | {_END}
     )*
     ''',
-    re.VERBOSE | re.ASCII | re.DOTALL,
+    re.VERBOSE | re.DOTALL,
 )
 
 

@@ -10,7 +10,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from alembic.operations import MigrationScript
@@ -26,10 +25,10 @@ from migration_runner.errors import describe
 SEE_README = "see 'Adding a migration' in README.md"
 
 
-def validate(script: ScriptDirectory, read: Mapping[str, bytes] = MappingProxyType({})) -> None:
+def validate(script: ScriptDirectory, read: Mapping[str, bytes] | None = None) -> None:
     """Load all revision files, once for the whole command, or raise CommandError naming the file and the fix.
 
-    `read` are the sources of those that were read already, by path.
+    `read` has the sources of those that were read already, by path.
 
     Alembic itself only warns of two files with one revision id, and drops one of them; it follows a symlink, and
     ignores the revision if the target is not a .py file.
@@ -42,7 +41,7 @@ def validate(script: ScriptDirectory, read: Mapping[str, bytes] = MappingProxyTy
             warnings.filterwarnings("error", message="Revision .* is present more than once")
             warnings.filterwarnings("error", message="Revision .* is not present")
             warnings.filterwarnings("error", message="File .* loaded twice")
-            with sources_kept(read):
+            with sources_kept(read or {}):
                 script.get_heads()
     except UserWarning as warning:
         raise CommandError(f"{_explain_warning(script, str(warning))}, {SEE_README}") from None

@@ -242,9 +242,9 @@ class Attempt:
         self.record = record.Record(session.raw, command.script, session.settings.origin, tables.get(history))
         if table and self._is_done(table):
             return
-        self.runner.load_revisions()
         self.record.read()
         session.raw.commit()
+        self.runner.load_revisions()
         if command.needs is Needs.WRITE:
             self._warn_if_nothing_is_recorded()
         options: dict[str, Any] = {

@@ -1,0 +1,288 @@
+"""A run with nothing to do runs no revision file, and says what it would say if it had."""
+
+from __future__ import annotations
+
+import socket
+import socketserver
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from alembic.script import ScriptDirectory
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from migration_runner import headers
+from tests.support.database import Database
+from tests.support.project import Project
+from tests.support.revisions import edit
+from tests.support.servers import serving
+from tools.postgres import dsn
+
+DONE = "HH:MM:SS INFO at 002 (head): nothing to do"
+FILE = '''"""add \\"a\\" status
+
+Revision ID: 002
+Revises: 001
+revision = "000"
+"""
+from collections.abc import Sequence
+
+import sqlalchemy as sa
+from alembic import op  # as always
+
+# revision identifiers, used by Alembic.
+revision: str = "002"
+down_revision: str | Sequence[str] | None = "001"
+branch_labels: str | Sequence[str] | None = None
+depends_on: str | Sequence[str] | None = None
+
+
+def upgrade() -> None:
+    """Upgrade."""
+    revision = "003"
+    op.execute("""
+    CREATE TABLE a (x int)
+    """)
+
+
+def downgrade() -> None:
+    global revision
+    revision = "003"
+'''
+# Before the functions: what assigns again, and how.
+AGAIN = {
+    "an assignment": 'revision = "003"',
+    "an addition": 'revision += "b"',
+    "a tuple": 'revision, x = "003", 1',
+    "a walrus": '(revision := "003")',
+    "a loop": 'for revision in ["003"]: pass',
+    "a condition": 'if True: revision = "003"',
+    "a class": 'class revision: pass\nrevision = "003"',
+    "an import": "from string import digits as revision",
+    "a deletion": 'del revision\nrevision = "003"',
+    "globals()": 'globals().update({"rev" "ision": "003"})',
+    "exec()": 'exec("rev" "ision = \'003\'")',
+    "a call": 'def f():\n    global revision\n    revision = "003"\nf()',
+    "a decorator": 'def f(_):\n    global revision\n    revision = "003"\n@f\ndef g(): pass',
+    "a default": 'def f(x=globals().update({"rev" "ision": "003"})): pass',
+    "an annotation": 'def f() -> globals().update({"rev" "ision": "003"}): pass',
+    "another form of the letter": '\uff52evision = "003"',
+    "a form feed": 'def f():\n    pass\n \frevision = "003"',
+    "a carriage return": '# \rrevision = "003"',
+    "a carriage return in a function": 'def f():\n    pass # \rrevision = "003"',
+    "another parent": "down_revision = None",
+    "a label": 'branch_labels = "b"',
+    "a dependency": 'depends_on = "001"',
+    "a dependency in another form of the letter": '\uff44epends_on = "001"',
+    "a function": "def branch_labels(): pass\nbranch_labels = ['b']",
+}
+# In place of the assignment.
+OTHERWISE = {
+    "in a string": 'revision = "003"\nx = """\nrevision: str = "002"\n"""',
+    "in a branch": 'revision = "003"\nif False:\n    revision: str = "002"',
+    "a concatenation": 'revision: str = "00" "3"',
+    "a continued line": 'revision: str = "002" \\\n    "3"',
+    "a semicolon": 'revision: str = "002"; revision = "003"',
+    "an escape": 'revision: str = "00\\x33"',
+    "in a comment": '# revision: str = "002"\nrevision = "003"',
+}
+REAL = 'revision = "003"; down_revision = "001"'
+CHANGES = {f"again by {name}": ("\n\n\ndef upgrade", f"\n{text}\n\n\ndef upgrade") for name, text in AGAIN.items()}
+CHANGES |= {name: ('revision: str = "002"', text) for name, text in OTHERWISE.items()}
+CHANGES |= {
+    "an encoding": (FILE, "# coding: utf-7\n" + FILE.replace("\n\n\ndef up", "\n# +AAo-revision = '003'\n\n\ndef up")),
+    "a byte order mark": ('"""add', '\ufeff"""add'),
+    "CRLF": ("\n", "\r\n"),
+    "no functions": (FILE[FILE.index("def upgrade") :], ""),
+    "a list": ('None = "001"', 'None = ["001"]'),
+    **{
+        f"in {name}": (FILE, f'{begin}\nrevision = "002"\ndown_revision = "001"\ndef f():\n """; {REAL}\n')
+        for name, begin in (
+            ("a docstring", '"""'),
+            ("a docstring with quotes", '"""\\\\\\"""'),
+            ("a docstring with two quotes", '"""a\n""'),
+            ("a string after a docstring", '"""a"""\nx = """'),
+            ("a string after another", '"""a""" """'),
+        )
+    },
+}
+
+
+def alembic_says(folder: Path) -> tuple[list[str], set[str]] | None:
+    """The heads and all revisions, after running the files; None if one cannot be run."""
+    script = ScriptDirectory(str(folder))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            return sorted(script.get_heads()), {revision.revision for revision in script.walk_revisions()}
+    except Exception:
+        return None
+
+
+def agree(folder: Path) -> headers.Headers | None:
+    """What was read of the files, which is what Alembic says, or nothing."""
+    found = headers.read(ScriptDirectory(str(folder)))
+    if found:
+        assert alembic_says(folder) in (None, ([found.head], set(found.files)))
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder of Alembic's, with revision 001."""
+    (tmp_path / "versions").mkdir()
+    text = FILE.replace('"002"', '"001"').replace('= "001"\nbranch', "= None\nbranch")
+    (tmp_path / "versions" / "001.py").write_text(text)
+    return tmp_path
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_file_is_read_as_python_runs_it(folder: Path, change: tuple[str, str]) -> None:
+    assert change[0] in FILE
+    (folder / "versions" / "002.py").write_bytes(FILE.replace(*change).encode())
+    assert alembic_says(folder)
+    agree(folder)
+
+
+FIELDS = ("revision", "down_revision", "branch_labels", "depends_on")
+PIECES = st.sampled_from(
+    [*"\n\r\f\t\\'\"(){}#;:=@,", '"""', "'''", "\r\n", "\\\n", "    ", ' f"{', '}"', "\npass", "\nif 1:\n    "]
+    + [f"\n{name} = {value}" for name in FIELDS for value in ('"003"', "None")]
+    + ["\ndef f():\n    ", "\nglobal revision", "\nfrom os import *", "\nimport os as revision", "\n\uff52evision = 1"]
+)  # fmt: skip
+
+
+@settings(max_examples=1500, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, len(FILE)), PIECES), min_size=1, max_size=4), st.data())
+def _read_and_run(insertions: list[tuple[int, str]], data: st.DataObject) -> None:
+    text = FILE
+    for at, piece in sorted(insertions, reverse=True):
+        text = text[:at] + piece + text[at:]
+    read = headers._read(text.encode())
+    module: dict[str, Any] = {}
+    try:
+        exec(compile(text.encode(), "002.py", "exec"), module)  # noqa: S102
+    except Exception:
+        return
+    parents = module.get("down_revision")
+    answer = (module.get("revision"), (parents,) if parents else ())
+    if module.get("branch_labels") or module.get("depends_on") or "down_revision" not in module:
+        assert read is None, text
+    assert read in (None, answer), text
+    SEEN.append(read is None)
+
+
+SEEN: list[bool] = []  # for each file that Python could run: whether it was not read
+
+
+def test_any_file_is_read_as_python_runs_it() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Python, of the files
+        _read_and_run()
+    assert {True, False} == set(SEEN)
+
+
+@pytest.mark.parametrize("revision", ["003", "004"], ids=["missing", "cycle"])
+def test_what_alembic_refuses_is_left_to_it(folder: Path, revision: str) -> None:
+    (folder / "versions" / "002.py").write_text(FILE)
+    assert agree(folder)
+    for name, parent in (("003", "002" if revision == "004" else "none"), ("004", "004")):
+        text = FILE.replace('"002"', f'"{name}"').replace('= "001"', f'= "{parent}"')
+        (folder / "versions" / f"{name}.py").write_text(text)
+        assert bool(headers.read(ScriptDirectory(str(folder)))) is (name == "003" and parent == "002")
+        if name == revision:
+            return
+
+
+def loads(project: Project, number: str, **options: Any) -> Path:
+    """Add a revision that logs, in `loaded`, that it was run as a module."""
+    (project.folder / "witness.py").write_text("import os\nos.write(os.open('loaded', 1025 | 64, 0o600), b'.')\n")
+    file = project.add(number, **options)
+    edit(file, "import signal", "import witness, signal")
+    return file
+
+
+def test_no_revision_file_is_run(project: Project, database: Database) -> None:
+    loads(project, "002")
+    log = project.folder / "loaded"
+    for command, times in (("upgrade", 1), ("upgrade", 0), ("downgrade", 1), ("stamp", 1), ("upgrade", 0)):
+        target = "001" if command == "downgrade" else "head"
+        result = project.alembic(command, target)
+        assert result.returncode == 0, result
+        assert (log.exists() and log.unlink() is None) is bool(times), result
+        if not times:
+            assert [line.split(" INFO ")[1].split()[0] for line in result.lines] == ["database", "since", "at"]
+            assert result.lines[-1] == DONE
+    database.execute("UPDATE alembic_version_history SET file_sha256 = NULL WHERE revision = '002'")
+    assert project.alembic("upgrade", "head").lines[-1] == DONE and log.exists()  # its checksum was compared
+    database.execute("DROP TABLE alembic_version_history")
+    log.unlink()
+    assert project.alembic("upgrade", "head").lines[-1] == DONE and not log.exists()
+
+
+def test_a_file_that_cannot_be_read_is_run(project: Project) -> None:
+    edit(loads(project, "002"), "def upgrade", "X = 1\ndef upgrade")
+    log = project.folder / "loaded"
+    for last in ("HH:MM:SS INFO now at 002 (head)", DONE):
+        assert project.alembic("upgrade", "head").lines[-1] == last
+        log.unlink()
+    project.add("003", down="001")
+    assert "there are 2 heads" in project.alembic("upgrade", "head").failure
+
+
+@pytest.mark.parametrize("when", ["something to do", "unreachable", "refused", "settings"])
+def test_a_broken_file_is_reported_first(project: Project, database: Database, when: str) -> None:
+    assert project.alembic("upgrade", "head").returncode == 0
+    project.add("002", "1 +")
+    environment = {
+        "something to do": {},
+        "unreachable": {"DATABASE_URL": "postgresql://nobody@127.0.0.1:1/none"},
+        "refused": {"DATABASE_URL": dsn(database.url.set(password="wrong"))},  # noqa: S106
+        "settings": {"DB_SCHEMA": ""},
+    }[when]
+    before = (database.dump(), database.history())
+    result = project.alembic("upgrade", "head", **environment)
+    where = "20251202_143000_002_add.py, line 7"
+    assert (result.returncode, result.failure.split(":")[0]) == (255, where), result
+    assert "waiting" not in result.text
+    assert (database.dump(), database.history()) == before
+
+
+def test_a_broken_file_that_was_applied_is_no_failure_unless_it_was_changed(
+    project_at_002: Project, database: Database
+) -> None:
+    file = next(project_at_002.versions.glob("*_002_*"))
+    edit(file, "CREATE TABLE", "CREATE TABLE (")
+    edit(file, "op.execute", "1 + op.execute(")
+    assert project_at_002.alembic("upgrade", "head").failure.startswith(f"{file.name}, line")
+    database.execute("DELETE FROM alembic_version_history WHERE revision = '002'")
+    assert project_at_002.alembic("upgrade", "head").lines[-1] == DONE
+
+
+def test_the_round_trips(project_at_002: Project, database: Database) -> None:
+    """From the start of a run to its end; those of the driver and SQLAlchemy are 12."""
+    turns: list[bytes] = []
+
+    class Relay(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with socket.create_connection((database.url.host, database.url.port)) as server:
+                thread = threading.Thread(target=self.answer, args=(server,), daemon=True)
+                thread.start()
+                while data := self.request.recv(1 << 20):
+                    turns.append(data[:1])
+                    server.sendall(data)
+                server.shutdown(socket.SHUT_WR)
+                thread.join()
+
+        def answer(self, server: socket.socket) -> None:
+            while data := server.recv(1 << 20):
+                self.request.sendall(data)
+
+    relay = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Relay)
+    with serving(relay):
+        url = dsn(database.url.set(host="127.0.0.1", port=relay.server_address[1]))
+        assert project_at_002.alembic("upgrade", "head", DATABASE_URL=url, PGSSLMODE="disable").lines[-1] == DONE
+    assert turns.count(b"Q") == 21
