@@ -417,7 +417,7 @@ def test_a_cycle_is_refused(offline_project: Project) -> None:
     "Code and settings",
     fault="A revision file has a syntax error or a failing import",
     sees="`<file>, line N: <error>; fix the file, ...`, exit 255",
-    state="The database is not contacted",
+    state="Nothing was changed",
     do="Fix the file, push, deploy again",
 )
 @pytest.mark.parametrize(
