@@ -17,7 +17,7 @@ from psycopg2.extensions import QuotedString
 
 from migration_runner import catalog, checksum, revisions
 from migration_runner.checksum import RevisionFile
-from migration_runner.database import RawConnection
+from migration_runner.database import RawConnection, Row
 from migration_runner.errors import describe, is_transient, printable, server_message
 from migration_runner.settings import Origin
 
@@ -131,19 +131,23 @@ class Record:
         """Read the newest row, if the files are those recorded; else False, and the checksums must be compared."""
         if not self.reads:
             return True
+        last = (
+            'SELECT DISTINCT ON (revision COLLATE "C") revision, file, file_sha256, direction, checksum'
+            f' FROM {self.table} ORDER BY revision COLLATE "C", {NEWEST_FIRST}'
+        )
+        compared = (
+            f"SELECT json_agg(json_build_array(revision, file, file_sha256)) FROM ({last}) last"
+            f" WHERE direction <> 'downgrade' AND starts_with(checksum, '{checksum.VERSION}')"
+        )
         try:
-            rows = self.raw.query(
-                'SELECT revision, file, file_sha256 FROM (SELECT DISTINCT ON (revision COLLATE "C")'
-                f" revision, file, file_sha256, direction, checksum FROM {self.table}"
-                f' ORDER BY revision COLLATE "C", {NEWEST_FIRST}) last'
-                " WHERE direction <> 'downgrade' AND starts_with(checksum, %s)",
-                checksum.VERSION,
-            )
-            changed = any(files.get(name, (file, sha256)) != (file, sha256) for name, file, sha256 in rows)
-            self.read_newest()
+            rows = self._rows("", f"{NEWEST_FIRST} LIMIT 1", f", ({compared})")
         except ValueError:  # reported by read()
             return False
-        return not changed
+        for *newest, recorded in rows:
+            entry = Entry(*newest)
+            self.entries = {entry.revision: entry}
+            return all(files.get(name, (file, sha256)) == (file, sha256) for name, file, sha256 in recorded or ())
+        return True
 
     def read(self) -> None:
         """Read the entries."""
@@ -156,10 +160,12 @@ class Record:
                 self.writes = False
 
     def _entries(self, distinct: str, order: str) -> list[Entry]:
+        return [Entry(*row) for row in self._rows(distinct, order)]
+
+    def _rows(self, distinct: str, order: str, more: str = "") -> list[Row]:
         seconds = "extract(epoch FROM duration)::pg_catalog.float8"  # the driver reads not every intervalstyle
         columns = ", ".join(Entry.__dataclass_fields__).replace("seconds", seconds)
-        rows = self.raw.query(f"SELECT {distinct} {columns} FROM {self.table} ORDER BY {order}")
-        return [Entry(*row) for row in rows]
+        return self.raw.query(f"SELECT {distinct} {columns}{more} FROM {self.table} ORDER BY {order}")
 
     def create(self, schema: str, name: str) -> None:
         """Create the table in the current transaction, which continues if the role may not."""
