@@ -39,7 +39,7 @@ _PLAIN = re.compile(
     (?:
         def[ ]\w+\([\w., :|\[\]]*\)(?:[ ]->[ ][\w., |\[\]]+)?:[^\r\n\f]*\r?\n
         | [ \t][^\r\n\f]*\r?\n
-        | {_END}
+        | (?:\#[^\r\n]*)?\r?\n
     )*
     ''',
     re.VERBOSE | re.DOTALL,

@@ -148,6 +148,11 @@ def test_a_file_as_a_template_makes_it_is_read(source: bytes) -> None:
     assert headers._read(source)
 
 
+def test_a_long_file_ends_the_match_at_its_first_odd_line() -> None:
+    """Not after trying all ways to match the lines before it, which would not end."""
+    assert headers._read((FILE + "    # a comment\n\n" * 10_000 + "@add\ndef f():\n    pass\n").encode()) is None
+
+
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 def test_a_file_is_read_as_python_runs_it(folder: Path, change: tuple[str, str]) -> None:
     assert change[0] in FILE
