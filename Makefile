@@ -2,13 +2,12 @@
 SHELL := /bin/sh
 PYTHON ?= python3
 ROUNDS ?= 1000
-REVISIONS ?= 1000
 BIN := .venv/bin
 UV_COMPILE = $(BIN)/uv pip compile -q --universal --python-version 3.10 --generate-hashes --only-binary :all: --emit-build-options --no-emit-index-url --no-header
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-.PHONY: help venv demo migrate drift test test-fast test-e2e soak bench cluster install cluster-down lint lock docs clean
+.PHONY: help venv demo migrate drift impact test test-fast test-e2e soak bench cluster install cluster-down lint lock docs clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -33,6 +32,9 @@ migrate: venv ## migrate the database of DATABASE_URL, DB_* or .env
 drift: venv ## compare that database with what its revisions make, read only (EXCLUDE='keycloak eg_*' leaves out other services' objects)
 	@$(BIN)/python -m tools.drift
 
+impact: venv ## show what this branch's revisions lock, rewrite and read (REVISIONS=002:head names others; with DATABASE_URL: that database's pending ones)
+	@$(BIN)/python -m tools.impact
+
 test: venv ## run every test, with a real PostgreSQL and a real Kubernetes
 	@$(BIN)/pytest -n 7
 
@@ -45,8 +47,8 @@ test-e2e: venv ## run the tests that install the chart on a real cluster
 soak: venv ## 1,000 rounds of ten concurrent runs with random kills (about 17 minutes; ROUNDS=n for another number)
 	@$(BIN)/pytest -s tests/faults/test_random_kills.py --rounds $(ROUNDS)
 
-bench: venv ## compare with stock Alembic (about two minutes; REVISIONS=n for another number than 1,000)
-	@$(BIN)/python -m bench.stock_alembic --revisions $(REVISIONS)
+bench: venv ## compare with stock Alembic (about two minutes)
+	@$(BIN)/python -m bench.stock_alembic
 
 cluster: venv ## create a local Kubernetes cluster (kind) with a database, a git server and a package index (GITOPS=1: and with Argo CD and Flux)
 	@$(BIN)/python -m tools.cluster up $(if $(GITOPS),--gitops)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import tempfile
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -18,7 +16,7 @@ from tests.support.canary import CANARY, PASSWORD
 from tests.support.database import Database, env_file, parts
 from tests.support.messages import target
 from tests.support.programs import Program, Result, run
-from tests.support.project import Project
+from tests.support.project import Project, copy_parts
 from tests.support.readme import root_block
 from tests.support.waiting import until
 from tools.drift import reprinted
@@ -73,7 +71,7 @@ GRANT ALL ON child TO pg_monitor WITH GRANT OPTION;
 @pytest.fixture
 def project(project: Project) -> Project:
     """With the tools."""
-    shutil.copytree(ROOT / "tools", project.folder / "tools", ignore=shutil.ignore_patterns("__pycache__"))
+    copy_parts(project.folder, "tools")
     return project
 
 
@@ -605,20 +603,17 @@ def test_a_role_that_may_not_read_the_version_table(project: Project, database: 
     assert message.startswith("permission denied for table alembic_version"), message
 
 
-def test_an_interrupted_comparison_leaves_nothing_behind(project: Project, database: Database) -> None:
+def test_an_interrupted_comparison_leaves_nothing_behind(
+    project: Project, database: Database, server_folder: Path
+) -> None:
     upgrade(project, "SELECT 1")
     path = project.versions / project.files()[-1]
     path.write_text(path.read_text().replace("SELECT 1", "SELECT pg_sleep(60)"))
-    folder = Path(tempfile.mkdtemp(prefix="drift-"))
-    folder.chmod(0o755)
-    try:
-        program = start(project, TMPDIR=str(folder))
-        until(lambda: any(b"upgrade\0" in command for command in commands(f"TMPDIR={folder}")), 60)
-        result = program.stop(signal.SIGTERM)
-        assert (result.returncode, result.text) == (130, "interrupted; everything that was started is stopped\n")
-        assert list(folder.iterdir()) == []
-    finally:
-        shutil.rmtree(folder)
+    program = start(project, TMPDIR=str(server_folder))
+    until(lambda: any(b"upgrade\0" in command for command in commands(f"TMPDIR={server_folder}")), 60)
+    result = program.stop(signal.SIGTERM)
+    assert (result.returncode, result.text) == (130, "interrupted; everything that was started is stopped\n")
+    assert list(server_folder.iterdir()) == []
 
 
 def test_a_view_of_an_older_server_is_compared_as_the_embedded_server_prints_it(own_server: Postgres) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import secrets
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psycopg2
@@ -136,6 +138,15 @@ def server(request: pytest.FixtureRequest) -> Iterator[URL]:
 def database(server: URL) -> Iterator[Database]:
     with fresh_database(server) as fresh:
         yield fresh
+
+
+@pytest.fixture
+def server_folder() -> Iterator[Path]:
+    """An empty folder that the user of a server that is started with TMPDIR can enter."""
+    with tempfile.TemporaryDirectory(prefix="server-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        yield folder
 
 
 @pytest.fixture

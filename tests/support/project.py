@@ -63,7 +63,12 @@ class Project:
 
 def copy(folder: Path, *more: str) -> None:
     """Copy the parts of this checkout that a run needs, and `more` of its files and folders."""
-    for name in (*PARTS, *more):
+    copy_parts(folder, *PARTS, *more)
+
+
+def copy_parts(folder: Path, *names: str) -> None:
+    """Copy these files and folders of this checkout."""
+    for name in names:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
