@@ -54,6 +54,9 @@ FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamesp
 LEFT JOIN pg_catalog.pg_index i ON i.indexrelid = c.oid
 WHERE n.nspname !~ '^pg_' AND n.nspname <> 'information_schema' AND c.relkind IN ('r', 'p', 'm', 'v', 'f', 'i', 'I')
 ORDER BY 2, 3"""
+# What VACUUM or ANALYZE of an earlier revision has found: no rows.
+FORGET = """UPDATE pg_catalog.pg_class SET reltuples = -1, relpages = 0 WHERE reltuples >= 0 AND relkind IN ('r', 'm')
+AND relnamespace <> 'pg_catalog'::regnamespace"""
 SCANS = "SELECT relid, seq_scan, coalesce(idx_scan, 0) FROM pg_catalog.{}"
 LOCKS = """SELECT pid, relation, mode, granted FROM pg_catalog.pg_locks
 WHERE locktype = 'relation' AND pid <> pg_catalog.pg_backend_pid()"""
@@ -145,6 +148,7 @@ class Tracer:
     def tracing(self) -> Iterator[list[Statement]]:
         """Yield a list, to which each statement is added when it ends."""
         self.statements: list[Statement] = []
+        query(self.side, FORGET)
         self.relations = _relations(self.side)
         self.existing = {
             oid: relation._replace(size=str(self.sizes.get((relation.schema, relation.name), "")))

@@ -124,8 +124,7 @@ def _blocking(existing: Relations, statements: list[Statement], before: Schema, 
             built = ", ".join(f"{index} on {existing[table]}" for index, table in statement.indexed.items())
             is_partitioned = any(existing[oid].kind == "p" for oid in statement.locks)
             yield Finding(f"{this} builds index {built}, {meanwhile}", PARTITIONED if is_partitioned else CONCURRENTLY)
-        explained = {*statement.indexed.values(), *statement.changed}
-        scanned = [oid for oid in statement.scanned if oid not in explained]
+        scanned = [oid for oid in statement.scanned if oid not in statement.indexed.values()]
         if scanned and not statement.rewritten:
             advice = READ.get(statement.tag, SEPARATE)
             if statement.tag == "ALTER TABLE" and blocked:
