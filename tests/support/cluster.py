@@ -1,19 +1,24 @@
 """A plugin: one Kubernetes cluster for the whole run; a namespace and a git repository for each test.
 
 The cluster is the one that `--cluster-type existing --kubeconfig FILE` names (pytest-helm-charts' options; the variable
-KUBECONFIG is ignored), else the running cluster of `make cluster`, else one that is created before the first test and
-deleted after the last.
+KUBECONFIG is ignored), else the running cluster of `make cluster`, else one that is created and, after the last test,
+deleted. With pytest-xdist, it starts while the workers run tests that need none.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import json
+import multiprocessing
 import os
 import secrets
+import tempfile
+import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from kubernetes import client
@@ -42,47 +47,90 @@ class Shared:
     cluster: dict[str, Any] | None = None
     preinstalled_image: bool = False  # OWN_IMAGE, which has the dependencies pre-installed, is in the cluster
     helms: list[str] = field(default_factory=list)  # Helm 3 and Helm 4
-    unavailable: str = "not started"  # why there is no cluster
+    unavailable: str = ""  # why this machine has no cluster
+    error: str = "the process that starts the cluster was killed"  # unless it ended otherwise
 
 
 SHARED = pytest.StashKey[Shared]()
+FILE = pytest.StashKey[Path]()  # of Shared, as JSON: locked until the cluster runs or has failed to start
 NEEDS_GITOPS = pytest.StashKey[bool]()  # whether the tests need Argo CD and Flux
 
 
 def start_cluster(session: pytest.Session) -> None:
-    """Find or create the cluster, once, before the workers start; its progress is printed."""
+    """Find or create the cluster, once; its progress is printed. Only workers of pytest-xdist do not wait for it."""
     config = session.config
     if hasattr(config, "workerinput"):
-        config.stash[SHARED] = Shared(**config.workerinput["shared"])
+        config.stash[FILE] = Path(config.workerinput["shared"])
     elif not config.option.collectonly:
-        with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-            config.stash[SHARED] = _start(config)
+        named = config.getoption("--kubeconfig")
+        if bool(named) != (config.getoption("--cluster-type") == "existing"):
+            raise pytest.UsageError(
+                "to use your own cluster, set both options: --cluster-type existing --kubeconfig FILE"
+            )
+        folder = tempfile.TemporaryDirectory(prefix="hcm-cluster-")
+        config.add_cleanup(folder.cleanup)
+        config.stash[FILE] = Path(folder.name, "shared.json")
+        config.add_cleanup(lambda: delete(os.getpid()))
+        arguments = named, config.stash.get(NEEDS_GITOPS, False), os.getpid()
+        with (
+            config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled(),
+            config.stash[FILE].open("w") as file,
+        ):
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if named or config.getoption("dist", "no") == "no":  # this process forwards the ports of a user's cluster
+                _start(file, *arguments)
+            else:
+                # It keeps the file open, and so locked, until it ends.
+                background = multiprocessing.get_context("fork").Process(target=_start_alone, args=(file, *arguments))
+                background.start()
+                config.add_cleanup(background.join)
+                config.add_cleanup(background.terminate)  # before it: the last is called first
 
 
-def _start(config: pytest.Config) -> Shared:
-    named = config.getoption("--kubeconfig")
-    if bool(named) != (config.getoption("--cluster-type") == "existing"):
-        raise pytest.UsageError("to use your own cluster, set both options: --cluster-type existing --kubeconfig FILE")
+def _start_alone(file: IO[str], *arguments: Any) -> None:
+    """Start the cluster in a process that Ctrl-C does not reach: pytest's process terminates it, once."""
+    os.setsid()
+    with contextlib.suppress(KeyboardInterrupt):
+        _start(file, *arguments)
+
+
+def _start(file: IO[str], kubeconfig: str | None, needs_gitops: bool, owner: int) -> None:
+    """Start the cluster, and write it to the file, or why there is none."""
     try:
-        cluster = get_or_create(named, owner=os.getpid())
-        if cluster.owner:
-            config.add_cleanup(lambda: delete(cluster.owner))
-        if config.stash.get(NEEDS_GITOPS, False):
+        cluster = get_or_create(kubeconfig, owner)
+        if needs_gitops:
             gitops.install(cluster)
         preinstalled_image = not cluster.is_existing  # in a user's cluster, pip runs
         if preinstalled_image:
             tag = f"{OWN_IMAGE['repository']}:{OWN_IMAGE['tag']}"
             cluster.build_image(tag, ROOT, f"--build-arg=PYTHON={cluster.images['python']}")
+        helms = [str(BIN / "helm"), str(find_or_build("helm"))]
+        shared = Shared(cluster.to_dict(), preinstalled_image, helms, error="")
     except UnavailableError as error:
-        return Shared(unavailable=str(error))
-    return Shared(cluster.to_dict(), preinstalled_image, [str(BIN / "helm"), str(find_or_build("helm"))])
+        shared = Shared(unavailable=str(error), error="")
+    except Exception:
+        shared = Shared(error=f"the cluster does not start:\n{traceback.format_exc()}")
+    print(json.dumps(asdict(shared)), file=file, flush=True)
+
+
+def wait_for_cluster(config: pytest.Config, lock: int = fcntl.LOCK_SH) -> None:
+    """Wait until the cluster runs or has failed to start; BlockingIOError if `lock` does not wait."""
+    if SHARED not in config.stash and FILE in config.stash:
+        with config.stash[FILE].open() as file:
+            fcntl.flock(file, lock)
+            text = file.read()
+        config.stash[SHARED] = Shared(**json.loads(text)) if text else Shared()
 
 
 def describe_cluster(config: pytest.Config) -> str:
-    """The line for the report's header."""
-    shared = config.stash.get(SHARED, Shared())
+    """The line of the report that names the cluster."""
+    try:
+        wait_for_cluster(config, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return "cluster: not started yet"
+    shared = config.stash[SHARED]
     if not shared.cluster:
-        return f"cluster: none, {shared.unavailable}"
+        return f"cluster: none, {(shared.unavailable or shared.error).strip().splitlines()[-1]}"
     cluster = Cluster.from_dict(shared.cluster)
     kubernetes = client.VersionApi(Api.of(cluster, "").core.api_client).get_code().git_version
     image = cluster.images["git_sync"]
@@ -94,7 +142,9 @@ def describe_cluster(config: pytest.Config) -> str:
 def shared(request: pytest.FixtureRequest) -> Shared:
     found = request.config.stash.get(SHARED, None)
     if found is None:
-        pytest.fail("the cluster is created before the first test: name this folder, pytest tests/e2e")
+        pytest.fail("only a named folder's tests get a cluster: pytest tests/e2e")
+    if found.error:
+        pytest.fail(found.error)
     if not found.cluster:
         pytest.skip(found.unavailable)
     return found

@@ -1,11 +1,11 @@
-"""A plugin of the folders whose tests need the cluster: it starts before the first test, and their reports name it."""
+"""A plugin of the folders whose tests need the cluster: it starts before them, and the report names it."""
 
-from dataclasses import asdict
+from collections.abc import Generator
 from typing import Any
 
 import pytest
 
-from tests.support.cluster import SHARED, Shared, describe_cluster, start_cluster
+from tests.support.cluster import FILE, describe_cluster, start_cluster, wait_for_cluster
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -16,8 +16,17 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
     """pytest-xdist: pass the cluster to a worker."""
-    node.workerinput["shared"] = asdict(node.config.stash.get(SHARED, Shared()))
+    node.workerinput["shared"] = str(node.config.stash[FILE])
 
 
-def pytest_report_header(config: pytest.Config) -> str:
-    return describe_cluster(config)
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """A test's timeout starts when the cluster runs."""
+    if "cluster" in getattr(item, "fixturenames", ()):
+        wait_for_cluster(item.config)
+    return (yield)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if FILE in config.stash:
+        terminalreporter.write_line(describe_cluster(config))

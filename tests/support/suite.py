@@ -4,6 +4,7 @@ import fcntl
 import os
 import signal
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -25,9 +26,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests on the cluster wait most, so they run first; disruptive ones run beside tests that they do not disturb."""
+    """Tests on the cluster wait most, so they run when it has started, which takes as long as those of tests/project;
+    disruptive ones run beside tests that they do not disturb.
+    """
     order = [("machine", True), ("cluster", False), ("cluster", True), ("machine", False)]
-    items.sort(key=lambda item: order.index((_needs(item), _is_disruptive(item))))
+    project = Path(__file__).parents[1] / "project"
+    items.sort(key=lambda item: (project not in item.path.parents, order.index((_needs(item), _is_disruptive(item)))))
 
 
 def _is_disruptive(item: pytest.Item) -> bool:
