@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import secrets
 import time
@@ -350,9 +351,10 @@ def environments(
     controllers: None, cluster: Cluster, repository: Repository, preinstalled_image_values: dict[str, Any]
 ) -> Iterator[Callable[[type[E], Api], E]]:
     """Creates environments for the test's repository. At its end, no controller has crashed or printed a secret."""
-    start, restarts = datetime.now(timezone.utc), _restarts(cluster)
+    tools = [Api.of(cluster, namespace) for namespace in CONTROLLERS]
+    start, restarts = datetime.now(timezone.utc), _restarts([pod for api in tools for pod in api.pods()])
     with contextlib.ExitStack() as stack:
-        stack.callback(_assert_no_crash_and_no_secret, cluster, start, restarts)
+        stack.callback(_assert_no_crash_and_no_secret, tools, start, restarts)
 
         def create(tool: type[E], api: Api) -> E:
             git = {**preinstalled_image_values.get("git", {}), "repo": repository.url}
@@ -365,21 +367,21 @@ def environments(
         yield create
 
 
-def _restarts(cluster: Cluster) -> dict[str, int]:
-    """The number of restarts of each pod of the tools."""
-    pods = [pod for namespace in CONTROLLERS for pod in Api.of(cluster, namespace).pods()]
+def _restarts(pods: list[client.V1Pod]) -> dict[str, int]:
+    """The number of restarts of each pod."""
     return {pod.metadata.name: sum(each.restart_count for each in pod.status.container_statuses or ()) for pod in pods}
 
 
-def _assert_no_crash_and_no_secret(cluster: Cluster, start: datetime, before: dict[str, int]) -> None:
-    crashed = {name: count for name, count in _restarts(cluster).items() if count > before.get(name, 0)}
+def _assert_no_crash_and_no_secret(tools: list[Api], start: datetime, before: dict[str, int]) -> None:
+    pods = [pod for api in tools for pod in api.pods()]
+    crashed = {name: count for name, count in _restarts(pods).items() if count > before.get(name, 0)}
     assert not crashed, crashed
-    for namespace, names in CONTROLLERS.items():
-        for name in names:
-            since = f"--since-time={start.isoformat()}"
-            assert_no_secret(cluster.kubectl("logs", f"--namespace={namespace}", name, since))
-        for event in Api.of(cluster, namespace).events():
-            assert_no_secret(event)
+    seconds = math.ceil((datetime.now(timezone.utc) - start).total_seconds())
+    for pod in pods:
+        name, namespace = pod.metadata.name, pod.metadata.namespace
+        assert_no_secret(tools[0].core.read_namespaced_pod_log(name, namespace, since_seconds=seconds) or "")
+    for event in (event for api in tools for event in api.events()):
+        assert_no_secret(event)
 
 
 @pytest.fixture
