@@ -1,8 +1,8 @@
 """A plugin: one Kubernetes cluster for the whole run; a namespace and a git repository for each test.
 
 The cluster is the one that `--cluster-type existing --kubeconfig FILE` names (pytest-helm-charts' options; the variable
-KUBECONFIG is ignored), else the running cluster of `make cluster`, else one that is created and, after the last test,
-deleted. With pytest-xdist, it starts while the workers run tests that need none.
+KUBECONFIG is ignored), else the running cluster of `make cluster`, else one that is created and deleted. With
+pytest-xdist, it starts and is deleted while the workers run tests that need none.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import multiprocessing
 import os
 import secrets
 import tempfile
+import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -53,6 +54,7 @@ class Shared:
 
 SHARED = pytest.StashKey[Shared]()
 FILE = pytest.StashKey[Path]()  # of Shared, as JSON: locked until the cluster runs or has failed to start
+DESCRIPTION = pytest.StashKey[str]()  # of a cluster that is deleted
 NEEDS_GITOPS = pytest.StashKey[bool]()  # whether the tests need Argo CD and Flux
 
 
@@ -85,6 +87,7 @@ def start_cluster(session: pytest.Session) -> None:
                 background.start()
                 config.add_cleanup(background.join)
                 config.add_cleanup(background.terminate)  # before it: the last is called first
+                config.pluginmanager.register(EarlyDeletion(config))
 
 
 def _start_alone(file: IO[str], *arguments: Any) -> None:
@@ -122,8 +125,32 @@ def wait_for_cluster(config: pytest.Config, lock: int = fcntl.LOCK_SH) -> None:
         config.stash[SHARED] = Shared(**json.loads(text)) if text else Shared()
 
 
+class EarlyDeletion:
+    """A plugin of pytest-xdist's controller: the last tests need no cluster, and it is deleted while they run."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.remaining: set[str] = set()
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: Sequence[str]) -> None:
+        """Before the first test, once for each worker."""
+        self.remaining = {nodeid for nodeid in ids if nodeid.startswith(("tests/e2e/", "tests/gitops/"))}
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        if self.remaining:
+            self.remaining.discard(nodeid)
+            if not self.remaining:
+                self.config.stash[DESCRIPTION] = describe_cluster(self.config)
+                deletion = threading.Thread(target=delete, args=[os.getpid()])
+                deletion.start()
+                self.config.add_cleanup(deletion.join)
+
+
 def describe_cluster(config: pytest.Config) -> str:
     """The line of the report that names the cluster."""
+    if DESCRIPTION in config.stash:
+        return config.stash[DESCRIPTION]
     try:
         wait_for_cluster(config, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
