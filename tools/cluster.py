@@ -289,9 +289,14 @@ def _save_state(cluster: Cluster) -> None:
 
 def delete(owner: int = 0) -> None:
     """Stop and delete the cluster and the engine, unless another owner has it. What was built stays in the cache."""
-    with locked("cluster"):
-        if not owner or ((cluster := _saved_state()) and cluster.owner == owner):
-            _delete()
+
+    def is_its() -> bool:
+        return not owner or bool((cluster := _saved_state()) and cluster.owner == owner)
+
+    if is_its():  # if not, there is nothing to wait for: another process may be creating a cluster
+        with locked("cluster"):
+            if is_its():
+                _delete()
 
 
 def install(cluster: Cluster) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -89,6 +90,7 @@ def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(cluster, "STATE", tmp_path)
     monkeypatch.setattr(cluster.Cluster, "kubectl", lambda *_, **__: "ok")
     monkeypatch.setattr(cluster, "_delete", lambda: deletions.append("deleted"))
+    monkeypatch.setattr(cluster, "locked", contextlib.nullcontext)  # the lock is held while the tests' cluster starts
     return deletions
 
 
@@ -140,6 +142,33 @@ def test_an_existing_cluster_requires_both_options(option: list[str]) -> None:
     assert result.returncode == pytest.ExitCode.USAGE_ERROR
     message = "to use your own cluster, set both options: --cluster-type existing --kubeconfig FILE"
     assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("workers", "start", "reason"),
+    [
+        ("0", "raise RuntimeError('no disk')", "RuntimeError: no disk"),
+        ("2", "raise RuntimeError('no disk')", "RuntimeError: no disk"),
+        ("2", "raise UnavailableError('no root')", "no root"),
+        ("2", "os._exit(9)", "the process that starts the cluster was killed"),
+    ],
+    ids=["alone", "on workers", "unavailable", "killed"],
+)
+def test_each_test_on_a_cluster_that_does_not_start_fails_with_the_reason(
+    tmp_path: Path, workers: str, start: str, reason: str
+) -> None:
+    (tmp_path / "no_cluster.py").write_text(
+        "import os\nfrom tests.support import cluster\nfrom tools.steps import UnavailableError\n"
+        f"def get_or_create(*_):\n    {start}\ncluster.get_or_create = get_or_create\n"
+    )
+    environment = os.environ | {"CI": "true", "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-m", "pytest", "-n", workers, "-p", "no_cluster", "tests/e2e/test_deadlines.py"]
+    result = run(command, cwd=ROOT, env=environment)
+    assert result.returncode == pytest.ExitCode.TESTS_FAILED
+    assert "3 errors" in result.stdout
+    result.line("cluster: none, ", reason)
+    sections = re.split(r"^_+ ERROR at setup of ", result.stdout, flags=re.M)[1:]
+    assert [reason in section for section in sections] == [True] * 3
 
 
 def test_the_page_of_the_offline_cluster_names_its_kubernetes_and_files_that_exist() -> None:
