@@ -49,8 +49,8 @@ test-e2e: venv ## run the tests that install the chart on a real cluster
 soak: venv ## 1,000 rounds of ten concurrent runs with random kills (about 17 minutes; ROUNDS=n for another number)
 	@$(BIN)/pytest -s tests/faults/test_random_kills.py --rounds $(ROUNDS)
 
-bench: venv ## compare with stock Alembic (about two minutes)
-	@$(BIN)/python -m bench.stock_alembic
+bench: venv ## measure deploying, revisions and the chart, also against other tools; writes docs/benchmarks.md (about 40 minutes)
+	@$(BIN)/python -m bench --write
 
 cluster: venv ## create a local Kubernetes cluster (kind) with a database, a git server and a package index (GITOPS=1: and with Argo CD and Flux)
 	@$(BIN)/python -m tools.cluster up $(if $(GITOPS),--gitops)
@@ -65,7 +65,7 @@ lint: venv ## run only the linters (they are tests as well)
 	@$(BIN)/pytest tests/project/test_lint.py tests/project/test_architecture.py tests/project/test_words.py
 
 lock: venv ## compile every requirements*.in into its .txt (UPGRADE=--upgrade upgrades all pins)
-	@for name in requirements requirements-dev tools/checkov/requirements; do $(UV_COMPILE) $(UPGRADE) $$name.in -o $$name.txt || exit; done
+	@for name in requirements requirements-dev tools/checkov/requirements bench/peers/requirements; do $(UV_COMPILE) $(UPGRADE) $$name.in -o $$name.txt || exit; done
 
 docs: venv ## write what is generated: the chart's README, schema descriptions and defaults.json, docs/schema.md, docs/failures.md
 	@$(BIN)/python -m tools.docs

@@ -1,4 +1,4 @@
-"""The command line tools and the components of Kubernetes, at the versions that `tools/**/go.mod` pins.
+"""The command line tools, the components of Kubernetes and a peer of `bench`, at the versions that their go.mod pins.
 
     python -m tools.binaries helm          print the path of helm; build it first unless PATH has an accepted version
 
@@ -49,7 +49,7 @@ EXPERIMENTS = {"trivy": "jsonv2"}  # Go 1.26's name for encoding/json/v2, which 
 def modules() -> dict[str, tuple[Path, str]]:
     """Every tool that can be built: {name: (folder of its Go module, Go package)}."""
     found: dict[str, tuple[Path, str]] = {}
-    for go_mod in sorted((ROOT / "tools").glob("**/go.mod")):
+    for go_mod in sorted((*ROOT.glob("tools/**/go.mod"), *ROOT.glob("bench/**/go.mod"))):
         block = re.search(r"^tool (?:([^\s(]+)$|\((.*?)^\))", go_mod.read_text(), re.M | re.S)
         if not block:
             raise RuntimeError(f"{go_mod} names no tool: add one with `go get -tool PACKAGE`")

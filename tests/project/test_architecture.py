@@ -27,7 +27,7 @@ def _imports(path: Path) -> set[str]:
     return {name.split(".")[0] for name in plain | {str(n.module) for n in nodes if isinstance(n, ast.ImportFrom)}}
 
 
-def test_the_runner_and_the_tools_import_only_what_they_may() -> None:
+def test_packages_import_only_what_they_may() -> None:
     run([BIN / "lint-imports", "--no-cache", "--no-logo"], cwd=ROOT, check=True)
 
 
@@ -42,13 +42,10 @@ def test_tests_share_code_in_support_only() -> None:
     assert sorted(found) == []
 
 
-@pytest.mark.parametrize(
-    ("folder", "allowed"), [("migrations", {"migration_runner"}), ("bench", {"tools"})], ids=["migrations", "bench"]
-)
-def test_folders_that_are_not_packages_import_only_what_they_may(folder: str, allowed: set[str]) -> None:
+def test_migrations_which_is_no_package_imports_only_what_it_may() -> None:
     project = {path.parts[0] for path in _tracked() if len(path.parts) > 1}
-    for path in (ROOT / folder).rglob("*.py"):
-        assert _imports(path) & project <= (allowed if "versions" not in path.parts else set()), path
+    for path in (ROOT / "migrations").rglob("*.py"):
+        assert _imports(path) & project <= ({"migration_runner"} if "versions" not in path.parts else set()), path
 
 
 def test_every_path_on_the_page_exists() -> None:

@@ -16,7 +16,7 @@ def _names(file: str) -> set[str]:
 
 
 def test_the_locks_are_compiled_from_the_inputs(tmp_path: Path) -> None:
-    locks = ("requirements", "requirements-dev", "tools/checkov/requirements")
+    locks = ("requirements", "requirements-dev", "tools/checkov/requirements", "bench/peers/requirements")
     files = [f"{name}.{ending}" for name in locks for ending in ("in", "txt")]
     for file in (*files, "Makefile"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)

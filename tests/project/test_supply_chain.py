@@ -59,7 +59,9 @@ def test_no_other_program_installs_or_builds_a_package() -> None:
     assert found == {}
 
 
-@pytest.mark.parametrize("lock", ["requirements", "requirements-dev", "tools/checkov/requirements"])
+@pytest.mark.parametrize(
+    "lock", ["requirements", "requirements-dev", "tools/checkov/requirements", "bench/peers/requirements"]
+)
 def test_a_lock_allows_only_wheels(lock: str) -> None:
     assert (ROOT / f"{lock}.txt").read_text().startswith("--only-binary :all:\n")
 
@@ -88,7 +90,7 @@ def test_the_fast_tests_have_their_own_job() -> None:
 
 def test_a_bot_updates_what_is_pinned() -> None:
     configured = yaml.safe_load((ROOT / ".github/dependabot.yml").read_text())["updates"]
-    assert {update["package-ecosystem"] for update in configured} == {"github-actions", "gomod"}
+    assert {update["package-ecosystem"] for update in configured} == {"github-actions", "gomod", "npm"}
     (folders,) = [update["directories"] for update in configured if "directories" in update]
-    modules = {f"/{path.parent.relative_to(ROOT)}" for path in ROOT.glob("tools/**/go.mod")}
+    modules = {f"/{path.parent.relative_to(ROOT)}" for path in ROOT.glob("[bt]*/**/go.mod")}
     assert set(folders) == {folder for folder in modules if "/offline_cluster/" not in folder}
