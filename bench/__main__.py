@@ -41,8 +41,8 @@ def main() -> None:
     if unknown := set(arguments.question) - set(sections) | set(names) - set(TOOLS):
         parser.error(f"there is no {', '.join(sorted(unknown))}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
+    commit = run(["git", "describe", "--always", "--dirty"], cwd=ROOT).strip()
     for question in arguments.question or sections:
-        commit = run(["git", "describe", "--always", "--dirty"], cwd=ROOT).strip()
         when = f"{datetime.date.today()}, commit {commit}, {arguments.rounds} rounds"
         text = (
             f"{when}, load average before: {os.getloadavg()[0]:.1f};\n{machine()}.\n\n{sections[question]().rstrip()}\n"
