@@ -155,7 +155,7 @@ def section(rounds: int) -> str:
     results = render(rounds)
     charts = dict.fromkeys(chart for chart, _ in (*results.samples, *results.failed))
     rows = [[chart, results.cell(chart, TEMPLATE, "ours"), results.peak(chart)] for chart in charts]
-    version = run([find_or_build("helm"), "version", "--short"]).partition("+")[0]
+    version = run([find_or_build("helm"), "version", "--short"]).partition("+")[0].strip()
     text = (
         f"{table([f'Chart, Helm {version}', TEMPLATE, 'peak'], rows)}\n{results.behind('ours', charts, [TEMPLATE])}\n"
     )

@@ -219,9 +219,9 @@ def section(rounds: int) -> str:
     for way in WAYS:
         cells = [results.cell(way, stage, "plain") for stage in STAGES]
         rows.append([way, *cells, f"{received[way]:.1f} MB", results.peak(way)])
-        if goal := GOALS.get(way):
-            plain, seconds = results.seconds("plain", "total") or 0, results.seconds(way, "total") or 1
-            verdict = "met" if plain / seconds >= goal else "not met"
-            goals.append(f"- {way}: at most 1/{goal} of the total of `plain`: {verdict}, 1/{plain / seconds:.1f}\n")
+        for stage in STAGES[2:] if way in GOALS else ():
+            ratio = (results.seconds("plain", stage) or 0) / (results.seconds(way, stage) or 1)
+            verdict = "met" if ratio >= GOALS[way] else "not met"
+            goals.append(f"- {way}, {stage}: at most 1/{GOALS[way]} of `plain`: {verdict}, 1/{ratio:.1f}\n")
     text = table(["Way", *STAGES, "received", "peak"], rows)
     return f"{text}\n{results.behind('ours', ['plain'], STAGES)}\nGoals:\n\n{''.join(goals)}"
