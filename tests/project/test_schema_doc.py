@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from itertools import pairwise
 
 import pytest
@@ -12,9 +11,9 @@ from markdown_it.token import Token
 
 from tests.support.database import Database
 from tests.support.programs import Result
-from tests.support.project import Project
+from tests.support.project import Project, copy_parts
 from tests.support.revisions import BLOCK, BUILD
-from tools.paths import BIN, ROOT
+from tools.paths import BIN
 
 COMMENT = "- a list | <b>bold</b> `code` %% $x$ _em_ *em* \\| &amp;\n# head\n\n<!-- x --> [001] snake_case"
 ODD = f"""
@@ -59,7 +58,7 @@ GRAPH = re.compile(r"""flowchart TD
 @pytest.fixture
 def project(project: Project) -> Project:
     """With the tools."""
-    shutil.copytree(ROOT / "tools", project.folder / "tools", ignore=shutil.ignore_patterns("__pycache__"))
+    copy_parts(project.folder, "tools")
     return project
 
 

@@ -85,6 +85,11 @@ class Relation(NamedTuple):
     def qualified_name(self) -> str:
         return printable(self.name if self.schema == "public" else f"{self.schema}.{self.name}")
 
+    @property
+    def quoted_name(self) -> str:
+        """For a statement."""
+        return ".".join('"' + part.replace('"', '""') + '"' for part in (self.schema, self.name))
+
     def __str__(self) -> str:
         return f"{self.qualified_name} ({self.size})" if self.size else self.qualified_name
 
@@ -321,13 +326,12 @@ class Obstacle(threading.Thread):
     def __init__(self, address: str, pid: int, relations: Relations) -> None:
         super().__init__(daemon=True)
         self.pid, self.done = pid, threading.Event()
-        self.seen: dict[int, str] = {}
-        self.reader, self.side = psycopg2.connect(address), psycopg2.connect(address)
+        self.seen: Locks = {}
+        self.holder, self.side = psycopg2.connect(address), psycopg2.connect(address)
         self.side.autocommit = True
         for relation in relations.values():
             if relation.kind in ("r", "p"):
-                name = '"."'.join(part.replace('"', '""') for part in (relation.schema, relation.name))
-                query(self.reader, f'LOCK TABLE ONLY "{name}" IN SHARE UPDATE EXCLUSIVE MODE')
+                query(self.holder, f"LOCK TABLE ONLY {relation.quoted_name} IN SHARE UPDATE EXCLUSIVE MODE")
         self.start()
 
     def run(self) -> None:
@@ -335,9 +339,9 @@ class Obstacle(threading.Thread):
             locks = [row for row in query(self.side, LOCKS) if row[0] == self.pid]
             if not all(is_granted for *_, is_granted in locks):
                 self.seen = strongest((oid, mode) for _, oid, mode, _ in locks)
-        self.reader.close()
+        self.holder.close()
 
-    def end(self) -> dict[int, str]:
+    def end(self) -> Locks:
         """What the statement held and waited for, if it did."""
         self.done.set()
         self.join()
@@ -387,8 +391,7 @@ def _is_stronger(mode: str | None, other: str | None) -> bool:
 
 def _rows(raw: Any, relation: Relation) -> float:
     """How many rows the planner assumes that a table has."""
-    name = '"."'.join(part.replace('"', '""') for part in (relation.schema, relation.name))
-    ((((plan,),),),) = (query(raw, f'EXPLAIN (FORMAT json) SELECT FROM ONLY "{name}"'),)
+    ((((plan,),),),) = (query(raw, f"EXPLAIN (FORMAT json) SELECT FROM ONLY {relation.quoted_name}"),)
     return float(plan["Plan"]["Plan Rows"])
 
 

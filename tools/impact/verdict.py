@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tools.impact.trace import Relations, Statement, blocks, query
+from tools.impact.trace import Locks, Relations, Statement, blocks, query
 from tools.target import printable
 
 NAMES = Path(__file__).with_name("names.sql")
@@ -142,7 +142,7 @@ def hidden(existing: Relations, statements: list[Statement]) -> str:
     return ""
 
 
-def _blocked(existing: Relations, locks: dict[int, str]) -> str:
+def _blocked(existing: Relations, locks: Locks) -> str:
     """`while reads and writes of a, and writes to b, are blocked`; nothing if none are."""
     reads = [existing[oid].qualified_name for oid, mode in locks.items() if "reads" in blocks(mode)]
     writes = [
