@@ -38,7 +38,7 @@ def _round(tool: Tool, name: str, project: Path, server: Postgres, revisions: in
         if results.is_slow(name, case):
             continue
         if case == "from empty":
-            server.execute(f"DROP DATABASE IF EXISTS {database}")
+            server.execute(f"DROP DATABASE IF EXISTS {database} WITH (FORCE)")
             server.execute(f"CREATE DATABASE {database}")
         try:
             sample = timed([word.replace("{url}", url) for word in command], project, env)

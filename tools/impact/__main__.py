@@ -61,10 +61,10 @@ def select(script: ScriptDirectory, applied: list[str] | None) -> list[Script]:
             f"git finds no merge base of HEAD and {base}: fetch it, set BASE to the branch to compare with, or set"
             " REVISIONS to a range, such as 002:head"
         )
-    new = _git("diff", "--name-only", "--no-renames", "--diff-filter=A", start, "--", ".").splitlines()
-    new += _git("ls-files", "--others", "--exclude-standard", "--full-name", "--", ".").splitlines()
+    new = _git("diff", "-z", "--name-only", "--no-renames", "--diff-filter=A", start, "--", ".").split("\0")
+    new += _git("ls-files", "-z", "--others", "--exclude-standard", "--full-name", "--", ".").split("\0")
     top = Path(_git("rev-parse", "--show-toplevel"))
-    paths = {(top / name).resolve() for name in new}
+    paths = {(top / name).resolve() for name in new if name}
     return [revision for revision in reversed(list(script.walk_revisions())) if Path(revision.path).resolve() in paths]
 
 
@@ -124,11 +124,13 @@ def lint(statements: Sequence[Statement]) -> list[str]:
             sql += "COMMIT;\n" * bool(transaction) + "BEGIN;\n" * bool(statement.transaction)
             transaction = statement.transaction
         starts.append(sql.count("\n"))
-        sql += statement.sent.rstrip("; \n") + ";\n"
+        sql += statement.sent.rstrip("; \n") + "\n;\n"  # it may end in a comment
     command: list[str | Path] = [BIN / "squawk", "--reporter=Json", "--pg-version=15", "--stdin-filepath=revision.sql"]
     command.append(f"--exclude={','.join(LINT_EXCLUDED)}")
     sql += "COMMIT;\n" * bool(transaction)
     result = subprocess.run(command, input=sql, capture_output=True, text=True, check=False)
+    if result.returncode and not result.stdout:
+        raise RuntimeError(f"squawk: {result.stderr.strip()}")
     numbers: dict[str, list[int]] = defaultdict(list)
     for found in json.loads(result.stdout or "[]"):
         number = bisect_right(starts, found["line"])
@@ -203,6 +205,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("interrupted; everything that was started is stopped", file=sys.stderr)
         sys.exit(130)
-    except (RuntimeError, CommandError, psycopg2.Error) as error:
+    except (RuntimeError, OSError, ValueError, CommandError, psycopg2.Error) as error:
         print(f"FAILED: {printable(str(error).strip())}", file=sys.stderr)
         sys.exit(2)

@@ -1,4 +1,4 @@
-"""What a database says of itself before revisions are applied to it: sizes, sessions in the way, and privileges.
+"""What a database says of itself before revisions are applied to it: sizes, blocking sessions, and privileges.
 
 The queries read catalogs and statistics only, and take no lock on a table.
 """
@@ -31,7 +31,7 @@ GROUP BY 1, 2, 3, r.relowner"""
 ROLE = """SELECT current_user::text, pg_is_in_recovery(), pg_has_role('pg_read_all_stats', 'USAGE'),
     array(SELECT s FROM unnest(%(schemas)s::text[]) s JOIN pg_namespace ON nspname = s
         WHERE NOT has_schema_privilege(%(migrating)s::name, pg_namespace.oid, 'CREATE'))"""
-# Of the role's own, the database's and the server's limit, the lowest decides.
+# Of the migrating role's, the database's and the server's limit, the lowest decides; standbys have other slots.
 SLOTS = """SELECT least(
     current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int
         - coalesce(current_setting('reserved_connections', true), '0')::int
@@ -39,7 +39,8 @@ SLOTS = """SELECT least(
     CASE WHEN d.datconnlimit >= 0 THEN d.datconnlimit - count(*) FILTER (WHERE a.datid = d.oid) END,
     CASE WHEN r.rolconnlimit >= 0 THEN r.rolconnlimit - count(*) FILTER (WHERE a.usesysid = r.oid) END)
 FROM pg_stat_activity a, pg_database d, pg_roles r
-WHERE d.datname = current_database() AND r.rolname = current_user
+WHERE d.datname = current_database() AND r.rolname = %(migrating)s
+    AND a.pid NOT IN (SELECT pid FROM pg_stat_replication) AND a.backend_type <> 'parallel worker'
 GROUP BY d.datconnlimit, r.rolconnlimit"""
 OLDEST = """SELECT
     format('pid %s, %s as %s, %s', pid, coalesce(nullif(application_name, ''), 'no name'), usename, state),
@@ -51,7 +52,10 @@ SELECT format('prepared transaction %s of %s', gid, owner), extract(epoch FROM c
 FROM pg_prepared_xacts WHERE database = current_database()
 ORDER BY 2 DESC LIMIT 1"""
 STANDBYS = """SELECT count(*), count(*) FILTER (WHERE replay_lsn IS NULL),
-    max(pg_wal_lsn_diff(pg_current_wal_lsn(), replay_lsn))::bigint, max(extract(epoch FROM replay_lag))::float
+    max(pg_wal_lsn_diff(
+        CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END, replay_lsn
+    ))::bigint,
+    max(extract(epoch FROM replay_lag))::float
 FROM pg_stat_replication"""
 
 
@@ -92,7 +96,7 @@ def describe(query: Query, migrating: str, concerned: Sizes, schemas: Iterable[s
             yield f"role {migrating} cannot alter or index {schema}.{name}, whose owner is {size.owner}"
     for schema in closed:
         yield f"role {migrating} may not CREATE in schema {schema}"
-    ((free,),) = query(SLOTS)
+    ((free,),) = query(SLOTS, migrating=migrating)
     yield f"free connection slots: {free}; a run needs up to 3"
     for who, seconds in query(OLDEST):
         yield f"oldest open transaction: {who}, for {seconds:.0f} s; a concurrent index build waits for its end"
