@@ -1,26 +1,27 @@
 """The order of the revisions, read without running their files: a run that has nothing to do needs no more.
 
-A file is read if it is written as the template writes it, so that running it gives no other answer. Any other is run.
+A file that is written as the template writes it is matched by an expression; of another one, the syntax tree shows
+whether running it could give another answer.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 
 from alembic.script import ScriptDirectory
-from alembic.util import load_python_file, to_tuple
-
-from migration_runner.checksum import sources_kept
+from alembic.util import to_tuple
 
 # What stands at the beginning of a line, outside a string, is only this: docstrings, imports, the assignments, and
-# functions without decorators and defaults. Only these run on import, and none of them changes what is assigned. \r and
-# \f are not matched where they would begin another line for Python.
+# upgrade() and downgrade() without decorators and defaults. Only these run on import, and none of them changes what is
+# assigned. \r and \f are not matched where they would begin another line for Python.
 _END = r"[ \t]*(?:\#[^\r\n]*)?\r?\n"
 _TYPE = r"(?::[ ][\w., |\[\]]+)?[ ]=[ ]"
 _ID = r"""(?:"[\w.]+"|'[\w.]+')"""
@@ -29,7 +30,7 @@ _PLAIN = re.compile(
     (?!(?:[^\n]*\n)?[^\n]*coding[:=](?![ ]*utf-8\b))
     (?:
         """(?:[^"\\]|\\.|"(?!""))*"""{_END}
-        | (?:from|import)[ ][\w., ]+{_END}
+        | (?:from|import)[ ](?![^\n]*\b(?:revision|down_revision|branch_labels|depends_on)\b)[\w., ]+{_END}
         | {_END}
     )*
     revision{_TYPE}({_ID}){_END}
@@ -37,12 +38,39 @@ _PLAIN = re.compile(
     down_revision{_TYPE}(None|{_ID}|\((?:{_ID},[ ]?)+{_ID}?\)){_END}
     (?:(?:branch_labels|depends_on){_TYPE}None{_END}|{_END})*
     (?:
-        def[ ]\w+\([\w., :|\[\]]*\)(?:[ ]->[ ][\w., |\[\]]+)?:[^\r\n\f]*\r?\n
+        def[ ](?:upgrade|downgrade)\([\w., :|\[\]]*\)(?:[ ]->[ ][\w., |\[\]]+)?:[^\r\n\f]*\r?\n
         | [ \t][^\r\n\f]*\r?\n
         | (?:\#[^\r\n]*)?\r?\n
     )*
     ''',
     re.VERBOSE | re.DOTALL,
+)
+
+
+FIELDS = ("revision", "down_revision", "branch_labels", "depends_on")
+# By these, names can be bound that do not stand in the file; `*` is that of an import.
+DYNAMIC = frozenset(
+    [
+        "*",
+        "eval",
+        "exec",
+        "compile",
+        "globals",
+        "locals",
+        "vars",
+        "getattr",
+        "setattr",
+        "delattr",
+        "modules",
+        "builtins",
+        "importlib",
+        "__builtins__",
+        "__import__",
+        "__dict__",
+        "__setattr__",
+        "f_globals",
+        "f_locals",
+    ]
 )
 
 
@@ -73,7 +101,7 @@ def read(script: ScriptDirectory) -> Headers | None:
                     continue
                 with open(entry.path, "rb", buffering=0) as file:  # noqa: PTH123  half the time
                     sources[entry.path] = source = file.read()
-                header = _read(source) or _run(entry.path, source)
+                header = _match(source) or _parse(source)
                 if header is None or header[0] in files:
                     return None
                 revision, parents[revision] = header
@@ -86,7 +114,7 @@ def read(script: ScriptDirectory) -> Headers | None:
     return Headers(heads.pop(), files, sources) if len(heads) == 1 and followed <= files.keys() else None
 
 
-def _read(source: bytes) -> tuple[str, tuple[str, ...]] | None:
+def _match(source: bytes) -> tuple[str, tuple[str, ...]] | None:
     """The file's `revision` and `down_revision`, or None."""
     try:
         found = _PLAIN.fullmatch(source.decode() + "\n")
@@ -98,17 +126,47 @@ def _read(source: bytes) -> tuple[str, tuple[str, ...]] | None:
     return revision[1:-1], () if parents == "None" else tuple(re.findall(r"[\w.]+", parents))
 
 
-def _run(path: str, source: bytes) -> tuple[str, tuple[str, ...]] | None:
-    """The same, of any file."""
+def _parse(source: bytes) -> tuple[str, tuple[str, ...]] | None:
+    """The same, of a file that assigns literals once, at the top level, and changes its names in no other way."""
     try:
-        with warnings.catch_warnings(), sources_kept({path: source}):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            module = load_python_file(*os.path.split(path))
-        revision, parents = module.revision, to_tuple(module.down_revision, default=())
-    except KeyboardInterrupt:
-        raise
-    except BaseException:  # reported when Alembic loads the file
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError):
         return None
+    found: dict[str, object] = {}
+    for node in tree.body:
+        match node:
+            case ast.Assign([ast.Name(name)], value) | ast.AnnAssign(ast.Name(name), _, ast.expr() as value):
+                if name in FIELDS:
+                    try:
+                        found[name] = ast.literal_eval(value)
+                    except ValueError:
+                        return None
+    names = Counter(name for node in ast.walk(tree) for name in _names(node))
+    if names.keys() & DYNAMIC or any(names[field] != (field in found) for field in FIELDS):
+        return None
+    if found.get("branch_labels") or found.get("depends_on") or "down_revision" not in found:
+        return None
+    revision, parents = found.get("revision"), to_tuple(found.get("down_revision"), default=())
     plain = all(isinstance(name, str) and re.fullmatch(r"[\w.]+", name) for name in (revision, *parents))
-    more = getattr(module, "branch_labels", None) or getattr(module, "depends_on", None)
-    return (revision, tuple(parents)) if plain and not more else None
+    return (str(revision), tuple(parents)) if plain else None
+
+
+def _names(node: ast.AST) -> Iterable[str]:
+    """What a node may bind, or use to bind, in any scope."""
+    if isinstance(node, ast.Name):
+        return [node.id] if not isinstance(node.ctx, ast.Load) or node.id in DYNAMIC else []
+    if isinstance(node, ast.Attribute):
+        return [node.attr]
+    if isinstance(node, ast.alias):
+        return [node.asname or node.name.split(".")[0]]
+    if isinstance(node, ast.arg):
+        return [node.arg]
+    if isinstance(node, ast.Global | ast.Nonlocal):
+        return node.names
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.ExceptHandler):
+        return [node.name] if node.name else []
+    if isinstance(node, ast.MatchAs | ast.MatchStar):
+        return [node.name] if node.name else []
+    return [node.rest] if isinstance(node, ast.MatchMapping) and node.rest else []

@@ -80,6 +80,17 @@ AGAIN = {
     "a dependency": 'depends_on = "001"',
     "a dependency in another form of the letter": '\uff44epends_on = "001"',
     "a function": "def branch_labels(): pass\nbranch_labels = ['b']",
+    "a function of that name": "def revision(): pass\nrevision = '003'",
+    "a function instead": "def depends_on(): return []\ndepends_on = '001'",
+    "a class variable that is global": "class A:\n    global revision\n    revision = '003'",
+    "a star": "from os.path import *\nrevision = '003'",
+    "setattr()": "import sys\nsetattr(sys.modules[__name__], 'rev' + 'ision', '003')",
+    "a frame": "import inspect\ninspect.currentframe().f_globals['rev' + 'ision'] = '003'",
+    "an exception": "try: raise ValueError\nexcept ValueError as revision: pass\nrevision = '003'",
+    "a pattern": "match '003':\n    case revision: pass",
+    "a with statement": "import contextlib\nwith contextlib.nullcontext('003') as revision: pass",
+    "a comprehension": "[revision := x for x in ['003']]",
+    "a default with a walrus": "def f(x=(revision := '003')): pass",
 }
 # In place of the assignment.
 OTHERWISE = {
@@ -145,12 +156,12 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("source", [FILE.encode(), *(path.read_bytes() for path in VERSIONS.glob("*.py"))])
 def test_a_file_as_a_template_makes_it_is_read(source: bytes) -> None:
-    assert headers._read(source)
+    assert headers._match(source)
 
 
 def test_a_long_file_ends_the_match_at_its_first_odd_line() -> None:
     """Not after trying all ways to match the lines before it, which would not end."""
-    assert headers._read((FILE + "    # a comment\n\n" * 10_000 + "@add\ndef f():\n    pass\n").encode()) is None
+    assert headers._match((FILE + "    # a comment\n\n" * 10_000 + "@add\ndef f():\n    pass\n").encode()) is None
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
@@ -175,7 +186,7 @@ def _read_and_run(insertions: list[tuple[int, str]]) -> None:
     text = FILE
     for at, piece in sorted(insertions, reverse=True):
         text = text[:at] + piece + text[at:]
-    read = headers._read(text.encode())
+    read = headers._match(text.encode()) or headers._parse(text.encode())
     module: dict[str, Any] = {}
     try:
         exec(compile(text.encode(), "002.py", "exec"), module)  # noqa: S102
@@ -249,12 +260,15 @@ def test_no_revision_file_is_run(project: Project, database: Database) -> None:
     assert project.alembic("upgrade", "head").lines[-1] == DONE and not log.exists()
 
 
-def test_a_file_that_cannot_be_read_is_run(project: Project) -> None:
-    edit(loads(project, "002"), "def upgrade", "X = 1\ndef upgrade")
+def test_a_file_of_another_form_is_run_only_if_it_may_change_what_it_assigns(project: Project) -> None:
+    file = loads(project, "002")
+    edit(file, "def upgrade", "X = sa.table('x')\ndef upgrade")
+    edit(file, "import witness", "import sqlalchemy as sa\nimport witness")
     log = project.folder / "loaded"
-    for last in ("HH:MM:SS INFO now at 002 (head)", DONE):
+    for last, is_run in (("HH:MM:SS INFO now at 002 (head)", True), (DONE, False)):
         assert project.alembic("upgrade", "head").lines[-1] == last
-        log.unlink()
+        assert log.exists() is is_run
+        log.unlink(missing_ok=True)
     project.add("003", down="001")
     assert "there are 2 heads" in project.alembic("upgrade", "head").failure
 
