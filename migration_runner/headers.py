@@ -49,29 +49,8 @@ _PLAIN = re.compile(
 
 FIELDS = ("revision", "down_revision", "branch_labels", "depends_on")
 # By these, names can be bound that do not stand in the file; `*` is that of an import.
-DYNAMIC = frozenset(
-    [
-        "*",
-        "eval",
-        "exec",
-        "compile",
-        "globals",
-        "locals",
-        "vars",
-        "getattr",
-        "setattr",
-        "delattr",
-        "modules",
-        "builtins",
-        "importlib",
-        "__builtins__",
-        "__import__",
-        "__dict__",
-        "__setattr__",
-        "f_globals",
-        "f_locals",
-    ]
-)
+DYNAMIC = {"*", "eval", "exec", "compile", "getattr", "setattr", "delattr", "__setattr__", "__import__", "importlib"}
+DYNAMIC |= {"globals", "locals", "vars", "modules", "builtins", "__builtins__", "__dict__", "f_globals", "f_locals"}
 
 
 @dataclass(frozen=True)
