@@ -84,7 +84,7 @@ AGAIN = {
     "a function instead": "def depends_on(): return []\ndepends_on = '001'",
     "a class variable that is global": "class A:\n    global revision\n    revision = '003'",
     "a star": "from os.path import *\nrevision = '003'",
-    "setattr()": "import sys\nsetattr(sys.modules[__name__], 'rev' + 'ision', '003')",
+    "vars()": "vars()['rev' + 'ision'] = '003'",
     "a frame": "import inspect\ninspect.currentframe().f_globals['rev' + 'ision'] = '003'",
     "an exception": "try: raise ValueError\nexcept ValueError as revision: pass\nrevision = '003'",
     "a pattern": "match '003':\n    case revision: pass",
