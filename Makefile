@@ -6,7 +6,7 @@ BIN := .venv/bin
 UV_COMPILE = $(BIN)/uv pip compile -q --universal --python-version 3.10 --generate-hashes --only-binary :all: --emit-build-options --no-emit-index-url --no-header
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-# What Python compiles is kept: each of a run's hundreds of processes would compile its imports again.
+# What Python compiles is kept: each of a run's hundreds of processes would otherwise compile its imports again.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help venv demo migrate drift impact test test-fast test-e2e soak bench cluster install cluster-down lint lock docs clean

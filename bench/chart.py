@@ -34,7 +34,7 @@ STAGES = (
 
 
 def render(rounds: int) -> Results:
-    """The samples of `helm template` by chart, each with its least values."""
+    """The samples of `helm template` by chart, each with the minimum values that it needs."""
     results = Results()
     helm = find_or_build("helm")
     with tempfile.TemporaryDirectory(prefix="hcm-bench-") as name:
@@ -65,7 +65,6 @@ def upgrade(rounds: int) -> tuple[Results, str]:
 
     Raises UnavailableError without a cluster.
     """
-    own = not cluster.current()
     running = cluster.get_or_create(owner=os.getpid())
     try:
         _helm(running)
@@ -80,8 +79,7 @@ def upgrade(rounds: int) -> tuple[Results, str]:
             log(f"helm upgrade: round {number + 1} of {rounds}")
         return results, json.loads(running.kubectl("version", "--output=json"))["serverVersion"]["gitVersion"]
     finally:
-        if own:
-            cluster.delete(os.getpid())
+        cluster.delete(os.getpid())  # unless another process owns it
 
 
 def _helm(running: cluster.Cluster) -> None:

@@ -45,7 +45,7 @@ STAGES = ("clone", "install, migrate", "total", "with 100 Mbit/s")
 def create_repository(bare: Path, projects: Mapping[str, Path], size: float = 1) -> None:
     """Create a bare repository of random files, the same in each run, and with these folders in its last commit.
 
-    `size` is the part of its real one.
+    `size` is the fraction of the real size.
     """
     source = random.Random(0)  # noqa: S311  no secret
     files, tree, history = int(FILES * size), int(TREE * size), int(HISTORY * size)
@@ -191,7 +191,7 @@ def serve(size: float) -> Iterator[Setting]:
 def measure(rounds: int, size: float = 1, ways: Sequence[str] = WAYS) -> tuple[Results, dict[str, float]]:
     """The samples by way and stage, and the MB of git objects and wheels that each way receives.
 
-    `size` is the repository's part of its real one.
+    `size` is the fraction of the repository's real size.
     """
     results, received = Results(), {}
     with serve(size) as setting:

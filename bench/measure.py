@@ -63,8 +63,8 @@ class Results:
         samples = [samples for (of, _), samples in self.samples.items() if of == name]
         return max((statistics.median(sample.mib for sample in each) for each in samples), default=0)
 
-    def is_slow(self, name: str, case: str) -> bool:
-        """Whether a run is not to be repeated."""
+    def is_finished(self, name: str, case: str) -> bool:
+        """Whether a run is not to be repeated: it failed, or is slow."""
         samples = self.samples.get((name, case), [])
         return (name, case) in self.failed or any(sample.seconds > SLOW for sample in samples)
 
@@ -75,7 +75,7 @@ class Results:
         median, of = self.seconds(name, case), self.seconds(reference, case)
         if median is None:
             return "-"
-        once = " (once)" if self.is_slow(name, case) else ""
+        once = " (once)" if median > SLOW and len(self.samples[name, case]) == 1 else ""
         ratio = f", {ratio_text(median / of)}" if of and name != reference else ""
         return f"{seconds_text(median)}{ratio}{once}"
 

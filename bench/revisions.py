@@ -35,7 +35,7 @@ def _round(tool: Tool, name: str, project: Path, server: Postgres, revisions: in
     # In a Job, nothing of the project is compiled in advance either.
     env = os.environ | {"DATABASE_URL": url, "PYTHONDONTWRITEBYTECODE": "1", **tool.environment}
     for case, command in tool.cases():
-        if results.is_slow(name, case):
+        if results.is_finished(name, case):
             continue
         if case == "from empty":
             server.execute(f"DROP DATABASE IF EXISTS {database} WITH (FORCE)")

@@ -290,12 +290,12 @@ def _save_state(cluster: Cluster) -> None:
 def delete(owner: int = 0) -> None:
     """Stop and delete the cluster and the engine, unless another owner has it. What was built stays in the cache."""
 
-    def is_its() -> bool:
+    def may_delete() -> bool:
         return not owner or bool((cluster := _saved_state()) and cluster.owner == owner)
 
-    if is_its():  # if not, there is nothing to wait for: another process may be creating a cluster
+    if may_delete():  # if not, there is nothing to wait for: another process may be creating a cluster
         with locked("cluster"):
-            if is_its():
+            if may_delete():
                 _delete()
 
 

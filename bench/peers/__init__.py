@@ -9,10 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from compileall import compile_dir
+from compileall import compile_dir, compile_file
 from dataclasses import dataclass, field
 from importlib.metadata import distributions, version
 from importlib.util import find_spec
@@ -136,11 +135,14 @@ class Tool:
 
 
 def _compile() -> None:
-    """Compile what Alembic imports, as pip does in an image and for the peers, but not in .venv."""
-    for name in ("alembic", "dotenv", "mako", "markupsafe", "psycopg2", "sqlalchemy"):
+    """Compile what Alembic imports, as pip does in an image and for the peers: `make venv` installs with --no-compile."""
+    for name in ("alembic", "dotenv", "mako", "markupsafe", "psycopg2", "sqlalchemy", "typing_extensions"):
         spec = find_spec(name)
         assert spec and spec.origin
-        compile_dir(Path(spec.origin).parent, quiet=1)
+        if spec.submodule_search_locations:
+            compile_dir(Path(spec.origin).parent, quiet=1)
+        else:
+            compile_file(spec.origin, quiet=1)
 
 
 def _write_ours(project: Path) -> None:
@@ -160,7 +162,7 @@ def ours() -> Tool:
 
 def _write_stock(project: Path) -> None:
     _compile()
-    subprocess.run([ALEMBIC, "init", "migrations"], cwd=project, check=True, capture_output=True)
+    run([ALEMBIC, "init", "migrations"], cwd=project)
     env = project / "migrations/env.py"
     text = env.read_text()
     for before, after in (

@@ -33,7 +33,8 @@ SETTINGS = {
     "enable_bitmapscan": "off",  # of an index, this plan does not show which table it is of
     "autovacuum": "off",  # of a table that was never analyzed, the planner assumes ten pages of rows
 }
-# Of the rows of a table that is planned so: what a range or a join finds, and an equality does not.
+# A plan that finds at least this fraction of a table's rows finds many: so does one of a range or a join, for which the
+# planner assumes it, and not one of an equality.
 MANY = 0.2
 
 # From the weakest.

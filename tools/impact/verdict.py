@@ -22,7 +22,7 @@ BLOCK = "inside `with op.get_context().autocommit_block():`, in a dedicated revi
 BATCHES = f"change rows in batches, each in its own transaction: {BLOCK}"
 CONCURRENTLY = (
     f"build it with postgresql_concurrently=True {BLOCK}; a unique or primary key then uses it: ADD CONSTRAINT ..."
-    " USING INDEX; an EXCLUDE constraint has no such way: add it in a maintenance window"
+    " USING INDEX; an EXCLUDE constraint cannot be added this way: a maintenance window"
 )
 PARTITIONED = (
     "CREATE INDEX ON ONLY the parent, then postgresql_concurrently=True for each partition, then ALTER INDEX ... ATTACH"
