@@ -45,6 +45,7 @@ CREATE TABLE paid (amount positive);
 CREATE SEQUENCE ticket;
 CREATE VIEW open AS SELECT id FROM visit;
 GRANT SELECT ON open TO pg_monitor;
+CREATE FUNCTION thrice() RETURNS int LANGUAGE sql AS 'SELECT 3';
 CREATE FUNCTION twice(a int) RETURNS int LANGUAGE sql AS 'SELECT $1 * 2';
 """
 UNSTOPPABLE = """DO $$ BEGIN
@@ -177,6 +178,7 @@ CASES = [
         "NO",
         "op.execute('DROP VIEW open')\nop.execute('CREATE VIEW open AS SELECT id FROM visit')",
     ),
+    ("revoke", "NO", "REVOKE EXECUTE ON FUNCTION thrice FROM PUBLIC"),
     (
         "refresh concurrently",
         "yes",
