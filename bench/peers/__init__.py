@@ -135,7 +135,7 @@ class Tool:
 
 
 def _compile() -> None:
-    """Compile what Alembic imports, as pip does in an image and for the peers: `make venv` installs with --no-compile."""
+    """Compile what Alembic imports, as pip does in an image and for the peers; `make venv` has --no-compile."""
     for name in ("alembic", "dotenv", "mako", "markupsafe", "psycopg2", "sqlalchemy", "typing_extensions"):
         spec = find_spec(name)
         assert spec and spec.origin

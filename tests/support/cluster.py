@@ -46,6 +46,7 @@ class Shared:
     """The data that every pytest-xdist worker receives: the cluster as plain data, and paths as text."""
 
     cluster: dict[str, Any] | None = None
+    description: str = ""  # its kind, versions and image
     preinstalled_image: bool = False  # OWN_IMAGE, which has the dependencies pre-installed, is in the cluster
     helms: list[str] = field(default_factory=list)  # Helm 3 and Helm 4
     unavailable: str = ""  # why this machine has no cluster
@@ -54,12 +55,14 @@ class Shared:
 
 SHARED = pytest.StashKey[Shared]()
 FILE = pytest.StashKey[Path]()  # of Shared, as JSON: locked until the cluster runs or has failed to start
-DESCRIPTION = pytest.StashKey[str]()  # of a cluster that is deleted
 NEEDS_GITOPS = pytest.StashKey[bool]()  # whether the tests need Argo CD and Flux
 
 
 def start_cluster(session: pytest.Session) -> None:
-    """Find or create the cluster, once; its progress is printed. Only workers of pytest-xdist do not wait for it."""
+    """Find or create the cluster, once; its progress is printed.
+
+    With pytest-xdist it starts in the background, and a test that needs it waits.
+    """
     config = session.config
     if hasattr(config, "workerinput"):
         config.stash[FILE] = Path(config.workerinput["shared"])
@@ -83,14 +86,16 @@ def start_cluster(session: pytest.Session) -> None:
                 _start(file, *arguments)
             else:
                 # It keeps the file open, and so locked, until it ends.
-                background = multiprocessing.get_context("fork").Process(target=_start_alone, args=(file, *arguments))
+                background = multiprocessing.get_context("fork").Process(
+                    target=_start_in_background, args=(file, *arguments)
+                )
                 background.start()
                 config.add_cleanup(background.join)
                 config.add_cleanup(background.terminate)  # before it: the last is called first
                 config.pluginmanager.register(EarlyDeletion(config))
 
 
-def _start_alone(file: IO[str], *arguments: Any) -> None:
+def _start_in_background(file: IO[str], *arguments: Any) -> None:
     """Start the cluster in a process that Ctrl-C does not reach: pytest's process terminates it, once."""
     os.setsid()
     with contextlib.suppress(KeyboardInterrupt):
@@ -108,7 +113,7 @@ def _start(file: IO[str], kubeconfig: str | None, needs_gitops: bool, owner: int
             tag = f"{OWN_IMAGE['repository']}:{OWN_IMAGE['tag']}"
             cluster.build_image(tag, ROOT, f"--build-arg=PYTHON={cluster.images['python']}")
         helms = [str(BIN / "helm"), str(find_or_build("helm"))]
-        shared = Shared(cluster.to_dict(), preinstalled_image, helms, error="")
+        shared = Shared(cluster.to_dict(), _describe(cluster), preinstalled_image, helms, error="")
     except UnavailableError as error:
         shared = Shared(unavailable=str(error), error="")
     except Exception:
@@ -141,16 +146,20 @@ class EarlyDeletion:
         if self.remaining:
             self.remaining.discard(nodeid)
             if not self.remaining:
-                self.config.stash[DESCRIPTION] = describe_cluster(self.config)
                 deletion = threading.Thread(target=delete, args=[os.getpid()])
                 deletion.start()
                 self.config.add_cleanup(deletion.join)
 
 
+def _describe(cluster: Cluster) -> str:
+    kubernetes = client.VersionApi(Api.of(cluster, "").core.api_client).get_code().git_version
+    image = cluster.images["git_sync"]
+    which = "a stand-in for git-sync" if "standin" in image else "the real git-sync"
+    return f"{cluster.kind}, Kubernetes {kubernetes}, {which} ({image})"
+
+
 def describe_cluster(config: pytest.Config) -> str:
     """The line of the report that names the cluster."""
-    if DESCRIPTION in config.stash:
-        return config.stash[DESCRIPTION]
     try:
         wait_for_cluster(config, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -158,11 +167,7 @@ def describe_cluster(config: pytest.Config) -> str:
     shared = config.stash[SHARED]
     if not shared.cluster:
         return f"cluster: none, {(shared.unavailable or shared.error).strip().splitlines()[-1]}"
-    cluster = Cluster.from_dict(shared.cluster)
-    kubernetes = client.VersionApi(Api.of(cluster, "").core.api_client).get_code().git_version
-    image = cluster.images["git_sync"]
-    which = "a stand-in for git-sync" if "standin" in image else "the real git-sync"
-    return f"cluster: {cluster.kind}, Kubernetes {kubernetes}, {which} ({image})"
+    return f"cluster: {shared.description}"
 
 
 @pytest.fixture(scope="session")

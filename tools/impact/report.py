@@ -17,8 +17,9 @@ from tools.target import printable
 
 LIMITS = (
     "An empty database does not show how many rows a statement reads or changes, how long one takes that reads no"
-    " table, whether existing rows or the application's violate a constraint, what a loop over rows runs, which queries"
-    " need an index, whom row-level security hides rows from, or who relies on the old definition of a view or function."
+    " table, whether existing rows or the application's violate a constraint, what a loop over rows runs, which"
+    " queries need an index, whom row-level security hides rows from, or who relies on the old definition of a view or"
+    " function."
 )
 COLUMNS = ("", "Statement", "New locks on existing tables", "Held", "Takes longer with more rows")
 LONGEST = 120  # characters of a statement
