@@ -135,12 +135,13 @@ class EarlyDeletion:
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
-        self.remaining: set[str] = set()
+        self.remaining: set[str] | None = None
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, ids: Sequence[str]) -> None:
-        """Before the first test, once for each worker."""
-        self.remaining = {nodeid for nodeid in ids if nodeid.startswith(("tests/e2e/", "tests/gitops/"))}
+        """Before the first test; also for each other worker, and one that replaces a crashed one."""
+        if self.remaining is None:
+            self.remaining = {nodeid for nodeid in ids if nodeid.startswith(("tests/e2e/", "tests/gitops/"))}
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         if self.remaining:
