@@ -10,6 +10,9 @@
 - `tools.fixtures`: what is in the cluster: PostgreSQL, a git and package server, ConfigMaps and Secrets.
 - `tools.offline_cluster`: a private container engine and local images, when no image can be pulled; see its README.md.
 - `tools.demo`: `make demo`.
+- `tools.target`: a database that is only read, and its copy on the embedded server.
+- `tools.drift`: `make drift`; `tools.impact`: `make impact`.
+- `tools.markdown`: texts and tables as Markdown.
 - `tools.docs`: `make docs`: the generated documents; `tools.schema`: docs/schema.md.
 
 The folders helm, kube-score, toxiproxy and checkov hold only the pinned versions of these tools.

@@ -26,6 +26,7 @@ from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 
 from tools.drift import Object, Objects, read_objects
+from tools.markdown import cells, code, head, longest_fence, prose
 from tools.paths import ROOT
 from tools.target import SESSION, Target, database_url, printable, reading
 
@@ -275,33 +276,6 @@ def label(text: str) -> str:
 def link(revision: str) -> str:
     """To its file, which the end of the page defines."""
     return f"[{prose(revision)}]"
-
-
-def cells(*texts: str) -> str:
-    escaped = [text.replace("|", "\\|") for text in texts]
-    return f"| {' | '.join(escaped)} |"
-
-
-def head(*texts: str) -> list[str]:
-    return ["", cells(*texts), "|---" * len(texts) + "|"]
-
-
-def prose(text: str) -> str:
-    """The same text in Markdown, on one line."""
-    lines = [printable(line.expandtabs(1)) for line in text.strip().splitlines()]
-    text = re.sub(r"([\\`*\[\]<>~&$#])|(?<!\w)_|_(?!\w)", lambda match: f"\\{match[0]}", "\n".join(lines))
-    return re.sub(r"^(\d*)([-+=.)])", r"\1\\\2", text).replace("\n", "<br>")
-
-
-def code(text: str) -> str:
-    """The same text as code in Markdown, on one line; nothing if it is empty."""
-    text = printable(re.sub(r"\s*\n\s*", " ", text))
-    fence, space = "`" * (longest_fence(text) + 1), " " * (text.strip(" `") != text)
-    return text and f"{fence}{space}{text}{space}{fence}"
-
-
-def longest_fence(text: str) -> int:
-    return max(map(len, re.findall("`+", text)), default=0)
 
 
 def main() -> None:

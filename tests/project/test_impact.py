@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import os
 import re
 import shutil
@@ -214,7 +213,7 @@ def impact(project: Project, **environment: str | None) -> Result:
 
 def literal(markdown: str) -> str:
     """The text that it shows."""
-    return html.unescape(re.sub(r"\\(.)", r"\1", markdown.replace("<br>", "; ")))
+    return re.sub(r"\\(.)", r"\1", markdown.replace("<br>", "; "))
 
 
 def sections(markdown: str) -> list[str]:

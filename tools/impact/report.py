@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import textwrap
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from rich.text import Text
 
 from tools.impact.trace import Relation, Relations, Statement, blocks
 from tools.impact.verdict import Finding, names, rewritten
+from tools.markdown import cells, head, prose
 from tools.target import printable
 
 LIMITS = (
@@ -129,22 +129,10 @@ def markdown(reports: list[Report], notes: list[str]) -> str:
     """The same as Markdown."""
     lines = ["## Impact of the revisions"]
     for report in reports:
-        lines += [
-            "",
-            f"### {_cell(report.title)}",
-            "",
-            f"Safe while the application runs: **{_cell(report.verdict)}**",
-            "",
-        ]
-        lines += [f"- {_cell(finding.why)}<br>→ {_cell(finding.advice)}" for finding in report.findings]
+        lines += ["", f"### {prose(report.title)}", ""]
+        lines += [f"Safe while the application runs: **{prose(report.verdict)}**", ""]
+        lines += [f"- {prose(finding.why)}<br>→ {prose(finding.advice)}" for finding in report.findings]
         if rows := report.rows():
-            table = [COLUMNS, tuple("---" for _ in COLUMNS), *(tuple(map(_cell, row)) for row in rows)]
-            lines += ["", *(f"| {' | '.join(row)} |" for row in table), ""]
-        lines += [f"- squawk: {_cell(line)}" for line in report.lint]
-    return "\n".join([*lines, "", *(f"{_cell(printable(note))}\n" for note in notes)]) + "\n"
-
-
-def _cell(text: str) -> str:
-    """Literal text: whatever a name or a statement contains, it is no markup, formula or mention."""
-    text = re.sub(r"[&$@]", lambda match: f"&#{ord(match[0])};", text)
-    return re.sub(r"([\\|*_`<>\[\]~])|#(?!\d+;)", r"\\\g<0>", text).replace("\n", "<br>")
+            lines += [*head(*COLUMNS), *(cells(*map(prose, row)) for row in rows), ""]
+        lines += [f"- squawk: {prose(line)}" for line in report.lint]
+    return "\n".join([*lines, "", *(f"{prose(note)}\n" for note in notes)]) + "\n"
