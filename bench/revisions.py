@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bench.measure import LIMIT, Results, alternate, table, timed
 from bench.peers import CASES, TOOLS, Tool
+from tools.paths import CACHE, ROOT
 from tools.postgres import Postgres, dsn
 from tools.steps import log
 
@@ -62,7 +63,7 @@ def section(counts: Sequence[int], rounds: int, names: Sequence[str]) -> str:
         try:
             installed[name] = TOOLS[name]()
         except (RuntimeError, OSError) as error:
-            missing[name] = str(error).splitlines()[0]
+            missing[name] = "".join(str(error).splitlines()[:1]).replace(str(CACHE), "<cache>").replace(str(ROOT), ".")
     text = ""
     for count in counts:
         results = measure(installed, count, rounds)

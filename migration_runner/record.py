@@ -140,7 +140,7 @@ class Record:
             f" WHERE direction <> 'downgrade' AND starts_with(checksum, '{checksum.VERSION}')"
         )
         try:
-            rows = self._rows("", f"{NEWEST_FIRST} LIMIT 1", f", ({compared})")
+            rows = self._rows("", f"ORDER BY {NEWEST_FIRST} LIMIT 1", f", ({compared})")
         except ValueError:  # reported by read()
             return False
         for *newest, recorded in rows:
@@ -153,19 +153,19 @@ class Record:
         """Read the entries."""
         if self.reads:
             try:
-                entries = self._entries("DISTINCT ON (revision)", f"revision, {NEWEST_FIRST}")
+                entries = self._entries("DISTINCT ON (revision)", f"ORDER BY revision, {NEWEST_FIRST}")
                 self.entries = {entry.revision: entry for entry in entries}
             except ValueError as error:  # a date of the year 10000; another encoding, in an SQL_ASCII database
                 self.problem = f"{self.table} cannot be read: {describe(error)}"
                 self.writes = False
 
-    def _entries(self, distinct: str, order: str) -> list[Entry]:
-        return [Entry(*row) for row in self._rows(distinct, order)]
+    def _entries(self, distinct: str, end: str) -> list[Entry]:
+        return [Entry(*row) for row in self._rows(distinct, end)]
 
-    def _rows(self, distinct: str, order: str, more: str = "") -> list[Row]:
+    def _rows(self, distinct: str, end: str, more: str = "") -> list[Row]:
         seconds = "extract(epoch FROM duration)::pg_catalog.float8"  # the driver reads not every intervalstyle
         columns = ", ".join(Entry.__dataclass_fields__).replace("seconds", seconds)
-        return self.raw.query(f"SELECT {distinct} {columns}{more} FROM {self.table} ORDER BY {order}")
+        return self.raw.query(f"SELECT {distinct} {columns}{more} FROM {self.table} {end}")
 
     def create(self, schema: str, name: str) -> None:
         """Create the table in the current transaction, which continues if the role may not."""
@@ -193,7 +193,7 @@ class Record:
 
     def read_newest(self) -> None:
         """Read the row that was written last."""
-        self.entries |= {entry.revision: entry for entry in self._entries("", f"{NEWEST_FIRST} LIMIT 1")}
+        self.entries |= {entry.revision: entry for entry in self._entries("", f"ORDER BY {NEWEST_FIRST} LIMIT 1")}
 
     def show(self, applied: set[str]) -> None:
         """Have Alembic's `current --verbose` and `history --verbose -i` print the rows, too."""
