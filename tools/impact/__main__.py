@@ -199,7 +199,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the server is stopped
+    for number in (signal.SIGINT, signal.SIGTERM):  # a script's background job starts with SIGINT ignored
+        signal.signal(number, signal.default_int_handler)  # so that the server is stopped
     try:
         main()
     except KeyboardInterrupt:
