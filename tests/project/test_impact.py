@@ -308,7 +308,8 @@ def test_an_interrupted_trace_leaves_nothing_behind(
     until(lambda: "1 of 1: 002" in program.output, 60)
     result = program.stop(number)
     assert result.returncode == 130
-    assert result.text.splitlines()[1:] == ["interrupted; everything that was started is stopped"]
+    # libpq may print that the server ended.
+    assert result.text.splitlines()[-1] == "interrupted; everything that was started is stopped"
     assert list(server_folder.iterdir()) == []
 
 
