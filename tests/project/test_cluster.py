@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tests.support.programs import run
 from tools import cluster
 from tools.binaries import pinned_version
 from tools.cluster import Cluster, ClusterKind
-from tools.offline_cluster import engine
+from tools.offline_cluster import engine, images
 from tools.paths import ROOT
 from tools.steps import UnavailableError
 
@@ -179,3 +180,19 @@ def test_the_page_of_the_offline_cluster_names_its_kubernetes_and_files_that_exi
     names = re.findall(r"`((?:[\w-]+/)*[\w-]+\.(?:py|toml|mod)|[\w-]+/[\w-]*)`", table)
     assert len(names) > 10
     assert [name for name in names if not (folder / name).exists() and not (ROOT / name).exists()] == []
+
+
+def test_the_images_are_the_same_after_a_test_has_imported_one_of_their_programs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Python compiles of it is next to it, and is no source."""
+    digests: list[str] = []
+    monkeypatch.setattr(images, "HERE", shutil.copytree(images.HERE, tmp_path / "offline_cluster"))
+    monkeypatch.setattr(images, "_build_system", lambda *_: None)
+    monkeypatch.setattr(images, "_is_current", lambda _, digest: digests.append(digest) or True)
+    for folder in ("images", "node"):
+        images.build_images()
+        (images.HERE / folder / "__pycache__").mkdir(exist_ok=True)
+        (images.HERE / folder / "__pycache__/git-synccpython-311.pyc").touch()
+    images.build_images()
+    assert digests == digests[:2] * 3

@@ -46,19 +46,24 @@ def build_images() -> str:
     for tag, packages in SYSTEMS.items():
         _build_system(tag, packages)
     digest = hashlib.sha256(str(SYSTEMS).encode())
-    for file in sorted((HERE / "images").iterdir()):
+    for file in _files("images"):
         digest.update(file.read_bytes())
     if not _is_current(GIT_SYNC, digest.hexdigest()):
         docker("tag", SERVER, "hcm-local/server")
         _build(HERE / "images", GIT_SYNC, "", digest.hexdigest())
     modules = [HERE / module / name for module in ("kubernetes", "etcd") for name in ("go.mod", "go.sum")]
-    for file in [*sorted((HERE / "node").iterdir()), *modules]:
+    for file in [*_files("node"), *modules]:
         digest.update(file.read_bytes())
     version = binaries.pinned_version("kubelet")
     node = f"hcm-local/node:{version}"
     if not _is_current(node, digest.hexdigest()):
         _build_node(node, version, digest.hexdigest())
     return node
+
+
+def _files(folder: str) -> list[Path]:
+    """The sources in a folder; not the folder in which Python keeps what it compiled of them."""
+    return sorted(path for path in (HERE / folder).iterdir() if path.is_file())
 
 
 def build_controllers() -> str:
