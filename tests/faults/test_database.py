@@ -81,7 +81,7 @@ def test_a_server_that_crashes_on_a_full_disk_is_waited_for_and_the_next_run_com
     offline_project: Project, own_server: Postgres
 ) -> None:
     own_server.kill()
-    wal = own_server.folder / "data" / "pg_wal"
+    wal = own_server.data / "pg_wal"
     script = (
         f"cp -a {wal} {wal}.copy; mount -t tmpfs -o size=40m,mode=700,uid=nobody tmpfs {wal}; mv {wal}.copy/* {wal}"
     )
@@ -144,7 +144,7 @@ def test_a_standby_is_reported_and_a_run_with_nothing_to_do_passes_there(
     assert offline_project.alembic("upgrade", "head").returncode == 0
     own_server.execute("CHECKPOINT")
     own_server.kill()
-    (own_server.folder / "data" / "standby.signal").touch()
+    (own_server.data / "standby.signal").touch()
     own_server.start()
     assert own_server.execute("SELECT pg_is_in_recovery()") == [(True,)]
     result = offline_project.alembic("upgrade", "head")

@@ -63,7 +63,7 @@ def veth(offline_project: Project, own_server: Postgres) -> Iterator[Veth]:
         for number, end in enumerate(ends, 1):
             run([*end, "ip", "address", "add", f"192.0.2.{number}/30", "dev", "veth0"], check=True)
             run([*end, "ip", "link", "set", "veth0", "up"], check=True)
-        with (own_server.folder / "data" / "pg_hba.conf").open("a") as rules:
+        with (own_server.data / "pg_hba.conf").open("a") as rules:
             rules.write("host all all 192.0.2.0/30 scram-sha-256\n")
         own_server.enter = ends[0]
         own_server.settings["listen_addresses"] = "192.0.2.1"

@@ -379,10 +379,10 @@ def test_a_primary_and_its_standby(offline_project: Project, own_server: Postgre
     copy_parts(offline_project.folder, "tools")
     with Postgres(hot_standby="on") as standby:
         standby.kill()
-        shutil.rmtree(standby.folder / "data")
-        command = [programs() / "pg_basebackup", "-D", standby.folder / "data", "-R", "-d", dsn(own_server.url)]
+        shutil.rmtree(standby.data)
+        command = [programs() / "pg_basebackup", "-D", standby.data, "-R", "-d", dsn(own_server.url)]
         run(command, check=True)
-        run(["chown", "-R", UNPRIVILEGED, standby.folder / "data"], check=True)
+        run(["chown", "-R", UNPRIVILEGED, standby.data], check=True)
         standby.url = standby.url.set(password=own_server.password)
         standby.start()
         assert offline_project.alembic("upgrade", "head", DATABASE_URL=dsn(own_server.url)).returncode == 0
