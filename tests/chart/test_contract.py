@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
+from jsonschema_rs import ValidationError
 
 from tests.support.chart import MINIMAL, Helm, environment, git_sync, migrate, nested, one, pod
 from tools.binaries import find_or_build
@@ -20,6 +22,14 @@ OVERLAY = ROOT / "environments" / "unified-dev.yaml"
 def test_a_release_has_a_job_a_record_and_a_test(helm: Helm) -> None:
     found = {(document["kind"], document["metadata"]["name"]) for document in helm.render()}
     assert found == {("Job", "hcm-db-migration-1"), ("ConfigMap", "hcm-db-migration"), ("Pod", "hcm-db-migration-test")}
+
+
+def test_an_object_with_an_unknown_field_is_refused_by_every_rendering(helm4: Helm, tmp_path: Path) -> None:
+    shutil.copytree(CHART, tmp_path / "chart")
+    job = tmp_path / "chart/templates/job.yaml"
+    job.write_text(job.read_text().replace("kind: Job", "kind: Job\nimage: misplaced"))
+    with pytest.raises(ValidationError, match="'image' was unexpected"):
+        helm4.render(chart=tmp_path / "chart")
 
 
 def test_the_overlay_renders_what_was_reviewed(helm: Helm, tmp_path: Path) -> None:

@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 import yaml
 from hypothesis import strategies as st
-from jsonschema import Draft202012Validator
+from jsonschema_rs import Draft202012Validator, Registry
 from kubernetes_validate.utils import schema_contents
-from referencing import Registry, Resource
 from typing_extensions import TypedDict, Unpack
 
 from tests.support.programs import Result, observed, start
@@ -52,6 +51,7 @@ class Helm:
 
     def run(self, *command: str | Path, stdin: str = "") -> Result:
         environment = {"PATH": os.environ["PATH"], "HOME": str(self.home), "KUBECONFIG": str(self.home / "no-cluster")}
+        environment["GOGC"] = "400"  # garbage collection is a fifth of its time
         # What is rendered, scripts among it, is no evidence of what they print.
         return start([self.path, *command], stdin=stdin, env=environment, is_evidence=False).wait(verbatim=True)
 
@@ -111,13 +111,14 @@ def _validator(version: str, kind: str, api_version: str) -> Draft202012Validato
     folder = f"kubernetes-json-schema/v{version}.0-local-strict"
     group = re.sub(r"(\.[^/]*)?/", "-", api_version)  # rbac-v1 of rbac.authorization.k8s.io/v1
     schema = schema_contents(f"{folder}/{kind.lower()}-{group}.json", version)
-    return Draft202012Validator(schema, registry=Resource.from_contents(schema) @ _definitions(version))
+    return Draft202012Validator(schema, registry=_definitions(version))
 
 
 @functools.cache
 def _definitions(version: str) -> Registry:
     folder = f"kubernetes-json-schema/v{version}.0-local-strict"
-    return Resource.from_contents(schema_contents(f"{folder}/_definitions.json", version)) @ Registry()
+    definitions = schema_contents(f"{folder}/_definitions.json", version)
+    return Registry([(definitions["$id"], definitions)])
 
 
 def one(objects: Objects, kind: str) -> dict[str, Any]:
