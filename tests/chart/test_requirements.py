@@ -39,6 +39,10 @@ NO_HASHES = (
 )
 
 
+# It is Python that reads the file, whichever shell runs the script.
+in_one_shell = pytest.mark.parametrize("shell", ["sh"])
+
+
 def _wheel(folder: Path) -> str:
     """Create the package "alembic"; return its hash."""
     return hashlib.sha256(make_wheel(folder, "alembic", ALEMBIC).read_bytes()).hexdigest()
@@ -112,6 +116,7 @@ def test_a_tampered_requirement_stops_the_run_before_the_database(install: Calla
     assert result.lines[-1] == NOT_INSTALLED
 
 
+@in_one_shell
 @pytest.mark.parametrize(
     ("files", "path"),
     [
@@ -143,6 +148,7 @@ def test_requirements_that_lead_out_of_the_checkout_are_named(
     )
 
 
+@in_one_shell
 @pytest.mark.parametrize(
     "line",
     [
@@ -194,6 +200,7 @@ def test_an_index_without_the_wheel_runs_no_code(install: Callable, index: Hosti
     result.line("ERROR: No matching distribution found for alembic==0.0.1")
 
 
+@in_one_shell
 @pytest.mark.parametrize(
     "requirements",
     [
@@ -247,6 +254,7 @@ def test_a_requirements_file_may_have_any_name(volume: Volume, container: Callab
     assert (result.returncode, result.lines[-1] + "\n") == (0, installed(volume)), result.text
 
 
+@in_one_shell
 @pytest.mark.parametrize("empty", [":none:", " ", ",", ""])
 def test_no_name_at_all_builds_nothing(install: Callable, index: HostileIndex, empty: str) -> None:
     result = install("./package\n", {"package/pyproject.toml": IN_TREE}, PIP_INDEX_URL=index.url, PIP_NO_BINARY=empty)
@@ -281,6 +289,7 @@ def test_the_command_of_the_readme_runs_no_code_of_the_index(index: HostileIndex
     state="Complete, with what the index served",
     do="Add hashes; `PIP_REQUIRE_HASHES=1` in `extraEnv` refuses a file without them",
 )
+@in_one_shell
 @pytest.mark.parametrize(
     "text",
     [
@@ -302,6 +311,7 @@ def test_requirements_without_hashes_are_reported(install: Callable, volume: Vol
     result.line(NO_HASHES)
 
 
+@in_one_shell
 @pytest.mark.parametrize(
     "text",
     [
