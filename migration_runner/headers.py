@@ -46,7 +46,6 @@ _PLAIN = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 
-
 FIELDS = ("revision", "down_revision", "branch_labels", "depends_on")
 # By these, names can be bound that do not stand in the file; `*` is that of an import.
 DYNAMIC = {"*", "eval", "exec", "compile", "getattr", "setattr", "delattr", "__setattr__", "__import__", "importlib"}
@@ -107,21 +106,18 @@ def _match(source: bytes) -> tuple[str, tuple[str, ...]] | None:
 
 def _parse(source: bytes) -> tuple[str, tuple[str, ...]] | None:
     """The same, of a file that assigns literals once, at the top level, and changes its names in no other way."""
+    found: dict[str, object] = {}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tree = ast.parse(source)
-    except (SyntaxError, ValueError):
-        return None
-    found: dict[str, object] = {}
-    for node in tree.body:
-        match node:
-            case ast.Assign([ast.Name(name)], value) | ast.AnnAssign(ast.Name(name), _, ast.expr() as value):
-                if name in FIELDS:
-                    try:
+        for node in tree.body:
+            match node:
+                case ast.Assign([ast.Name(name)], value) | ast.AnnAssign(ast.Name(name), _, ast.expr() as value):
+                    if name in FIELDS:
                         found[name] = ast.literal_eval(value)
-                    except ValueError:
-                        return None
+    except Exception:  # of many kinds; what is wrong is reported when Alembic loads the file
+        return None
     names = Counter(name for node in ast.walk(tree) for name in _names(node))
     if names.keys() & DYNAMIC or any(names[field] != (field in found) for field in FIELDS):
         return None
@@ -144,8 +140,8 @@ def _names(node: ast.AST) -> Iterable[str]:
         return [node.arg]
     if isinstance(node, ast.Global | ast.Nonlocal):
         return node.names
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.ExceptHandler):
-        return [node.name] if node.name else []
-    if isinstance(node, ast.MatchAs | ast.MatchStar):
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return [node.name]
+    if isinstance(node, ast.ExceptHandler | ast.MatchAs | ast.MatchStar):
         return [node.name] if node.name else []
     return [node.rest] if isinstance(node, ast.MatchMapping) and node.rest else []

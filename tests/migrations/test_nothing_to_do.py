@@ -219,6 +219,9 @@ def test_any_file_is_read_as_python_runs_it() -> None:
         ({"002": '"000"'}, False),  # no such file
         ({"002": '"002"'}, False),  # a cycle
         ({"002": '("001", "003")', "003": '"002"', "004": '"003"'}, False),
+        ({"002": "{[]: 1}"}, False),  # a TypeError
+        ({"002": f"{'-' * 100_000}1"}, False),  # a MemoryError
+        ({"002": "+".join(["1"] * 100_000)}, False),  # a RecursionError
         ({}, True),
     ],
 )
