@@ -14,7 +14,6 @@ import contextlib
 import io
 import json
 import re
-import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +24,7 @@ import yaml
 
 from tools.paths import CHART, ROOT
 from tools.postgres import Postgres, dsn
-from tools.steps import run
+from tools.steps import interrupt_on_signals, run
 
 FAILURES = ROOT / "docs" / "failures.md"
 SCHEMA = ROOT / "docs" / "schema.md"
@@ -183,7 +182,7 @@ def main(arguments: list[str]) -> str | None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the server is stopped
+    interrupt_on_signals()
     try:
         sys.exit(main(sys.argv[1:]))
     except RuntimeError as error:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import signal
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ import psycopg2
 import psycopg2.errors
 
 from tools.postgres import Postgres
+from tools.steps import interrupt_on_signals
 from tools.target import SESSION, Query, Target, check_settings, database_url, printable, reading
 
 OBJECTS = Path(__file__).with_suffix(".sql")
@@ -157,7 +157,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the server is stopped
+    interrupt_on_signals()
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -34,7 +34,6 @@ SETTINGS = {
     "logging_collector": "off",
 }
 
-
 MEMORY = Path("/dev/shm")  # noqa: S108  on most Linux systems a tmpfs; in a container too small, unless it is set
 ENOUGH = 4 << 30  # bytes
 

@@ -29,6 +29,14 @@ def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def interrupt_on_signals() -> None:
+    """Have SIGTERM raise KeyboardInterrupt, so that what was started is stopped; and SIGINT even in a script's
+    background job, in which the shell has it ignored.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+
+
 def remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)

@@ -2,13 +2,13 @@
 
 import fcntl
 import os
-import signal
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.programs import Output, observed
+from tools.steps import interrupt_on_signals
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,7 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as with Ctrl-C: servers and folders are removed
+    interrupt_on_signals()
     config.addinivalue_line("markers", "disruptive: disturbs other tests on the cluster, or others without; runs alone")
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -35,7 +34,7 @@ from tools.impact.trace import SETTINGS, Statement, Tracer
 from tools.impact.verdict import Schema, hidden, judge
 from tools.paths import BIN, ROOT
 from tools.postgres import Postgres, dsn
-from tools.steps import log
+from tools.steps import interrupt_on_signals, log
 from tools.target import Target, printable
 
 # The run sets these limits itself.
@@ -199,8 +198,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):  # a script's background job starts with SIGINT ignored
-        signal.signal(number, signal.default_int_handler)  # so that the server is stopped
+    interrupt_on_signals()
     try:
         main()
     except KeyboardInterrupt:
