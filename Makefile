@@ -67,7 +67,7 @@ lint: venv ## run only the linters (they are tests as well)
 lock: venv ## compile every requirements*.in into its .txt (UPGRADE=--upgrade upgrades all pins)
 	@for name in requirements requirements-dev tools/checkov/requirements bench/peers/requirements; do $(UV_COMPILE) $(UPGRADE) $$name.in -o $$name.txt || exit; done
 
-docs: venv ## write what is generated: the chart's README, schema descriptions and defaults.json, docs/schema.md, docs/failures.md
+docs: venv ## write what is generated: the chart's README, schema descriptions and defaults.json, docs/schema.md, docs/troubleshooting.md
 	@$(BIN)/python -m tools.docs
 
 clean: ## delete .venv and the tests' caches in the tree

@@ -43,9 +43,9 @@ WORK_BEFORE_ERROR = re.compile("40|55P03")
 HINTS = {
     "25006": "the server is read-only (a standby, or default_transaction_read_only): set DB_HOST to the primary",
     "25P02": "an earlier statement failed and the revision caught its error; use op.get_bind().begin_nested()",
-    "42501": "grant what is missing, see 'Minimum privileges' in README.md",
-    "42P07": "created manually, or by a run that was killed before the revision was stamped: see 'Troubleshooting' in"
-    " README.md",
+    "42501": "grant what is missing, see 'Minimum privileges' in docs/operations.md",
+    "42P07": "created manually, or by a run that was killed before the revision was stamped: see"
+    " docs/troubleshooting.md",
     "53100": "the server's disk is full: free disk space",
     "57014": "it was cancelled on the server",
 }

@@ -24,7 +24,7 @@ from migration_runner.settings import Origin
 VERSION = "0.1.0"  # of this package
 
 SAVEPOINT = '"migration_runner record"'  # before a statement that may be refused
-SEE_README = "see 'The record of what was applied' in README.md"
+SEE_DOCS = "see 'The record of what was applied' in docs/operations.md"
 
 # Each column's type, and what CREATE TABLE adds to it.
 COLUMNS = {
@@ -235,7 +235,7 @@ class Record:
         return printable(
             f"revision {name} was changed after it was applied: on {entry.at}{commit} it was {then}{now};"
             f" if two files had one number, renumber the one that is not recorded here; if it was edited on purpose,"
-            f" write a new revision instead or, if the database has that change, {accept}; {SEE_README}"
+            f" write a new revision instead or, if the database has that change, {accept}; {SEE_DOCS}"
         )
 
 

@@ -22,7 +22,7 @@ from migration_runner import remote
 from migration_runner.checksum import sources_kept
 from migration_runner.errors import describe
 
-SEE_README = "see 'Adding a migration' in README.md"
+SEE_DOCS = "see docs/migrations.md"
 
 
 def validate(script: ScriptDirectory, read: Mapping[str, bytes] | None = None) -> None:
@@ -35,7 +35,7 @@ def validate(script: ScriptDirectory, read: Mapping[str, bytes] | None = None) -
     """
     for path in _paths(script):
         if path.is_symlink() and (path.suffix == ".py" or path.is_dir()):
-            raise CommandError(f"{path.name} is a symlink; commit the file itself, {SEE_README}")
+            raise CommandError(f"{path.name} is a symlink; commit the file itself, {SEE_DOCS}")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Revision .* is present more than once")
@@ -44,18 +44,18 @@ def validate(script: ScriptDirectory, read: Mapping[str, bytes] | None = None) -
             with sources_kept(read or {}):
                 script.get_heads()
     except UserWarning as warning:
-        raise CommandError(f"{_explain_warning(script, str(warning))}, {SEE_README}") from None
+        raise CommandError(f"{_explain_warning(script, str(warning))}, {SEE_DOCS}") from None
     except RevisionError as error:
         file = _file_with_wrong_id(script)
         raise CommandError(
-            f"{file}; rename it, {SEE_README}"
+            f"{file}; rename it, {SEE_DOCS}"
             if file
-            else f"{error}; fix the 'down_revision' of one of them, {SEE_README}"  # such as a cycle
+            else f"{error}; fix the 'down_revision' of one of them, {SEE_DOCS}"  # such as a cycle
         ) from None
     except CommandError as error:
         name = re.search(r"from filename (.*?\.py)", str(error))  # Alembic's hint is for files of its version 0.1
         raise CommandError(
-            f"{name[1]} has no 'revision'; fix or delete the file, {SEE_README}" if name else str(error)
+            f"{name[1]} has no 'revision'; fix or delete the file, {SEE_DOCS}" if name else str(error)
         ) from None
     except KeyboardInterrupt:
         raise
@@ -73,7 +73,7 @@ def validate_runnable(script: ScriptDirectory, destination: Iterable[str]) -> No
     for revision in script.walk_revisions():
         for name in ("upgrade", "downgrade"):
             if not _takes_no_argument(getattr(revision.module, name, None)):
-                raise CommandError(f"{Path(revision.path).name} has no {name}(); fix the file, {SEE_README}")
+                raise CommandError(f"{Path(revision.path).name} has no {name}(); fix the file, {SEE_DOCS}")
     for target in destination:
         if target.startswith("head") and target != "heads":
             validate_one_head(script)
@@ -96,7 +96,7 @@ def validate_one_head(script: ScriptDirectory) -> None:
     if len(heads) > 1:
         files = " and ".join(f"{head} ({_file(script, head)})" for head in sorted(heads))
         raise CommandError(
-            f"there are {len(heads)} heads: {files}; set the 'down_revision' of one to the other, {SEE_README}"
+            f"there are {len(heads)} heads: {files}; set the 'down_revision' of one to the other, {SEE_DOCS}"
         )
 
 
@@ -173,7 +173,7 @@ def revision_error(script: ScriptDirectory, error: BaseException) -> CommandErro
     """The exception for an error in a revision file."""
     where = error_location(error, script)
     what = f"{where}: {describe(error)}" if where else _explain_error(script, error)
-    return CommandError(f"{what}; fix the file, {SEE_README}")
+    return CommandError(f"{what}; fix the file, {SEE_DOCS}")
 
 
 def error_location(error: BaseException, script: ScriptDirectory) -> str | None:

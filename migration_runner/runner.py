@@ -236,7 +236,7 @@ class Attempt:
             raise CommandError(
                 printable(
                     f"the version table {table.name} {problem}; fix that, or set ALEMBIC_VERSION_TABLE or"
-                    " DB_SCHEMA; see 'Troubleshooting' in README.md"
+                    " DB_SCHEMA; see docs/troubleshooting.md"
                 )
             )
         self.record = record.Record(session.raw, command.script, session.settings.origin, tables.get(history))
@@ -289,7 +289,7 @@ class Attempt:
         if creators:
             self.runner.progress.log(
                 f"untrusted roles may CREATE in {', '.join(map(printable, creators))}, and revisions may call what they"
-                " create there: see 'Minimum privileges' in README.md",
+                " create there: see 'Minimum privileges' in docs/operations.md",
                 logging.WARNING,
             )
 
@@ -300,7 +300,7 @@ class Attempt:
 
     def _warn_if_nothing_is_recorded(self) -> None:
         if problem := self.record.problem:
-            line = f"nothing is recorded: {problem}; {record.SEE_README}"
+            line = f"nothing is recorded: {problem}; {record.SEE_DOCS}"
             self.runner.progress.log(printable(line), logging.WARNING)
 
     def _plan(
@@ -388,8 +388,8 @@ class Attempt:
             raise CommandError(
                 f"the database is at {printable(join(tuple(unknown)))}, which this code (head"
                 f" {join(tuple(revisions.code_heads(script)))}) does not know; deploy the code that knows it or, if the"
-                " version table is another project's, set ALEMBIC_VERSION_TABLE or DB_SCHEMA; see 'Troubleshooting'"
-                " in README.md"
+                " version table is another project's, set ALEMBIC_VERSION_TABLE or DB_SCHEMA; see"
+                " docs/troubleshooting.md"
             )
         if table and (stale := revisions.superseded(script, heads)):
             delete = f"DELETE FROM {table.name} WHERE version_num = '{stale}'"  # noqa: S608
@@ -469,5 +469,5 @@ def _refuse_long_names(steps: list[MigrationStep], table: catalog.Table | None) 
                 widen = f", or widen the column: ALTER TABLE {table.name} ALTER version_num TYPE text" if table else ""
                 raise CommandError(
                     f"revision {name} has {len(name)} characters, and the version table holds {longest};"
-                    f" shorten it{widen}; {revisions.SEE_README}"
+                    f" shorten it{widen}; {revisions.SEE_DOCS}"
                 )

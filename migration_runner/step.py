@@ -16,7 +16,7 @@ from sqlalchemy.exc import DBAPIError
 
 from migration_runner import catalog, sql
 from migration_runner.errors import Incomplete, Interrupted, LockLost, OwnTransaction, printable, server_message
-from migration_runner.record import SAVEPOINT, SEE_README, Record, is_refusal
+from migration_runner.record import SAVEPOINT, SEE_DOCS, Record, is_refusal
 from migration_runner.session import LOCK_TIMEOUT, Session
 
 log = logging.getLogger("migration_runner")
@@ -245,7 +245,7 @@ class StepRun:
             raise error
         with suppress(psycopg2.Error):  # the error came before the savepoint
             raw.query(f"ROLLBACK TO SAVEPOINT {SAVEPOINT}")
-            log.warning("%s is not recorded: %s; %s", self.title, printable(server_message(error)), SEE_README)
+            log.warning("%s is not recorded: %s; %s", self.title, printable(server_message(error)), SEE_DOCS)
             return raw.query(self.session.checks_sql)
         raise error
 

@@ -720,7 +720,7 @@ WRONG = {
     fault="A value of the chart has a wrong type, or a key is misspelt",
     sees="`values don't meet the specifications of the schema`, with the key",
     state="Nothing was changed",
-    do="Fix the value: README.md of the chart, 'Values'",
+    do="Fix the value: [Values](../charts/hcm-db-migrations/README.md#values)",
 )
 def test_any_value_of_a_wrong_type_and_any_unknown_key_is_refused_by_name(helm: Helm) -> None:
     @settings(max_examples=40, deadline=None)

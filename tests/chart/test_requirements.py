@@ -15,7 +15,7 @@ import yaml
 from tests.support.hostile_index import BACKEND, BUILD_SYSTEM, IN_TREE, HostileIndex, hostile_index
 from tests.support.pod_scripts import CODE, COMMIT, CREDENTIALS, README, Volume, make_wheel, wheels_in
 from tests.support.programs import Result, run
-from tests.support.readme import chart_block, root_block
+from tests.support.readme import block
 from tests.support.waiting import AT_ONCE
 from tools.paths import ROOT
 
@@ -191,7 +191,8 @@ def test_an_unreachable_index_is_reported_within_seconds(install: Callable) -> N
     fault="The index withholds a wheel, and serves the genuine source with its own build tools",
     sees="`FAILED: pip could not install requirements.txt ...: only wheels are installed; ...`, exit 1",
     state="Nothing installed, no code of the index has run; the database is not contacted",
-    do="Follow the message, deploy again",
+    do="Add the wheel for the image's Python to the index, or see"
+    " [Requirements](../charts/hcm-db-migrations/README.md#requirements); deploy again",
 )
 def test_an_index_without_the_wheel_runs_no_code(install: Callable, index: HostileIndex) -> None:
     result = install(f"{index.requirement}\n", PIP_INDEX_URL=index.url)
@@ -233,7 +234,7 @@ def test_a_requirements_file_that_demands_a_build_runs_no_code_of_the_index(
 
 
 def test_a_package_that_is_named_is_built(install: Callable, index: HostileIndex, volume: Volume) -> None:
-    (entry,) = yaml.safe_load(chart_block("PIP_NO_BINARY"))["extraEnv"]
+    (entry,) = yaml.safe_load(block("PIP_NO_BINARY"))["extraEnv"]
     named = {entry["name"]: entry["value"].replace("one-package", "alembic")}
     result = install(f"{index.requirement}\n", PIP_INDEX_URL=index.url, **named)
     assert (result, index.ran) == (Result(0, CODE + installed(volume)), True)
@@ -273,8 +274,8 @@ def test_the_command_of_the_readme_runs_no_code_of_the_index(index: HostileIndex
     """With the options of requirements.txt, and a package of the test instead of the real ones."""
     options = re.findall(r"^-.*", (ROOT / "requirements.txt").read_text(), re.M)
     (tmp_path / "requirements.txt").write_text("\n".join([*options, index.requirement, ""]))
-    block = root_block("python3 -m venv venv")
-    commands = block[: block.index("cp .env.example")].replace("python3", sys.executable)
+    text = block("python3 -m venv venv")
+    commands = text[: text.index("cp .env.example")].replace("python3", sys.executable)
     assert "\npip install -r requirements.txt\n" in commands
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PIP_INDEX_URL": index.url}
     result = run(["bash", "-ec", commands], cwd=tmp_path, env=environment)

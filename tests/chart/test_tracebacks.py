@@ -34,7 +34,8 @@ def upgrade():
     sees="`FAILED: alembic upgrade head: sqlalchemy.exc.ProgrammingError: (psycopg2.errors.UndefinedColumn) column ..."
     " does not exist (exit status 1)`, exit 1, in the log of each attempt",
     state="As the `env.py` left it: with Alembic's own template, rolled back",
-    do="Fix the revision, push, deploy again",
+    do="Fix the revision, push, deploy again; for one line instead of a traceback, add"
+    " [this project's runner](../charts/hcm-db-migrations/README.md#with-an-envpy-of-your-own)",
 )
 def test_a_failed_revision_with_alembics_own_env_py_ends_with_its_reason(
     volume: Volume, container: Callable, shell: str, database: Database

@@ -414,7 +414,7 @@ def test_what_is_written_from_the_values_is_up_to_date(path) -> None:
 
 def test_every_value_is_documented_with_its_default() -> None:
     rows = re.findall(
-        r"^\| `(\S+)` \| `(.*?)` \| .+ \|$", docs.TABLE.search((CHART / "README.md").read_text())[0], re.M
+        r"^\| `(\S+)` \| `(.*?)` \| .+ \|$", docs.VALUES.search((CHART / "README.md").read_text())[0], re.M
     )
     written = {name: json.loads(default) for name, default in rows}
     assert written == {name: default for name, default, _ in docs.documented()}

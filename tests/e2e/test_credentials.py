@@ -9,7 +9,7 @@ from sqlalchemy import make_url
 
 from tests.support.database import Database
 from tests.support.kubernetes import FIRST_JOB, Api, SwitchedService, contacted
-from tests.support.readme import chart_block, root_block
+from tests.support.readme import block
 from tests.support.release import Release
 from tests.support.waiting import until
 from tools.cluster import Cluster
@@ -169,7 +169,7 @@ def allow_only(cluster: Cluster, database: Database) -> Iterator[Callable[[str],
     sees="`cannot connect to database ...: ... no encryption; set PGSSLMODE=require ...` or `... certificate verify"
     " failed; set PGSSLROOTCERT to the CA's file ...`, at once, exit 255",
     state="Nothing was changed",
-    do="Follow the message; 'TLS to a managed database' in README.md",
+    do="Follow the message: [TLS to a managed database](operations.md#tls-to-a-managed-database)",
 )
 def test_tls_is_used_if_the_server_requires_it_and_verified_against_the_ca(
     release: Release, api: Api, cluster: Cluster, database: Database, allow_only: Callable[[str], None]
@@ -179,7 +179,7 @@ def test_tls_is_used_if_the_server_requires_it_and_verified_against_the_ca(
     refused = release.upgrade(without_tls)
     assert refused.returncode == 1
     refused.line("FAILED: cannot connect to database", "no encryption", "; set PGSSLMODE=require")
-    verified = release.example(root_block("PGSSLMODE"))
+    verified = release.example(block("configMap: {name: database-ca}"))
     other = api.core.read_namespaced_config_map("kube-root-ca.crt", api.namespace)
     api.config_map("database-ca", **other.data)
     wrong_ca = release.upgrade(verified)
@@ -203,11 +203,11 @@ def test_a_client_certificate_from_a_secret_replaces_the_password(
     secret = {"metadata": {"name": "database-tls"}, "type": "kubernetes.io/tls", "stringData": files}
     api.core.create_namespaced_secret(api.namespace, secret)
     api.core.patch_namespaced_secret("db", api.namespace, {"data": {"password": None}})
-    block = chart_block("PGSSLKEY")
-    default_mode = release.upgrade(release.example(block.replace(", defaultMode: 0440", "")))
+    values = block("PGSSLKEY")
+    default_mode = release.upgrade(release.example(values.replace(", defaultMode: 0440", "")))
     assert default_mode.returncode == 1
     default_mode.line("FAILED: cannot connect to database", "has group or world access", "'defaultMode: 0440'")
-    result = release.upgrade(release.example(block))
+    result = release.upgrade(release.example(values))
     assert (result.returncode, database.at) == (0, ["001"]), result.text
 
 
@@ -217,7 +217,7 @@ def test_a_url_that_refers_to_the_other_variables_can_add_a_parameter(
     password = "c4n4ry-._~"  # noqa: S105
     database.execute(f"ALTER ROLE {database.role} PASSWORD '{password}'")
     api.core.patch_namespaced_secret("db", api.namespace, {"stringData": {"password": password}})
-    values = release.example(chart_block("target_session_attrs"))
+    values = release.example(block("target_session_attrs"))
     database.execute(f"ALTER ROLE {database.role} SET default_transaction_read_only = on")
     at_once = {"name": "MIGRATION_WAIT_SECONDS", "value": "1"}
     refused = release.upgrade({"extraEnv": [*values["extraEnv"], at_once], "job": {"backoffLimit": 0}})

@@ -13,7 +13,7 @@ from sqlalchemy import make_url
 from tests.support.database import Database
 from tests.support.kubernetes import TABLE, Api
 from tests.support.project import PARTS
-from tests.support.readme import chart_block, root_block
+from tests.support.readme import block
 from tests.support.release import Release
 from tests.support.repository import Repository
 from tests.support.waiting import until
@@ -24,7 +24,7 @@ from tools.paths import ROOT
 from tools.postgres import execute
 
 
-def test_the_commands_of_the_first_readme_work(
+def test_the_commands_of_the_readme_work(
     releases: Callable[..., Release],
     cluster: Cluster,
     with_pip: dict,
@@ -40,14 +40,14 @@ def test_the_commands_of_the_first_readme_work(
         **with_pip,
         "git": {**with_pip.get("git", {}), "repo": "git@server.hcm-fixtures:hcm-db-migrations"},
     }
-    logs, test = root_block("helm test").splitlines()
+    logs, test = block("helm test").splitlines()
     database = make_url(cluster.postgres_url("unifieddevdb"))
     query = "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace ORDER BY 1"
     was_empty = not execute(database, query)
     overlay = yaml.safe_load((ROOT / "environments/unified-dev.yaml").read_text())
-    assert yaml.safe_load(root_block("git@github.com")) == overlay
+    assert yaml.safe_load(block("git@github.com")) == overlay
     try:
-        install = release.start_documented(root_block("--install hcm-db-migrations"))
+        install = release.start_documented(block("-f environments/unified-dev.yaml -n health\n"))
         until(lambda: any(map(health.log, health.pods("hcm-db-migration-1"))))
         log = release.documented(logs.replace("<revision>", "1"))
         result = install.wait()
@@ -81,6 +81,6 @@ def test_the_command_of_the_charts_readme_installs_from_standard_input(
     repository.push()
     git = {name: value for name, value in release.values["git"].items() if name == "image"}
     release.values = {**release.values, "git": git}
-    command = chart_block("helm upgrade --install")
+    command = block("-n health -f - <<EOF")
     result = release.documented(command.replace("https://github.com/<owner>/<repository>", repository.url))
     assert (result.returncode, database.at) == (0, ["001"]), result.text

@@ -17,7 +17,7 @@ from tests.support.kubernetes import (
     open_gate,
     sessions_in_revision_002,
 )
-from tests.support.readme import chart_block, root_block
+from tests.support.readme import block
 from tests.support.release import Release
 from tests.support.repository import Repository
 from tests.support.waiting import until
@@ -110,8 +110,8 @@ def test_a_rollback_leaves_the_schema_and_the_next_upgrade_to_that_code_reports_
     assert upgrade.returncode == 1
     upgrade.line(
         "FAILED: the database is at 002, which this code (head 001) does not know; deploy the code that knows it or, if"
-        " the version table is another project's, set ALEMBIC_VERSION_TABLE or DB_SCHEMA; see 'Troubleshooting' in"
-        " README.md"
+        " the version table is another project's, set ALEMBIC_VERSION_TABLE or DB_SCHEMA; see"
+        " docs/troubleshooting.md"
     )
     assert (database.at, api.conditions(f"{JOB}-4")["Failed"]) == (["002"], "PodFailurePolicy")
 
@@ -132,7 +132,9 @@ def test_a_failed_run_shows_its_reason_keeps_job_pod_and_log_and_the_next_upgrad
     failed.line("HH:MM:SS INFO running upgrade 001 -> 002, add")
     assert api.jobs() == [f"{JOB}-1"]
     assert api.conditions(f"{JOB}-1")["Failed"] == "PodFailurePolicy"
-    log = release.documented(chart_block("kubectl logs job/").replace("<revision>", "1"))
+    log = release.documented(
+        block("kubectl logs job/hcm-db-migration-<revision> -n health\n").replace("<revision>", "1")
+    )
     assert reason in log.lines[-2:]  # Alembic logs it as well
     assert (database.at, [*TABLE, "kept"]) == (["002"], database.relations)
     assert release.status() == "failed"
@@ -246,7 +248,7 @@ def test_a_release_stuck_in_pending_upgrade_is_recovered_by_a_rollback(
     assert refused.returncode == 1
     refused.line("another operation (install/upgrade/rollback) is in progress")
     until(lambda: "Complete" in api.conditions(f"{JOB}-2"))
-    jobs, history, rollback = root_block("helm rollback").splitlines()
+    jobs, history, rollback = block("helm rollback").splitlines()
     release.documented(jobs).line(f"{JOB}-2", "Complete")
     release.documented(history).line("1 ", "deployed")
     assert release.documented(rollback.replace("<last deployed revision>", "1")).returncode == 0

@@ -12,7 +12,7 @@ import yaml
 
 from tests.support.database import Database
 from tests.support.kubernetes import Api, node
-from tests.support.readme import chart_block
+from tests.support.readme import block
 from tests.support.release import Release
 from tests.support.repository import Repository
 from tests.support.waiting import until
@@ -59,8 +59,8 @@ def test_a_mirror_with_a_private_ca_and_a_proxy_for_git(
 ) -> None:
     """NO_PROXY has the domain of the mirror, but not that of the git server."""
     proxy = api.serve("proxy", cluster.images["python"], PROXY)
-    block = chart_block("PIP_CERT").replace("mirror.example.org", "server.hcm-fixtures.svc")
-    example = yaml.safe_load(block.replace("proxy.example.org:3128", f"{proxy.status.pod_ip}:8080"))
+    values = block("PIP_CERT").replace("mirror.example.org", "server.hcm-fixtures.svc")
+    example = yaml.safe_load(values.replace("proxy.example.org:3128", f"{proxy.status.pod_ip}:8080"))
     result = release.upgrade({**over_https, **example})
     assert (result.returncode, database.at) == (0, ["001"]), result.text
     assert set(api.log(proxy, "proxy").splitlines()) == {"CONNECT server.hcm-fixtures:443"}
@@ -83,8 +83,8 @@ def _allowed(api: Api, rules: list[dict[str, Any]], peer: Peer) -> bool:
     protocol, address, port = peer
 
     def selects(target: dict[str, Any]) -> bool:
-        if block := target.get("ipBlock"):
-            return ipaddress.ip_address(address) in ipaddress.ip_network(block["cidr"])
+        if network := target.get("ipBlock"):
+            return ipaddress.ip_address(address) in ipaddress.ip_network(network["cidr"])
         assert target["namespaceSelector"] == {}
         labels = ",".join(f"{name}={value}" for name, value in target["podSelector"]["matchLabels"].items())
         found = api.core.list_pod_for_all_namespaces(label_selector=labels).items
@@ -108,7 +108,7 @@ def test_the_network_policy_allows_what_a_run_connects_to_and_needs_each_rule(
     """An install over HTTPS and an upgrade over SSH. The offline cluster's network plugin does not enforce policies, so
     the node's table of connections is compared with the rules.
     """
-    text = chart_block("kind: NetworkPolicy").replace("health", api.namespace)
+    text = block("kind: NetworkPolicy").replace("health", api.namespace)
     text = text.replace("192.0.2.10", api.fixture("postgres").status.pod_ip)
     policy = yaml.safe_load(text.replace("198.51.100.0/24", f"{api.fixture('server').status.pod_ip}/32"))
     cluster.apply(policy)
@@ -123,7 +123,7 @@ def test_the_network_policy_allows_what_a_run_connects_to_and_needs_each_rule(
         assert (result.returncode, _connections(cluster, address, "--orig-dst")) == (0, set()), result.text
         return _connections(cluster, address, "--orig-src")
 
-    example = yaml.safe_load(chart_block("PIP_CERT").replace("mirror.example.org", "server.hcm-fixtures.svc"))
+    example = yaml.safe_load(block("PIP_CERT").replace("mirror.example.org", "server.hcm-fixtures.svc"))
     example["extraEnv"] = [entry for entry in example["extraEnv"] if "PROXY" not in entry["name"]]
     api.secret("git-creds", ssh=cluster.server_file("ssh"), known_hosts=cluster.server_file("known_hosts"))
     ssh = {"git": {**over_https["git"], "repo": f"git@server.hcm-fixtures:{repository.name}"}}

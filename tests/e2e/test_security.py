@@ -25,7 +25,7 @@ from tests.support.kubernetes import (
     sessions_in_revision_002,
 )
 from tests.support.programs import run, start
-from tests.support.readme import chart_block, root_block
+from tests.support.readme import block
 from tests.support.release import Release
 from tests.support.repository import Repository
 from tests.support.waiting import until
@@ -70,8 +70,7 @@ def _assigning(user: int) -> dict[str, Any]:
 def test_openshift_assigns_the_ids(release: Release, api: Api, cluster: Cluster, database: Database) -> None:
     if "mutatingadmissionpolicies" not in cluster.kubectl("api-resources", "--api-group=admissionregistration.k8s.io"):
         pytest.skip("assigns the ids with a MutatingAdmissionPolicy, which requires Kubernetes 1.36: omit --kubeconfig")
-    values = release.example(root_block("runAsUser: null"))
-    assert values == release.example(chart_block("runAsUser: null"))
+    values = release.example(block("runAsUser: null"))
     user = 1000680000
     with admission_policy(cluster, api.namespace, "MutatingAdmissionPolicy", _assigning(user)):
         context = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
@@ -95,7 +94,7 @@ def test_the_documented_rights_are_enough_to_deploy(
     release: Release, api: Api, cluster: Cluster, database: Database
 ) -> None:
     api.core.create_namespaced_service_account(api.namespace, {"metadata": {"name": "deployer"}})
-    role = chart_block("kind: Role").replace("namespace: health", f"namespace: {api.namespace}")
+    role = block("kind: Role").replace("namespace: health", f"namespace: {api.namespace}")
     cluster.kubectl("apply", "-f", "-", input=role)
     grant = ("--role=hcm-db-migrations-deployer", f"--serviceaccount={api.namespace}:deployer", "-n", api.namespace)
     cluster.kubectl("create", "rolebinding", "deployer", *grant)

@@ -17,7 +17,7 @@ from tests.support.canary import PASSWORD
 from tests.support.database import Database, fresh_database
 from tests.support.kubernetes import FIRST_JOB, Api, kill_container, node
 from tests.support.programs import start
-from tests.support.readme import chart_block
+from tests.support.readme import block
 from tests.support.release import Release
 from tests.support.repository import Repository
 from tests.support.revisions import edit
@@ -53,14 +53,14 @@ def reported(release: Release, command: str) -> list[str]:
 def test_a_canary_that_fails_stops_the_rest(release: Release, api: Api, database: Database) -> None:
     names = "ng_kano", "ng_lagos", "ng_oyo"
     schemas(database, *names[1:])
-    values = release.example(chart_block("schema: ng_kano"))
+    values = release.example(block("schema: ng_kano"))
     values["targets"].append({"name": "oyo", "schema": "ng_oyo"})
     failed = release.upgrade(values)
     assert failed.returncode != 0
     assert applied(database, *names) == {name: [] for name in names}
     canary = f"{FIRST_JOB}-canary"
     assert api.jobs() == [canary]
-    log = "\n".join(reported(release, chart_block("-canary)")))
+    log = "\n".join(reported(release, block("-canary)")))
     assert list(report(log)) == ["lagos", "oyo", "kano"]
     schemas(database, names[0])
     upgrade = release.upgrade(values)
@@ -167,7 +167,7 @@ def test_the_report_waits_for_a_retry(
 )
 def test_a_serviceaccount_without_rights_is_reported(release: Release, api: Api, database: Database) -> None:
     targets = schemas(database, "kano")
-    created, *rights = chart_block("kubectl create serviceaccount migrations").strip().splitlines()
+    created, *rights = block("kubectl create serviceaccount migrations").strip().splitlines()
     assert release.documented(created).returncode == 0
     values = {"targets": targets, "serviceAccountName": "migrations", "job": {"activeDeadlineSeconds": 40}}
     assert release.upgrade(values).returncode != 0
@@ -193,9 +193,7 @@ def test_the_examples_and_the_report_of_the_readme(
     databases: list[Database],
 ) -> None:
     schemas(database, "ng_kano", "ng_lagos")
-    examples = [
-        release.example(block) for block in (chart_block("schema: ng_kano"), chart_block("hostKey: kenya-host"))
-    ]
+    examples = [release.example(values) for values in (block("schema: ng_kano"), block("hostKey: kenya-host"))]
     values = {"targets": [target for example in examples for target in example["targets"]]}
     values["rollout"] = {"parallelism": 1, "only": ["lagos"]}
     assert release.upgrade(values).returncode == 0
@@ -207,7 +205,7 @@ def test_the_examples_and_the_report_of_the_readme(
     api.secret("db-malawi", username=malawi.role, password=PASSWORD)
     values["rollout"] = {"parallelism": 1}
     assert release.upgrade(values).returncode != 0
-    log, expected = reported(release, chart_block("-canary)")), chart_block("before  after").strip().splitlines()
+    log, expected = reported(release, block("-canary)")), block("before  after").strip().splitlines()
     for line, shown in zip(log, expected, strict=True):
         pattern = re.escape(shown).replace(r"\.\.\.", ".*")
         assert re.fullmatch(re.sub(r"\\ \d\\ ", r"\\ \\d\\ ", pattern), line), line  # another number of seconds

@@ -14,7 +14,7 @@ from tests.support.cluster import OWN_IMAGE, Shared
 from tests.support.database import Database
 from tests.support.kubernetes import NOTHING_TO_DO, TABLE, Api
 from tests.support.programs import run
-from tests.support.readme import chart_block, root_block
+from tests.support.readme import block
 from tests.support.release import Release
 from tests.support.repository import Repository
 from tests.support.revisions import edit
@@ -44,7 +44,7 @@ def test_an_image_with_pre_installed_dependencies_needs_only_git_and_the_databas
     release.cluster.apply(policy)
     (repository.folder / "requirements.txt").unlink()
     repository.push()
-    example = chart_block('requirements: ""').replace("registry.example.org/hcm-db-migrations", OWN_IMAGE["repository"])
+    example = block('requirements: ""').replace("registry.example.org/hcm-db-migrations", OWN_IMAGE["repository"])
     values = release.example(example.replace('"1"', OWN_IMAGE["tag"]))
     result = release.upgrade({**values, "extraEnv": [{"name": "PIP_INDEX_URL", "value": "http://127.0.0.1:9/"}]})
     assert (result.returncode, database.at, api.jobs()) == (0, ["001"], []), result.text
@@ -105,14 +105,14 @@ def test_a_plan_changes_nothing_and_a_downgrade_can_be_upgraded_again(
     assert release.upgrade().returncode == 0
     repository.revision("002", "CREATE TABLE added ()", downgrade="DROP TABLE added")
     repository.push()
-    plan = release.documented(root_block("> plan.sql").splitlines()[1])
+    plan = release.documented(block("> plan.sql").splitlines()[1])
     assert (plan.returncode, database.relations) == (0, TABLE), plan.text
     for line in ("CREATE TABLE added ();", "COMMIT;"):
         assert line in plan.lines
     assert "CREATE TABLE hcm_report_metadata" not in plan.text
     assert release.upgrade().returncode == 0
     assert database.relations == ["added", *TABLE]
-    downgrade = release.documented(root_block('["downgrade"'))
+    downgrade = release.documented(block('["downgrade"'))
     assert (downgrade.returncode, database.at, database.relations) == (0, ["001"], TABLE), downgrade.text
     downgrade.line("HH:MM:SS INFO running downgrade 002 -> 001, add")
     assert (release.upgrade().returncode, database.at) == (0, ["002"])
@@ -125,9 +125,9 @@ def test_the_examples_of_args_plan_downgrade_and_stamp(
     repository.revision("003", "CREATE TABLE third ()", downgrade="DROP TABLE third")
     repository.push()
     plan, downgrade, stamp = (
-        release.example(chart_block("args: [upgrade")),
-        release.example(chart_block("args: [downgrade")),
-        release.example(chart_block("args: [stamp")),
+        release.example(block("args: [upgrade")),
+        release.example(block("args: [downgrade")),
+        release.example(block("args: [stamp")),
     )
     planned = release.upgrade(plan)
     assert (planned.returncode, database.relations) == (0, []), planned.text
@@ -157,7 +157,7 @@ def _umbrella(folder: Path, dependencies: str) -> Path:
 def test_an_umbrella_chart_runs_the_packaged_chart(
     releases: Callable[..., Release], api: Api, database: Database, tmp_path: Path, enabled: bool
 ) -> None:
-    chart = _umbrella(tmp_path, root_block("dependencies:"))
+    chart = _umbrella(tmp_path, block("condition: hcm-db-migrations.enabled"))
     release = releases(api, name="digit", chart=chart)
     package = release.run("dependency", "update", chart)
     assert package.returncode == 0, package.text
@@ -175,9 +175,9 @@ def test_an_umbrella_chart_runs_the_packaged_chart(
 def test_an_umbrella_chart_runs_two_aliases_of_the_chart(
     releases: Callable[..., Release], api: Api, database: Database, tmp_path: Path
 ) -> None:
-    release = releases(api, chart=_umbrella(tmp_path, chart_block("alias: reports")))
+    release = releases(api, chart=_umbrella(tmp_path, block("alias: reports")))
     assert release.run("dependency", "update", release.chart).returncode == 0
-    overlays = yaml.safe_load(chart_block("fullnameOverride: reports-migration"))
+    overlays = yaml.safe_load(block("fullnameOverride: reports-migration"))
     tables = {"reports": "reports_version", "plans": "plans_version"}
     values = {
         alias: {
@@ -222,7 +222,7 @@ def test_a_folder_created_by_alembic_init_runs_with_its_own_env_py(
     url = database.url.set(host="postgres.hcm-fixtures", port=5432, drivername="postgresql+psycopg2")
     assert url.password == PASSWORD
     api.secret("migrations", url=url.render_as_string(hide_password=False))
-    values = release.example(chart_block("secretKeyRef"))
+    values = release.example(block("secretKeyRef"))
     result = release.upgrade(values)
     assert (result.returncode, database.relations) == (0, ["theirs"]), result.text
     result.line(f"code: repository {repository.url}, ref main, commit <commit>, path .")

@@ -110,7 +110,8 @@ def _slow(server: socket.socket) -> None:
     sees="`FAILED: no checkout of ... from ...: the clone did not finish within N s: ... firewall, NetworkPolicy or"
     " proxy drops the packets, or the network is too slow ...`, before the Job's deadline, exit 1",
     state="The database is not contacted",
-    do="Follow the message, deploy again",
+    do="Open the port, or set `HTTPS_PROXY` ([Git access](../charts/hcm-db-migrations/README.md#git-access)); deploy"
+    " again",
 )
 @pytest.mark.parametrize(
     "server",

@@ -108,7 +108,7 @@ def test_a_signal_during_a_commit_reports_its_status_as_unknown_and_not_as_rolle
     sees="`waiting, ...: revision 003 (...) failed: ...; commit status unknown: check with 'alembic current'`, then"
     " `nothing to do`, or the revision again; after SIGTERM, the same status",
     state="Complete, each revision applied once",
-    do="Nothing",
+    do="Nothing; `alembic current` shows the revision",
 )
 def test_a_commit_whose_reply_is_lost_is_not_repeated(
     committing: Program, database: Database, proxy: Proxy, release_commit: Callable[[], None]

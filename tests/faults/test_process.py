@@ -107,7 +107,7 @@ def test_an_index_whose_build_was_killed_is_reported_by_the_next_run(project: Pr
     "Partial work",
     fault="SIGKILL after an index was built concurrently and before its revision was stamped",
     sees="The next run: `revision 003 (...) failed: relation ... already exists (created manually, or by a run that"
-    " was killed before the revision was stamped: see 'Troubleshooting' in README.md)`, exit 255",
+    " was killed before the revision was stamped: see docs/troubleshooting.md)`, exit 255",
     state="A valid index; finished revisions are kept",
     do="`DROP INDEX CONCURRENTLY` it, deploy again",
 )
@@ -122,7 +122,7 @@ def test_an_index_that_was_built_but_not_stamped_is_reported_with_the_fix(projec
     assert (result.returncode, database.at) == (255, ["002"])
     assert result.failure == (
         f'revision 003 ({path.name}) failed: relation "slow" already exists (created manually, or by a run that was'
-        f" killed before the revision was stamped: see 'Troubleshooting' in README.md), at {path.name}, line 8;"
+        f" killed before the revision was stamped: see docs/troubleshooting.md), at {path.name}, line 8;"
         " rolled back; the database is at revision 002; fix it, then retry"
     )
     database.execute("DROP INDEX CONCURRENTLY slow")

@@ -152,7 +152,7 @@ class Round:
             if result.returncode == 0:
                 return
             faults["an index had to be dropped"] += 1
-            # INVALID: the message has the statement. Valid, but not stamped before the run was killed: README.md.
+            # INVALID: the message has the statement. Valid, but not stamped before the run was killed: the page has it.
             index = re.search(r"DROP INDEX CONCURRENTLY (\S+?);", result.failure)
             index = index or re.search('relation "(.*?)" already', result.failure)
             assert index, result

@@ -12,7 +12,7 @@ import yaml
 from tests.support.database import Database
 from tests.support.gitops import FAILING, FOLDER, REASON, ArgoCD, operation, state
 from tests.support.kubernetes import TABLE, Api, open_gate, sessions_in_revision_002
-from tests.support.readme import gitops_block
+from tests.support.readme import block
 from tests.support.repository import Repository
 from tests.support.revisions import BLOCK, edit
 from tests.support.targets import applied, schemas
@@ -24,7 +24,7 @@ FINALIZER = "resources-finalizer.argocd.argoproj.io"
 
 
 def deployed_ref(argocd: ArgoCD) -> str:
-    return argocd.documented(gitops_block("jsonpath='{.data.ref}'"))
+    return argocd.documented(block("jsonpath='{.data.ref}'"))
 
 
 PATHS = {"argocd.argoproj.io/manifest-generate-paths": f"/{FOLDER}"}
@@ -60,7 +60,7 @@ def test_with_the_path_annotation_an_unrelated_push_runs_nothing_and_one_during_
     (audited_repository.folder.parent / "README.md").write_text("unrelated\n")
     assert argocd.synced(audited_repository.push())
     assert (deployed_ref(argocd), len(argocd.runs())) == (commit, 1)
-    delete, sync = gitops_block("--type=merge").split("\n", 1)
+    delete, sync = block("--type=merge").split("\n", 1)
     assert delete.endswith("delete job <name>")
     argocd.documented(sync)
     assert argocd.synced()
@@ -101,7 +101,7 @@ def test_a_failed_run_is_not_repeated_and_the_next_push_recovers(
     job = argocd.runs()[-1]
     assert re.fullmatch(r"hcm-db-migration-[0-9a-f]{8}", job)
     assert operation(application).startswith("Failed: one or more synchronization tasks completed unsuccessfully")
-    shown = argocd.documented(gitops_block("syncResult.resources[*].message"), job)
+    shown = argocd.documented(block("syncResult.resources[*].message"), job)
     assert f"Container migrate for pod {api.namespace}/{job}-" in shown
     assert "failed with exit code 255" in shown
     assert state(application) == ("OutOfSync", "Healthy")
@@ -133,7 +133,7 @@ def test_a_retry_of_the_sync_keeps_the_first_reason_and_a_deleted_job_runs_again
     assert operation(argocd.settled()).startswith("Failed")
     (job,) = argocd.runs()
     assert "could not create unique index" in api.logs(job)[0]
-    argocd.documented(gitops_block("delete job <name>"), job)
+    argocd.documented(block("delete job <name>"), job)
     assert operation(argocd.settled()).startswith("Failed")
     assert argocd.runs() == [job, job]
     assert 'relation "two_id" already exists' in api.logs(job)[0]
@@ -154,7 +154,7 @@ def test_targets_stop_after_a_failure_and_the_next_push_migrates_the_rest(
     assert (canary, applied(database, *names)) == (f"{job}-canary", {"kano": ["001"], "lagos": [], "oyo": []})
     assert operation(application).startswith("Failed: one or more synchronization tasks completed unsuccessfully")
     assert f"Container migrate for pod {api.namespace}/{job}-1-" in str(application["status"]["operationState"])
-    report = argocd.documented(gitops_block("| sed -n"), job)
+    report = argocd.documented(block("--tail=-1 --ignore-errors | sed -n"), job)
     assert re.search("^lagos .* FAILED: DB_SCHEMA is 'lagos', a schema that does not exist", report, re.MULTILINE)
     assert re.search("^oyo +not started$", report, re.MULTILINE)
     # What its tree of resources shows beside the pods.

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from tests.support.database import Database
 from tests.support.gitops import FAILING, REASON, Flux
 from tests.support.kubernetes import TABLE, Api, open_gate, sessions_in_revision_002
-from tests.support.readme import gitops_block
+from tests.support.readme import block
 from tests.support.repository import Repository
 from tests.support.revisions import edit
 from tests.support.targets import WAITING, applied, close_gates, schemas
@@ -69,7 +69,7 @@ def test_a_failed_run_is_not_repeated_and_the_next_push_recovers(
     assert failed in conditions["Ready"]
     assert conditions["Stalled"].startswith("True RetriesExceeded: Failed to upgrade after 1 attempt(s)")
     assert any(failed in event for event in api.events() if event.startswith("UpgradeFailed: "))
-    shown = flux.documented(gitops_block('{.status.conditions[?(@.type=="Ready")].message}'), "hcm-db-migration-2")
+    shown = flux.documented(block('{.status.conditions[?(@.type=="Ready")].message}'), "hcm-db-migration-2")
     assert failed in shown
     assert REASON in shown.splitlines()[-1]
     flux.reconcile("HelmRelease")
@@ -86,7 +86,7 @@ def test_a_run_is_repeated_on_request(flux: Flux, api: Api, database: Database) 
     assert "Job/" in flux.settled()["Ready"]
     database.execute(f"CREATE DATABASE {database.name}_late OWNER {database.role}")
     try:
-        flux.documented(gitops_block("forceAt=$now"))
+        flux.documented(block("forceAt=$now"))
         until(lambda: len(flux.runs()) == 2)
         assert flux.settled()["Ready"].startswith("True ")
     finally:
@@ -106,7 +106,7 @@ def test_a_failed_canary_starts_no_other_target(flux: Flux, api: Api, database: 
     assert failed in conditions["Ready"]
     assert any(failed in event for event in api.events() if event.startswith("InstallFailed: "))
     assert (flux.runs(), flux.access(), applied(database, *names)) == ([canary], [], {name: [] for name in names})
-    report = flux.documented(gitops_block("| sed -n"), canary)
+    report = flux.documented(block("--tail=-1 --ignore-errors | sed -n"), canary)
     assert re.search("^kano .* FAILED: DB_SCHEMA is 'kano', a schema that does not exist", report, re.MULTILINE)
     assert re.search("^oyo +not started$", report, re.MULTILINE)
     assert report.splitlines()[-1].startswith("FAILED: 1 of 3 targets")

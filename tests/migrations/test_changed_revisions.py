@@ -228,7 +228,7 @@ REFUSED = (
     "revision 002 was changed after it was applied: on YYYY-MM-DD HH:MM:SS UTC{commit} it was {file}{now}; if two files"
     " had one number, renumber the one that is not recorded here; if it was edited on purpose, write a new revision"
     " instead or, if the database has that change, UPDATE public.alembic_version_history SET checksum = '1:{checksum}'"
-    " WHERE revision = '002'; see 'The record of what was applied' in README.md"
+    " WHERE revision = '002'; see 'The record of what was applied' in docs/operations.md"
 )
 
 
@@ -248,7 +248,7 @@ def refusal(result: Result, file: str, now: str, commit: str = "") -> str:
     sees="`revision 002 was changed after it was applied: on ... from commit ... it was ..._002_mine.py, and now"
     " ..._002_theirs.py claims it; ...`, exit 255",
     state="Nothing was changed",
-    do="Follow the message, deploy again",
+    do="Follow the message ([Two files with one number](migrations.md#two-files-with-one-number)), deploy again",
 )
 def test_the_other_file_with_the_same_number_is_refused(project: Project, database: Database) -> None:
     mine = project.add("002", 'op.execute("CREATE TABLE mine ()")', 'op.execute("DROP TABLE mine")', name="mine")

@@ -1,4 +1,4 @@
-"""Every Alembic command that README.md names, run from the repository's root."""
+"""Every Alembic command that docs/migrations.md names, run from the repository's root."""
 
 import re
 import time

@@ -76,7 +76,8 @@ def test_a_permanent_connection_error_is_not_retried(
     sees="`could not connect to database ... within N s: ...; check that the server is up and DB_HOST, DB_PORT and the"
     " network, or raise MIGRATION_WAIT_SECONDS`, exit 1",
     state="Nothing was changed",
-    do="Follow the message, deploy again",
+    do="Start the server; set `DB_HOST` and `DB_PORT` (in a cluster: ConfigMap `egov-config`, `db.port`); let the"
+    " pod reach it (NetworkPolicy, security group); deploy again",
 )
 @pytest.mark.parametrize("host", ["127.0.0.1", "certificate.invalid"], ids=["closed port", "unknown host"])
 def test_an_unreachable_database_times_out(offline_project: Project, host: str) -> None:

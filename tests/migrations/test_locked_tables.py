@@ -54,7 +54,7 @@ def test_a_locked_table_is_retried_until_it_is_released_and_no_session_is_blocke
     sees="`... canceling statement due to lock timeout ...; blocked by pid N, report as postgres; rolled back;"
     " the database is at revision 002; timed out after N s; retry later`, exit 1",
     state="Finished revisions are kept, this one is rolled back",
-    do="Terminate that session, or deploy off-peak",
+    do="Terminate that session, or deploy off-peak; the run releases its locks between attempts",
 )
 def test_a_table_that_stays_locked_fails_the_run_and_names_the_blocking_session(
     project_at_002: Project, database: Database

@@ -338,7 +338,7 @@ def test_any_message_creates_one_valid_file_in_the_folder(offline_project: Proje
     sees="`revision 002 is claimed by ... and ..., and an environment that has applied one never applies the other;"
     " give the one that no environment has applied the next free number ...`, exit 255",
     state="The database is not contacted",
-    do="Follow the message",
+    do="Follow the message ([Two files with one number](migrations.md#two-files-with-one-number))",
 )
 @pytest.mark.parametrize(
     "arguments",

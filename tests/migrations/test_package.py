@@ -13,7 +13,7 @@ from tests.support.database import Database
 from tests.support.messages import FIX
 from tests.support.programs import Program, Result, run
 from tests.support.project import Project
-from tests.support.readme import chart_block
+from tests.support.readme import block
 from tests.support.revisions import FILE, SLEEP, edit
 from tests.support.runs import sleeping
 from tests.support.waiting import until
@@ -58,7 +58,7 @@ def test_another_alembic_project_uses_it_with_a_requirement_and_two_lines(
     assert run_in(folder, alembic, "init", "migrations").returncode == 0
     (folder / "migrations/env.py").write_text(
         'import os\n\nos.environ.setdefault("ALEMBIC_VERSION_TABLE", "hcm_versions")\n'
-        + chart_block("migration_runner.run()")
+        + block("migration_runner.run()")
     )
     environment = {"DATABASE_URL": dsn(database.url), "MIGRATION_WAIT_SECONDS": "5"}
     created = run_in(folder, alembic, "revision", "-m", "create_report")

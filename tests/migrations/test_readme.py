@@ -1,4 +1,4 @@
-"""README.md and docs/fleets.md: commands, revision and SQL as they are written; `make migrate` on a real database."""
+"""The documents: commands, revision and SQL as they are written; `make migrate` on a real database."""
 
 import os
 import re
@@ -7,7 +7,7 @@ import shutil
 from tests.support.database import Database, env_file
 from tests.support.programs import Result, run
 from tests.support.project import Project
-from tests.support.readme import fleets_block, root_block
+from tests.support.readme import block
 from tests.support.revisions import edit
 from tools.paths import BIN, ROOT
 from tools.postgres import dsn, execute
@@ -28,8 +28,8 @@ def test_the_minimum_privileges_are_sufficient_for_migrations_and_application(
     database.execute(f"ALTER DATABASE {database.name} OWNER TO CURRENT_USER")
     database.execute(f"CREATE ROLE {application} LOGIN PASSWORD 'unused'")
     try:
-        for block in (root_block("CREATE ROLE hcm_migrations"), root_block("ALTER DEFAULT PRIVILEGES")):
-            for statement in _statements(block, database):
+        for sql in (block("CREATE ROLE hcm_migrations"), block("ALTER DEFAULT PRIVILEGES")):
+            for statement in _statements(sql, database):
                 database.execute(statement)
         database.execute(f"ALTER ROLE {migrations} PASSWORD 'unused'")
         url = database.url.set(username=migrations, password="unused")  # noqa: S106
@@ -42,7 +42,7 @@ def test_the_minimum_privileges_are_sufficient_for_migrations_and_application(
         )
         sequence = "hcm_report_metadata_id_seq"
         assert database.execute(privileges, application, "SELECT, INSERT", application, sequence) == [(True, True)]
-        database.execute(*_statements(root_block("FROM hcm_app"), database))
+        database.execute(*_statements(block("FROM hcm_app"), database))
         for table in ("alembic_version", "alembic_version_history"):
             may = "SELECT has_table_privilege(%s, %s, 'INSERT, UPDATE, DELETE')"
             assert not database.scalar(may, application, table)
@@ -68,12 +68,12 @@ def _shell(project: Project, script: str) -> Result:
 
 def test_the_example_of_a_migration_can_be_created_applied_and_undone(project: Project, database: Database) -> None:
     before = set(project.files())
-    _shell(project, root_block("alembic revision -m"))
+    _shell(project, block("alembic revision -m"))
     (name,) = set(project.files()) - before
     assert re.fullmatch(r"\d{8}_\d{6}_002_add_status_column\.py", name)
     path = project.versions / name
     edit(path, path.read_text().partition("def upgrade() -> None:\n")[2], "")
-    edit(path, "def upgrade() -> None:\n", root_block('op.add_column("hcm_report_metadata"'))
+    edit(path, "def upgrade() -> None:\n", block('op.add_column("hcm_report_metadata"'))
     columns = (
         "SELECT count(*) FROM pg_attribute WHERE attrelid = 'hcm_report_metadata'::regclass AND attname = 'status'"
     )
@@ -85,7 +85,7 @@ def test_the_example_of_a_migration_can_be_created_applied_and_undone(project: P
 def test_the_sql_plan_can_be_applied_with_psql(project: Project, database: Database) -> None:
     assert project.alembic("upgrade", "001").returncode == 0
     project.add("002", 'op.execute("CREATE TABLE planned ()")')
-    _shell(project, root_block("> plan.sql").splitlines()[0])
+    _shell(project, block("> plan.sql").splitlines()[0])
     assert database.at == ["001"]
     assert database.psql((project.folder / "plan.sql").read_text()).returncode == 0
     assert (database.at, "planned" in database.relations) == (["002"], True)
@@ -96,25 +96,25 @@ def test_a_new_environment_migrates_the_database_of_its_dotenv_file(project: Pro
     (project.folder / ".env.example").write_text(env_file(database))  # the settings to enter
     del project.environment["DATABASE_URL"]
     pip = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
-    shell = run(["bash", "-ec", root_block("python3 -m venv venv")], cwd=project.folder, env=project.environment | pip)
+    shell = run(["bash", "-ec", block("python3 -m venv venv")], cwd=project.folder, env=project.environment | pip)
     assert (shell.returncode, database.at) == (0, ["001"]), shell.text
     shell.line("INFO settings read from .env")
 
 
 def test_the_record_is_read_as_the_readme_says(project: Project, database: Database) -> None:
     assert project.alembic("upgrade", "head").returncode == 0
-    shown = _shell(project, root_block("alembic current --verbose"))
-    names = [line.partition(":")[0] for line in root_block("Applied: ").splitlines()]
+    shown = _shell(project, block("alembic current --verbose"))
+    names = [line.partition(":")[0] for line in block("Applied: ").splitlines()]
     assert [name for name in names if f"\n{name}: " in f"\n{shown.stdout}"] == names[:-1] == names[:4]  # not From
     reader = f"r{database.name}"
     database.execute(f"CREATE ROLE {reader} LOGIN PASSWORD 'unused'")
     try:
-        for statement in _statements(root_block("TO hcm_readonly").replace("hcm_readonly", reader), database):
+        for statement in _statements(block("TO hcm_readonly").replace("hcm_readonly", reader), database):
             database.execute(statement)
         url = database.url.set(username=reader, password="unused")  # noqa: S106
-        ((at, *row),) = execute(url, root_block("ORDER BY id DESC"))
+        ((at, *row),) = execute(url, block("ORDER BY id DESC"))
         assert row[:2] == ["upgrade", "001"]
-        panel = root_block("$__timeFilter").replace(  # as Grafana does
+        panel = block("$__timeFilter").replace(  # as Grafana does
             "$__timeFilter(applied_at)", "applied_at BETWEEN '2020-01-01T00:00:00Z' AND '2100-01-01T00:00:00Z'"
         )
         ((time, direction, revision, seconds, *_),) = execute(url, panel)
@@ -128,5 +128,5 @@ def test_a_loop_migrates_several_schemas(project: Project, database: Database) -
     schemas = ("ng_kano", "ng_lagos", "ng_oyo")
     for schema in schemas:
         database.execute(f"CREATE SCHEMA {schema} AUTHORIZATION {database.role}")
-    _shell(project, fleets_block("for schema in"))
+    _shell(project, block("for schema in"))
     assert [database.scalar(f"SELECT version_num FROM {schema}.alembic_version") for schema in schemas] == ["001"] * 3

@@ -18,7 +18,7 @@ from tools.postgres import Postgres, dsn
 
 FROM_JOB = {"GIT_REPO": "https://git.example.org/reports", "GIT_REF": "it's 100 %s $1 %I", "GIT_COMMIT": "5e0f" * 10}
 COLUMNS = "revision, direction, applied_by, file, repository, ref, commit, runner, alembic"
-SEE_README = "see 'The record of what was applied' in README.md"
+SEE_DOCS = "see 'The record of what was applied' in docs/operations.md"
 
 
 def test_each_step_has_a_row_with_its_origin(project: Project, database: Database) -> None:
@@ -189,7 +189,7 @@ def test_names_that_the_servers_encoding_lacks_are_recorded_as_far_as_possible(
         database.execute(f"DROP DATABASE {database.name}_latin")
 
 
-NOT_RECORDED = "`WARNING nothing is recorded: ...; see 'The record of what was applied' in README.md`, exit 0"
+NOT_RECORDED = "`WARNING nothing is recorded: ...; see 'The record of what was applied' in docs/operations.md`, exit 0"
 
 
 @pytest.mark.fault(
@@ -208,7 +208,7 @@ def test_a_role_that_may_not_create_it_migrates_without(project: Project, databa
     result = project.alembic("upgrade", "head")
     assert (result.returncode, database.at) == (0, ["002"]), result
     warning = "public.alembic_version_history cannot be created: permission denied for schema public"
-    result.line(f"HH:MM:SS WARNING nothing is recorded: {warning}; {SEE_README}")
+    result.line(f"HH:MM:SS WARNING nothing is recorded: {warning}; {SEE_DOCS}")
     assert "WARNING" not in project.alembic("current", "--verbose").text
 
 
@@ -278,7 +278,7 @@ def test_something_else_of_its_name_is_left_alone(
             )
         else:
             result = project.alembic("upgrade", "head")
-            line = f"HH:MM:SS WARNING nothing is recorded: public.alembic_version_history {problem}; {SEE_README}"
+            line = f"HH:MM:SS WARNING nothing is recorded: public.alembic_version_history {problem}; {SEE_DOCS}"
             assert result.lines.count(line) == 1, result
         assert (result.returncode, database.at) == (0, ["001"]), result
         assert database.execute(what) == before
@@ -300,7 +300,7 @@ def test_a_role_without_privileges_on_it_migrates_without(project: Project, data
     result = project.alembic("upgrade", "head")
     assert (result.returncode, database.at) == (0, ["002"]), result
     problem = "public.alembic_version_history may not be read and written by the role"
-    result.line(f"HH:MM:SS WARNING nothing is recorded: {problem}; {SEE_README}")
+    result.line(f"HH:MM:SS WARNING nothing is recorded: {problem}; {SEE_DOCS}")
     assert ("Applied: YYYY" in project.alembic("history", "-i", "--verbose").stdout) == (granted == "SELECT")
     database.execute(f"GRANT SELECT, INSERT ON alembic_version_history TO {database.role}")
     assert project.alembic("downgrade", "001").returncode == 0

@@ -13,7 +13,7 @@ from tests.support.project import Project
 from tests.support.revisions import AUDIT, audited
 from tools.postgres import execute
 
-FIX_OR_SET = "fix that, or set ALEMBIC_VERSION_TABLE or DB_SCHEMA; see 'Troubleshooting' in README.md"
+FIX_OR_SET = "fix that, or set ALEMBIC_VERSION_TABLE or DB_SCHEMA; see docs/troubleshooting.md"
 CREATE_WARNING = "WARNING untrusted roles may CREATE in public ({}), and revisions may call what they create there: see"
 
 
@@ -66,7 +66,7 @@ TRAPS = [
     "Database",
     fault="Another role has created functions or operators in a schema of the role's search_path",
     sees="`WARNING untrusted roles may CREATE in public (...), and revisions may call what they create there: see"
-    " 'Minimum privileges' in README.md`",
+    " 'Minimum privileges' in docs/operations.md`",
     state="Complete; the run itself called none of them",
     do="`REVOKE CREATE ON SCHEMA public FROM PUBLIC`",
 )
@@ -98,7 +98,8 @@ CHECK = "CREATE FUNCTION public.theirs(text) RETURNS boolean LANGUAGE sql AS 'SE
     sees="`the version table public.alembic_version ...; fix that, or set ALEMBIC_VERSION_TABLE or DB_SCHEMA; ...`,"
     " exit 255",
     state="Nothing was changed, and that code was not run",
-    do="Find out who created it; transfer it to the role, or set another table",
+    do="Find out who created it; if it is the right table, `ALTER TABLE ... OWNER TO` the migrating role, otherwise set"
+    " `ALEMBIC_VERSION_TABLE`",
 )
 @pytest.mark.parametrize(
     ("other_statements", "admin_statements", "problem"),

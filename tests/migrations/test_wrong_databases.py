@@ -8,7 +8,7 @@ from tests.support.project import Project
 from tests.support.revisions import AUDIT, audited
 from tests.support.runs import audit
 
-SEE_TROUBLESHOOTING = "see 'Troubleshooting' in README.md"
+SEE_TROUBLESHOOTING = "see docs/troubleshooting.md"
 
 
 @pytest.mark.fault(
@@ -75,9 +75,9 @@ def test_a_read_only_server_is_named(project: Project, database: Database) -> No
     "Database",
     fault="No CREATE privilege on the schema (PostgreSQL 15's `public`)",
     sees="`permission denied for schema public"
-    " (grant what is missing, see 'Minimum privileges' in README.md)`, exit 255",
+    " (grant what is missing, see 'Minimum privileges' in docs/operations.md)`, exit 255",
     state="Nothing was changed",
-    do="Grant it, deploy again",
+    do="Grant it ([Minimum privileges](operations.md#minimum-privileges)), deploy again",
 )
 def test_a_missing_create_privilege_is_named(project: Project, database: Database) -> None:
     database.execute("ALTER SCHEMA public OWNER TO postgres; REVOKE ALL ON SCHEMA public FROM PUBLIC")
@@ -85,9 +85,30 @@ def test_a_missing_create_privilege_is_named(project: Project, database: Databas
     result = project.alembic("upgrade", "head")
     assert (result.returncode, result.failure) == (
         255,
-        "permission denied for schema public (grant what is missing, see 'Minimum privileges' in README.md);"
+        "permission denied for schema public (grant what is missing, see 'Minimum privileges' in docs/operations.md);"
         f" the database is at revision base; {FIX}",
     )
+
+
+@pytest.mark.fault(
+    "Database",
+    fault="A table of a revision was created manually",
+    sees="`relation ... already exists (created manually, ...: see docs/troubleshooting.md)`, exit 255",
+    state="Nothing was changed",
+    do="Compare it with the revision. If they are the same, `alembic stamp <revision>` (in a cluster:"
+    ' `args: [stamp, "<revision>"]` for one upgrade), which marks all revisions before as applied, too. Deploy again',
+)
+def test_a_table_that_was_created_manually_is_named_and_can_be_stamped(project: Project, database: Database) -> None:
+    database.execute("CREATE TABLE hcm_report_metadata ()")
+    result = project.alembic("upgrade", "head")
+    assert (result.returncode, result.failure) == (
+        255,
+        'relation "hcm_report_metadata" already exists (created manually, or by a run that was killed before the'
+        f" revision was stamped: see docs/troubleshooting.md); the database is at revision base; {FIX}",
+    )
+    assert project.alembic("stamp", "001").returncode == 0
+    assert project.alembic("upgrade", "head").returncode == 0
+    assert database.at == ["001"]
 
 
 @pytest.mark.fault(

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.programs import run
+from tests.support.readme import block
 from tools import cluster
 from tools.binaries import pinned_version
 from tools.cluster import Cluster, ClusterKind
@@ -20,7 +21,7 @@ from tools.offline_cluster import engine, images
 from tools.paths import ROOT
 from tools.steps import UnavailableError
 
-BUILT_LOCALLY = "cluster: kind with a container engine and a node image built locally, because {}\n"
+BUILT_LOCALLY = block("node image built locally").replace("docker is not on PATH", "{}")
 CANNOT_PULL = "the container engine cannot pull kindest/node:v1.37.0"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.programs import Program, start
-from tests.support.readme import root_block
+from tests.support.readme import block
 from tools.paths import ROOT
 
 
@@ -29,7 +29,7 @@ def _demo(folder: Path, command: list[str]) -> Program:
 
 
 def test_the_demo_upgrades_and_downgrades(folder: Path) -> None:
-    result = _demo(folder, root_block("make demo").split()).wait()
+    result = _demo(folder, block("make demo").split()).wait()
     assert result.returncode == 0, result.text
     states = re.findall(r"INFO (?:at|now at) (.*)", result.text)
     assert states == [

@@ -17,7 +17,7 @@ from tests.support.database import Database, env_file, parts
 from tests.support.messages import target
 from tests.support.programs import Program, Result, run
 from tests.support.project import Project, copy_parts
-from tests.support.readme import root_block
+from tests.support.readme import block
 from tests.support.waiting import until
 from tools.drift import reprinted
 from tools.paths import BIN, ROOT
@@ -482,7 +482,7 @@ def test_a_role_that_may_only_read_is_enough(project: Project, database: Databas
     )
     before = database.dump()
     try:
-        script = root_block("CREATE ROLE hcm_drift")
+        script = block("CREATE ROLE hcm_drift")
         database.execute(script.replace("unifieddevdb", database.name).replace("hcm_drift", role))
         database.execute(
             f"ALTER ROLE {role} PASSWORD 'unused'; ALTER ROLE {role} SET default_transaction_read_only = on"
@@ -641,18 +641,18 @@ def test_the_documented_screen_is_what_is_printed(project: Project, database: Da
         "CREATE TABLE report_backup (id int); GRANT SELECT ON hcm_report_metadata TO pg_monitor"
     )
     result = drift(project)
-    screen = root_block("differs from what its revisions make").replace("unifieddevdb", database.name)
+    screen = block("differs from what its revisions make").replace("unifieddevdb", database.name)
     assert (result.returncode, result.stdout) == (1, screen.replace("hcm_reader", "pg_monitor"))
 
 
 def test_the_documented_workflow_runs_the_documented_command(database: Database) -> None:
-    workflow = yaml.safe_load(root_block("name: drift"))
+    workflow = yaml.safe_load(block("name: drift"))
     (job,) = workflow["jobs"].values()
     *prepare, step = job["steps"]
     pinned = (ROOT / ".github/workflows/test.yaml").read_text()
     assert all(action["uses"] in pinned for action in prepare)
     assert list(workflow[True]) == ["schedule"]  # YAML 1.1 reads `on` so
-    assert step["run"] == root_block("make drift\n").splitlines()[1]
+    assert step["run"] == block("make drift\n").splitlines()[1]
     # The suite may itself be run by make, which would say so.
     others = ("DB_", "PG", "MAKE", "MFLAGS")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(others)}

@@ -16,7 +16,7 @@ from tests.support.database import Database
 from tests.support.git import Colleague, git
 from tests.support.programs import Result, run
 from tests.support.project import Project, copy, copy_parts
-from tests.support.readme import root_block
+from tests.support.readme import block
 from tests.support.revisions import BLOCK
 from tests.support.waiting import until
 from tools.paths import BIN, ROOT
@@ -267,7 +267,7 @@ def test_the_revisions_are_those_that_the_branch_adds(clone: Project) -> None:
     clone.add("004", name="größe")  # not committed
     colleague.push("release")
     colleague.push()
-    first, second, third = root_block("make impact  ").splitlines()
+    first, second, third = block("make impact  ").splitlines()
     assert documented(first) == documented(second) == ["003", "004"]
     assert documented(third) == ["002"]
     job = yaml.safe_load((ROOT / ".github/workflows/test.yaml").read_text())["jobs"]["fast"]
@@ -338,7 +338,7 @@ def test_the_report_has_the_sizes_of_a_database(project: Project, database: Data
         pid = cursor.fetchone()[0]
         result = impact(project)
         assert result.returncode == 0, result.text
-        assert root_block("safe while the application runs: NO") in re.sub(" +$", "", result.stdout, flags=re.M)
+        assert block("safe while the application runs: NO") in re.sub(" +$", "", result.stdout, flags=re.M)
         assert f"not visible to {database.role}: other roles' transactions, and how far standbys" in result.stdout
         database.execute(f"GRANT pg_read_all_stats TO {database.role}")
         result = impact(project)
@@ -357,7 +357,7 @@ def test_what_the_migrating_role_may_not_do(project: Project, database: Database
     reader = f"{database.role}_reader"
     project.add("002", "op.execute('ALTER TABLE hcm_report_metadata ADD x int')")
     quoted = PASSWORD.replace("'", "''")
-    grants = root_block("CREATE ROLE hcm_drift LOGIN").replace("unifieddevdb", database.name)
+    grants = block("CREATE ROLE hcm_drift LOGIN").replace("unifieddevdb", database.name)
     database.execute(grants.replace("hcm_drift", reader))
     database.execute(f"ALTER ROLE {reader} PASSWORD '{quoted}'; ALTER ROLE {database.role} CONNECTION LIMIT 7")
     try:

@@ -1,4 +1,4 @@
-"""Every code block of both READMEs, docs/gitops.md and docs/fleets.md is run by a test, or its source says why not."""
+"""Every code block of the project's documents is run by a test, or its source says why not."""
 
 from __future__ import annotations
 
@@ -7,49 +7,35 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.readme import (
-    CHART_README,
-    FLEETS,
-    GITOPS,
-    README,
-    blocks,
-    chart_block,
-    fleets_block,
-    gitops_block,
-    root_block,
-)
+from tests.support.readme import Block, all_blocks, block, blocks
 from tools.paths import ROOT
 
-CUT = {
-    root_block.__name__: README,
-    chart_block.__name__: CHART_README,
-    gitops_block.__name__: GITOPS,
-    fleets_block.__name__: FLEETS,
-}
 
-
-def _cut_out(source: str) -> Iterator[tuple[str, str]]:
-    """(function, part) of each call that cuts out a block; the part must be a literal."""
+def _parts(source: str) -> Iterator[str]:
+    """The part that each call of `block` cuts out; it must be a literal."""
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in CUT:
-            yield node.func.id, ast.literal_eval(node.args[0])
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == block.__name__:
+            yield ast.literal_eval(node.args[0])
 
 
-def _problems(document: str, parts: list[str]) -> list[str]:
-    counts = {part: sum(part in block.text for block in blocks(document)) for part in parts}
-    found = [f"{count} blocks contain {part!r}" for part, count in counts.items() if count != 1]
-    for block in blocks(document):
-        used = any(part in block.text for part in parts)
-        if used == bool(block.reason):
-            found.append(f"{block.line}: " + ("marked as not run, but a test does" if used else "run by no test"))
-    return found
+def _problems(found: dict[str, list[Block]], parts: list[str]) -> list[str]:
+    """What is wrong with the blocks of each document, for these parts."""
+    texts = [each.text for listed in found.values() for each in listed]
+    counts = {part: sum(part in text for text in texts) for part in parts}
+    problems = [f"{count} blocks contain {part!r}" for part, count in counts.items() if count != 1]
+    for name, listed in found.items():
+        for each in listed:
+            used = any(part in each.text for part in parts)
+            if used == bool(each.reason):
+                what = "marked as not run, but a test does" if used else "run by no test"
+                problems.append(f"{name}:{each.line}: {what}")
+    return problems
 
 
-@pytest.mark.parametrize("function", CUT)
-def test_every_block_is_run_by_a_test_or_says_why_not(function: str) -> None:
-    sources = [path.read_text() for path in (ROOT / "tests").rglob("*.py")]
-    parts = [part for source in sources for name, part in _cut_out(source) if name == function]
-    assert _problems(CUT[function].read_text(), parts) == []
+def test_every_block_is_run_by_a_test_or_says_why_not() -> None:
+    parts = [part for path in (ROOT / "tests").rglob("*.py") for part in _parts(path.read_text())]
+    found = {str(path.relative_to(ROOT)): listed for path, listed in all_blocks().items()}
+    assert _problems(found, parts) == []
 
 
 DOCUMENT = """
@@ -84,19 +70,18 @@ a drawing
 
 
 def test_a_block_that_no_test_runs_is_reported() -> None:
-    source = 'def test_x(): run(root_block("make used")); run(root_block("also-used")); chart_block("indented")'
-    parts = [part for name, part in _cut_out(source) if name == "root_block"]
+    parts = list(_parts('def test_x(): run(block("make used")); run(block("also-used")); other("indented")'))
     assert parts == ["make used", "also-used"]
-    assert _problems(DOCUMENT, [*parts, "make", "gone"]) == [
+    assert _problems({"x.md": blocks(DOCUMENT)}, [*parts, "make", "gone"]) == [
         "2 blocks contain 'make'",
         "0 blocks contain 'gone'",
-        "8: run by no test",
-        "14: run by no test",
-        "23: marked as not run, but a test does",
-        "26: run by no test",
+        "x.md:8: run by no test",
+        "x.md:14: run by no test",
+        "x.md:23: marked as not run, but a test does",
+        "x.md:26: run by no test",
     ]
 
 
 def test_a_part_that_is_no_literal_is_refused() -> None:
     with pytest.raises(ValueError, match="malformed"):
-        list(_cut_out("root_block(part)"))
+        list(_parts("block(part)"))

@@ -1,4 +1,4 @@
-"""A plugin: the mark `fault` defines a row of docs/failures.md; its `sees` is checked against what the test prints.
+"""A plugin: the mark `fault` defines a row of docs/troubleshooting.md; the test must print what its `sees` claims.
 
 In `sees`, back-quoted text is output: `...` matches any text within a line, `N` a number, `<a name>` what it names.
 `exit N` is the exit code of a program or container that printed one of the texts. The test must observe every text and
@@ -22,7 +22,7 @@ KEYS = {"fault", "sees", "state", "do"}
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
-        "markers", "fault(group, *, fault, sees, state, do): a row of docs/failures.md that this test verifies"
+        "markers", "fault(group, *, fault, sees, state, do): a row of docs/troubleshooting.md that this test verifies"
     )
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(Coverage())

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from tests.support.programs import Program, Result, normalize, observed, start
-from tests.support.readme import chart_block
+from tests.support.readme import block
 from tools.binaries import find_or_build
 from tools.cluster import NAME, Cluster
 from tools.paths import CHART, ROOT
@@ -22,7 +22,7 @@ from tools.values import merged
 
 def readable(output: str) -> str:
     """Helm's output, piped through the sed command of the chart's README."""
-    script = re.search(r"helm upgrade \.\.\. 2>&1 \| sed '(.*)'", chart_block("2>&1 | sed "))
+    script = re.search(r"helm upgrade \.\.\. 2>&1 \| sed '(.*)'", block("2>&1 | sed "))
     assert script
     # It prints what Helm printed, but with an exit code that is not Helm's.
     result = start(["sed", script[1]], stdin=output, is_evidence=False).wait(verbatim=True)

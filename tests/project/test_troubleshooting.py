@@ -1,4 +1,4 @@
-"""docs/failures.md says what the marked tests prove, and nothing else."""
+"""docs/troubleshooting.md says what the marked tests prove, and nothing else."""
 
 import re
 import sys
