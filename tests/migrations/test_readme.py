@@ -68,7 +68,7 @@ def _shell(project: Project, script: str) -> Result:
 
 def test_the_example_of_a_migration_can_be_created_applied_and_undone(project: Project, database: Database) -> None:
     before = set(project.files())
-    _shell(project, block("alembic revision -m"))
+    _shell(project, block("alembic revision -m").replace(".venv/bin/activate", str(BIN / "activate")))
     (name,) = set(project.files()) - before
     assert re.fullmatch(r"\d{8}_\d{6}_002_add_status_column\.py", name)
     path = project.versions / name
