@@ -19,6 +19,7 @@ import dataclasses
 import enum
 import json
 import os
+import re
 import secrets
 import shutil
 import subprocess
@@ -312,11 +313,16 @@ def install(cluster: Cluster) -> None:
     print("$ helm", *command, flush=True)
     helm = [find_or_build("helm"), *command, f"--kubeconfig={cluster.kubeconfig}"]
     done = subprocess.run(helm, cwd=ROOT, capture_output=True, text=True)
-    # Helm 4 prints the Job's log as one escaped record.
-    print(done.stderr.replace("\\n", "\n"), done.stdout, sep="", flush=True)
+    print(_unescaped(done.stderr), done.stdout, sep="", flush=True)
     if done.returncode:
         raise RuntimeError(f"helm: exit code {done.returncode}")
     print(cluster.psql(r"\d hcm_report_metadata", "unifieddevdb"))
+
+
+def _unescaped(output: str) -> str:
+    """The messages of Helm 4's records, one of which is the Job's whole log; other lines as they are."""
+    record = r'^level=\w+ msg="((?:[^"\\]|\\.)*)"$'
+    return re.sub(record, lambda found: found[1].replace(r"\n", "\n").replace(r"\"", '"'), output, flags=re.M)
 
 
 def _create(owner: int) -> Cluster:

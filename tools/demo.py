@@ -20,18 +20,22 @@ SCRIPT = CHART / "files" / "migrate.sh"
 UPGRADE = 'op.add_column("hcm_report_metadata", sa.Column("status", sa.String(50), nullable=True))'
 DOWNGRADE = 'op.drop_column("hcm_report_metadata", "status")'
 
+BOLD, GREEN = 1, 32  # of a terminal's SGR codes
+
 interrupted = threading.Event()  # by Ctrl-C
 
 
 def main() -> None:
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="hcm-demo-") as folder:
-        heading("An empty PostgreSQL, on loopback and in a temporary folder")
+        tell("An empty PostgreSQL starts, on loopback and in a temporary folder.")
         with Postgres() as server:
-            show(server.execute("SELECT version()")[0][0].split(" on ")[0])
+            print(server.execute("SELECT version()")[0][0].split(" on ")[0])
             Demo(Path(folder), server).run()
     seconds = time.monotonic() - start
-    heading(f"Everything is removed again. {seconds:.0f} s; your database is next: see 'Deploying' in README.md")
+    tell(
+        f"That took {seconds:.0f} s, and everything is removed again. Your database is next: 'Deploying' in README.md."
+    )
 
 
 class Demo:
@@ -61,33 +65,34 @@ class Demo:
         }
 
     def run(self) -> None:
-        heading("The hook clones this repository: the last commit, without history")
+        tell("Helm starts the Job. Its first container clones this repository: the last commit, without history.")
         self.clone()
 
-        heading("The Job's script installs the pinned requirements and migrates")
+        tell("The second container installs the pinned requirements, checks their hashes, and migrates the database.")
         self.migrate("upgrade", "head")
         # Later runs use the installed requirements, as an image with pre-installed dependencies does.
         self.environment |= {"REQUIREMENTS": "", "PATH": f"{self.folder}/venv/bin:{self.environment['PATH']}"}
 
-        heading("The table and its indexes")
+        tell("This is what it made: the table of HCM Reports.")
         self.psql(r"\d hcm_report_metadata")
 
-        heading("Again: nothing to do")
+        tell("You upgrade the release again: the Job finds nothing to do, and changes nothing.")
         self.migrate("upgrade", "head")
 
-        heading("A new revision: its number is assigned automatically")
+        tell("You need another column. A new revision gets the next number:")
         self.alembic("revision", "-m", "add_status_column")
         file = next(self.code.glob("migrations/versions/*_002_add_status_column.py"))
         file.write_text(
             file.read_text().replace("    pass", f"    {UPGRADE}", 1).replace("    pass", f"    {DOWNGRADE}", 1)
         )
-        show(f"{file.name}: {UPGRADE}")
+        tell(f"You write one line in it, {UPGRADE}, and deploy:")
         self.migrate("upgrade", "head")
-        self.alembic("history")
 
-        heading("And the downgrade, to revision 001")
+        tell("The database knows what was applied: when, by whom and from which commit.")
+        self.alembic("current", "--verbose")
+
+        tell("It was the wrong column. You fix forward with a new revision or, as nothing uses it yet, undo it:")
         self.migrate("downgrade", "001")
-        self.alembic("current")
 
     def clone(self) -> None:
         """Lay out the volume as git-sync does: worktrees by commit, and a link to the current one."""
@@ -116,20 +121,18 @@ class Demo:
         run(command, cwd=cwd or self.folder, env=self.environment | variables, stream=True, stop=interrupted)
 
 
-def bold(text: str) -> str:
-    return f"\033[1m{text}\033[0m" if sys.stdout.isatty() else text
+def styled(code: int, text: str) -> str:
+    """The text in a style of the terminal, if it has any and NO_COLOR (no-color.org) is not set."""
+    plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return text if plain else f"\033[{code}m{text}\033[0m"
 
 
-def heading(text: str) -> None:
-    print(f"\n{bold('▶ ' + text)}", flush=True)
-
-
-def show(text: str) -> None:
-    print(f"  {text}", flush=True)
+def tell(sentence: str) -> None:
+    print(f"\n{styled(BOLD, '▶ ' + sentence)}", flush=True)
 
 
 def show_command(*arguments: str) -> None:
-    print(bold(f"  $ {' '.join(arguments)}"), flush=True)
+    print(styled(GREEN, f"$ {' '.join(arguments)}"), flush=True)
 
 
 if __name__ == "__main__":

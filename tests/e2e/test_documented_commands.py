@@ -63,7 +63,8 @@ def test_the_commands_of_the_readme_work(
         capfd.readouterr()
         make_install(cluster)
         output = capfd.readouterr().out
-        assert "INFO at 001 (head): nothing to do" in output
+        assert "\ncode: repository " in output
+        assert re.search(r"^[\d:]+ INFO at 001 \(head\): nothing to do$", output, re.M)
         assert 'Table "public.hcm_report_metadata"' in output
     finally:
         release.run("uninstall", NAME)

@@ -101,11 +101,11 @@ def test_a_missing_create_privilege_is_named(project: Project, database: Databas
 def test_a_table_that_was_created_manually_is_named_and_can_be_stamped(project: Project, database: Database) -> None:
     database.execute("CREATE TABLE hcm_report_metadata ()")
     result = project.alembic("upgrade", "head")
-    assert (result.returncode, result.failure) == (
-        255,
-        'relation "hcm_report_metadata" already exists (created manually, or by a run that was killed before the'
-        f" revision was stamped: see docs/troubleshooting.md); the database is at revision base; {FIX}",
-    )
+    assert (result.returncode, database.at) == (255, [])
+    assert (
+        ' failed: relation "hcm_report_metadata" already exists (created manually, or by a run that was killed before the'
+        " revision was stamped: see docs/troubleshooting.md), at "
+    ) in result.failure
     assert project.alembic("stamp", "001").returncode == 0
     assert project.alembic("upgrade", "head").returncode == 0
     assert database.at == ["001"]

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -49,6 +50,23 @@ def test_the_demo_upgrades_and_downgrades(folder: Path) -> None:
         "idx_hcm_report_trigger_date",
     ]
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("variables", "styled"),
+    [({"TERM": "xterm"}, True), ({"TERM": "dumb"}, False), ({"TERM": "xterm", "NO_COLOR": "1"}, False)],
+    ids=["terminal", "dumb", "NO_COLOR"],
+)
+def test_the_demo_is_styled_on_a_terminal_that_can(variables: dict[str, str], styled: bool) -> None:
+    terminal, program = os.openpty()
+    command = [sys.executable, "-c", "from tools import demo; demo.tell('A sentence.'); demo.show_command('ls')"]
+    environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    subprocess.run(command, cwd=ROOT, env=environment | variables, stdout=program, check=True)
+    os.close(program)
+    lines = os.read(terminal, 1000).decode().splitlines()
+    assert lines == (
+        ["", "\033[1m▶ A sentence.\033[0m", "\033[32m$ ls\033[0m"] if styled else ["", "▶ A sentence.", "$ ls"]
+    )
 
 
 def test_an_interrupted_demo_leaves_nothing_behind(folder: Path) -> None:
