@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tests.support.chart import MINIMAL, Helm
-from tests.support.readme import DOCUMENTS, block, blocks
+from tests.support.documents import DOCUMENTS, block, blocks
 from tools.paths import CHART, ROOT
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.support.documents import block
 from tests.support.hostile_index import BACKEND, BUILD_SYSTEM, IN_TREE, HostileIndex, hostile_index
 from tests.support.pod_scripts import CODE, COMMIT, CREDENTIALS, README, Volume, make_wheel, wheels_in
 from tests.support.programs import Result, run
-from tests.support.readme import block
 from tests.support.waiting import AT_ONCE
 from tools.paths import ROOT
 

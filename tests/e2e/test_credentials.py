@@ -8,8 +8,8 @@ import pytest
 from sqlalchemy import make_url
 
 from tests.support.database import Database
+from tests.support.documents import block
 from tests.support.kubernetes import FIRST_JOB, Api, SwitchedService, contacted
-from tests.support.readme import block
 from tests.support.release import Release
 from tests.support.waiting import until
 from tools.cluster import Cluster

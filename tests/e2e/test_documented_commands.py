@@ -11,9 +11,9 @@ import yaml
 from sqlalchemy import make_url
 
 from tests.support.database import Database
+from tests.support.documents import block
 from tests.support.kubernetes import TABLE, Api
 from tests.support.project import PARTS
-from tests.support.readme import block
 from tests.support.release import Release
 from tests.support.repository import Repository
 from tests.support.waiting import until

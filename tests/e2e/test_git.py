@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from tests.support.database import Database
+from tests.support.documents import chart_command
 from tests.support.kubernetes import FIRST_JOB, Api, contacted
 from tests.support.project import PARTS
-from tests.support.readme import chart_command
 from tests.support.release import Release
 from tests.support.repository import Repository
 from tools.cluster import Cluster

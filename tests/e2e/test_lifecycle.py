@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.support.database import Database
+from tests.support.documents import block
 from tests.support.kubernetes import (
     FIRST_JOB,
     JOB,
@@ -17,7 +18,6 @@ from tests.support.kubernetes import (
     open_gate,
     sessions_in_revision_002,
 )
-from tests.support.readme import block
 from tests.support.release import Release
 from tests.support.repository import Repository
 from tests.support.waiting import until

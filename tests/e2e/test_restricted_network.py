@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from tests.support.database import Database
+from tests.support.documents import block
 from tests.support.kubernetes import Api, node
-from tests.support.readme import block
 from tests.support.release import Release
 from tests.support.repository import Repository
 from tests.support.waiting import until

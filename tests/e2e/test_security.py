@@ -15,6 +15,7 @@ from kubernetes import client
 
 from tests.support.canary import CANARY, PASSWORD, assert_no_secret
 from tests.support.database import Database
+from tests.support.documents import block
 from tests.support.kubernetes import (
     FIRST_JOB,
     Api,
@@ -25,7 +26,6 @@ from tests.support.kubernetes import (
     sessions_in_revision_002,
 )
 from tests.support.programs import run, start
-from tests.support.readme import block
 from tests.support.release import Release
 from tests.support.repository import Repository
 from tests.support.waiting import until

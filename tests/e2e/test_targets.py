@@ -15,9 +15,9 @@ from sqlalchemy import URL
 
 from tests.support.canary import PASSWORD
 from tests.support.database import Database, fresh_database
+from tests.support.documents import block
 from tests.support.kubernetes import FIRST_JOB, Api, kill_container, node
 from tests.support.programs import start
-from tests.support.readme import block
 from tests.support.release import Release
 from tests.support.repository import Repository
 from tests.support.revisions import edit

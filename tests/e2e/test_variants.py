@@ -12,9 +12,9 @@ import yaml
 from tests.support.canary import PASSWORD
 from tests.support.cluster import OWN_IMAGE, Shared
 from tests.support.database import Database
+from tests.support.documents import block
 from tests.support.kubernetes import NOTHING_TO_DO, TABLE, Api
 from tests.support.programs import run
-from tests.support.readme import block
 from tests.support.release import Release
 from tests.support.repository import Repository
 from tests.support.revisions import edit

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from tests.support.database import Database
+from tests.support.documents import block
 from tests.support.gitops import FAILING, FOLDER, REASON, ArgoCD, operation, state
 from tests.support.kubernetes import TABLE, Api, open_gate, sessions_in_revision_002
-from tests.support.readme import block
 from tests.support.repository import Repository
 from tests.support.revisions import BLOCK, edit
 from tests.support.targets import applied, schemas

@@ -6,9 +6,9 @@ import re
 from collections.abc import Callable
 
 from tests.support.database import Database
+from tests.support.documents import block
 from tests.support.gitops import FAILING, REASON, Flux
 from tests.support.kubernetes import TABLE, Api, open_gate, sessions_in_revision_002
-from tests.support.readme import block
 from tests.support.repository import Repository
 from tests.support.revisions import edit
 from tests.support.targets import WAITING, applied, close_gates, schemas

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.support.database import Database
+from tests.support.documents import block
 from tests.support.messages import FIX
 from tests.support.programs import Program, Result, run
 from tests.support.project import Project
-from tests.support.readme import block
 from tests.support.revisions import FILE, SLEEP, edit
 from tests.support.runs import sleeping
 from tests.support.waiting import until

@@ -103,8 +103,8 @@ def test_a_table_that_was_created_manually_is_named_and_can_be_stamped(project: 
     result = project.alembic("upgrade", "head")
     assert (result.returncode, database.at) == (255, [])
     assert (
-        ' failed: relation "hcm_report_metadata" already exists (created manually, or by a run that was killed before the'
-        " revision was stamped: see docs/troubleshooting.md), at "
+        ' failed: relation "hcm_report_metadata" already exists (created manually, or by a run that was killed before'
+        " the revision was stamped: see docs/troubleshooting.md), at "
     ) in result.failure
     assert project.alembic("stamp", "001").returncode == 0
     assert project.alembic("upgrade", "head").returncode == 0

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.documents import block
 from tests.support.programs import run
-from tests.support.readme import block
 from tools import cluster
 from tools.binaries import pinned_version
 from tools.cluster import Cluster, ClusterKind

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.documents import block
 from tests.support.programs import Program, start
-from tests.support.readme import block
 from tools.paths import ROOT
 
 

@@ -14,10 +14,10 @@ import yaml
 
 from tests.support.canary import CANARY, PASSWORD
 from tests.support.database import Database, env_file, parts
+from tests.support.documents import block
 from tests.support.messages import target
 from tests.support.programs import Program, Result, run
 from tests.support.project import Project, copy_parts
-from tests.support.readme import block
 from tests.support.waiting import until
 from tools.drift import reprinted
 from tools.paths import BIN, ROOT

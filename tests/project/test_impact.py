@@ -13,10 +13,10 @@ import yaml
 
 from tests.support.canary import PASSWORD
 from tests.support.database import Database
+from tests.support.documents import block
 from tests.support.git import Colleague, git
 from tests.support.programs import Result, run
 from tests.support.project import Project, copy, copy_parts
-from tests.support.readme import block
 from tests.support.revisions import BLOCK
 from tests.support.waiting import until
 from tools.paths import BIN, ROOT

@@ -26,8 +26,8 @@ from kubernetes import client
 
 from tests.support.canary import PASSWORD, SECRETS, assert_no_secret
 from tests.support.database import Database
+from tests.support.documents import chart_command
 from tests.support.kubernetes import Api
-from tests.support.readme import chart_command
 from tests.support.release import Release
 from tests.support.repository import Repository
 from tests.support.targets import WAIT

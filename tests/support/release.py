@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
+from tests.support.documents import block
 from tests.support.programs import Program, Result, normalize, observed, start
-from tests.support.readme import block
 from tools.binaries import find_or_build
 from tools.cluster import NAME, Cluster
 from tools.paths import CHART, ROOT

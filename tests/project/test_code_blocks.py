@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.readme import Block, all_blocks, block, blocks
+from tests.support.documents import Block, all_blocks, block, blocks
 from tools.paths import ROOT
 
 

@@ -2,8 +2,8 @@
 
 A test cuts out the block that it runs, so the block cannot change without the test. It may move to another document.
 
-tests/project/test_readmes.py fails for a block that no test cuts out, unless its source gives the reason, on the line
-above it: `<!-- not run by a test: <reason> -->`.
+tests/project/test_code_blocks.py fails for a block that no test cuts out, unless the line above it gives the reason:
+`<!-- not run by a test: <reason> -->`.
 """
 
 from __future__ import annotations

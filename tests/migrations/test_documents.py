@@ -5,9 +5,9 @@ import re
 import shutil
 
 from tests.support.database import Database, env_file
+from tests.support.documents import block
 from tests.support.programs import Result, run
 from tests.support.project import Project
-from tests.support.readme import block
 from tests.support.revisions import edit
 from tools.paths import BIN, ROOT
 from tools.postgres import dsn, execute
