@@ -371,37 +371,50 @@ def _free_ports() -> Ports:
 
 def _select_provider() -> Provider:
     """Select what creates the cluster, and log it with the reason. The private container engine is started."""
-    reason = _docker_unavailable_reason()
-    if not reason:
+    try:
+        provider, reason = select_engine(KINDEST)
+    except UnavailableError as error:
+        raise UnavailableError(
+            f"cannot create a cluster: {error}, or use an existing cluster: pytest --cluster-type existing "
+            "--kubeconfig FILE"
+        ) from None
+    if reason:
+        log(f"cluster: kind with a container engine and a node image built locally, because {reason}")
+    else:
         log("cluster: kind with its official node image, because the container engine on this machine can pull it")
+    return provider
+
+
+def select_engine(image: str) -> tuple[Provider, str]:
+    """Return the user's Docker if it is running and can pull `image`, and "". Otherwise start the private container
+    engine, and return it and the reason. UnavailableError, with the fix, if that cannot run either.
+    """
+    reason = _docker_unavailable_reason(image)
+    if not reason:
         environment = {key: value for key, value in os.environ.items() if key != "KUBECONFIG"}
-        return Provider(ClusterKind.DOCKER, environment, PUBLIC_IMAGES)
+        return Provider(ClusterKind.DOCKER, environment, PUBLIC_IMAGES), ""
     try:
         engine.check()
     except UnavailableError as error:
-        raise UnavailableError(
-            f"cannot create a cluster: {reason}, and {error}. Start Docker with access to its registry, or use an "
-            "existing cluster: pytest --cluster-type existing --kubeconfig FILE"
-        ) from None
-    log(f"cluster: kind with a container engine and a node image built locally, because {reason}")
+        raise UnavailableError(f"{reason}, and {error}. Start Docker with access to its registry") from None
     engine.start()
-    return Provider(ClusterKind.LOCAL_BUILD, engine.environment(), LOCAL_IMAGES)
+    return Provider(ClusterKind.LOCAL_BUILD, engine.environment(), LOCAL_IMAGES), reason
 
 
-def _docker_unavailable_reason() -> str | None:
-    """Why the user's Docker cannot create the cluster; None if it is running and can pull the node image."""
+def _docker_unavailable_reason(image: str) -> str:
+    """Why the user's Docker cannot be used; "" if it is running and can pull the image."""
     if not shutil.which("docker"):
         return "docker is not on PATH"
     for command, seconds, reason in (
         (["docker", "version"], 10, "no container engine is running"),
-        (["docker", "pull", "--quiet", KINDEST], 600, f"the container engine cannot pull {KINDEST.partition('@')[0]}"),
+        (["docker", "pull", "--quiet", image], 600, f"the container engine cannot pull {image.partition('@')[0]}"),
     ):
         try:
             if subprocess.run(command, capture_output=True, timeout=seconds).returncode:
                 return reason
         except (OSError, subprocess.TimeoutExpired):
             return reason
-    return None
+    return ""
 
 
 def _use_existing(kubeconfig: str) -> Cluster:

@@ -43,22 +43,34 @@ CONTROL_PLANE = ["kube-apiserver", "kube-controller-manager", "kube-scheduler", 
 
 def build_images() -> str:
     """Build every image that is missing or out of date. Return the name of the kind node's image."""
-    for tag, packages in SYSTEMS.items():
-        _build_system(tag, packages)
-    digest = hashlib.sha256(str(SYSTEMS).encode())
-    for file in _files("images"):
-        digest.update(file.read_bytes())
-    if not _is_current(GIT_SYNC, digest.hexdigest()):
-        docker("tag", SERVER, "hcm-local/server")
-        _build(HERE / "images", GIT_SYNC, "", digest.hexdigest())
+    build_job_images()
+    _build_system(NODE_BASE, SYSTEMS[NODE_BASE])
     modules = [HERE / module / name for module in ("kubernetes", "etcd") for name in ("go.mod", "go.sum")]
-    for file in [*_files("node"), *modules]:
-        digest.update(file.read_bytes())
+    digest = _digest("images", "node", *modules)
     version = binaries.pinned_version("kubelet")
     node = f"hcm-local/node:{version}"
-    if not _is_current(node, digest.hexdigest()):
-        _build_node(node, version, digest.hexdigest())
+    if not _is_current(node, digest):
+        _build_node(node, version, digest)
     return node
+
+
+def build_job_images() -> None:
+    """Build the images that the chart's Job runs in, if they are missing or out of date."""
+    for tag in (PYTHON, SERVER):
+        _build_system(tag, SYSTEMS[tag])
+    digest = _digest("images")
+    if not _is_current(GIT_SYNC, digest):
+        docker("tag", SERVER, "hcm-local/server")
+        _build(HERE / "images", GIT_SYNC, "", digest)
+
+
+def _digest(*sources: str | Path) -> str:
+    """The digest of SYSTEMS, and of these files and folders' sources."""
+    digest = hashlib.sha256(str(SYSTEMS).encode())
+    for source in sources:
+        for file in [source] if isinstance(source, Path) else _files(source):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _files(folder: str) -> list[Path]:
