@@ -21,7 +21,7 @@ from migration_runner.database import RawConnection, Row
 from migration_runner.errors import describe, is_transient, printable, server_message
 from migration_runner.settings import Origin
 
-VERSION = "0.1.0"  # of this package
+VERSION = "0.2.0"  # of this package
 
 SAVEPOINT = '"migration_runner record"'  # before a statement that may be refused
 SEE_DOCS = "see 'The record of what was applied' in docs/operations.md"

@@ -234,9 +234,9 @@ def test_every_object_has_the_standard_labels(helm: Helm) -> None:
         assert document["metadata"]["labels"] == {
             "app.kubernetes.io/name": "hcm-db-migrations",
             "app.kubernetes.io/instance": "y",
-            "app.kubernetes.io/version": "0.1.0",
+            "app.kubernetes.io/version": "0.2.0",
             "app.kubernetes.io/managed-by": "Helm",
-            "helm.sh/chart": "hcm-db-migrations-0.1.0",
+            "helm.sh/chart": "hcm-db-migrations-0.2.0",
         }
 
 
