@@ -87,7 +87,10 @@ def _hook_annotation(path: str, name: str) -> str:
 
 
 def _null(path: str) -> str:
-    return f'"{path}" is null, which removes the default: set a value, or leave it out'
+    return (
+        f'"{path}" is null, which removes the default: set a value, or leave it out (after --reuse-values of an older'
+        " chart: use --reset-then-reuse-values)"
+    )
 
 
 def _unexpanded(name: str) -> str:

@@ -421,14 +421,14 @@ def old_chart(tmp_path: Path) -> Path:
 def test_the_values_of_an_older_release_have_no_targets(helm: Helm, old_chart: Path) -> None:
     assert _text(helm, MINIMAL, chart=old_chart) == _text(helm, MINIMAL)
     result = helm.template({**MINIMAL, **THREE}, chart=old_chart)
-    assert '- "rollout" is null, which removes the default: set a value, or leave it out\n' in result.stderr
+    assert '- "rollout" is null, which removes the default: set a value, or leave it out (' in result.stderr
     rollout = {"canary": 1, "parallelism": 10, "maxFailures": 0}
     assert _text(helm, {**MINIMAL, **THREE, "rollout": rollout}, chart=old_chart) == _text(helm, {**MINIMAL, **THREE})
 
 
 @pytest.mark.parametrize("key", ["canary", "parallelism"])
 def test_a_null_in_rollout_is_named(helm: Helm, key: str) -> None:
-    message = f'- "rollout.{key}" is null, which removes the default: set a value, or leave it out\n'
+    message = f'- "rollout.{key}" is null, which removes the default: set a value, or leave it out ('
     assert message in helm.refuse({**MINIMAL, **THREE, "rollout": {key: None}})
 
 

@@ -19,7 +19,7 @@
 {{- if kindIs "invalid" $value }}{{ $nulls = append $nulls (join "." $path) }}{{ end -}}
 {{- end -}}
 {{- range uniq $nulls -}}
-{{- $_ := set $.problems "list" (append $.problems.list (printf "%q is null, which removes the default: set a value, or leave it out" .)) -}}
+{{- $_ := set $.problems "list" (append $.problems.list (printf "%q is null, which removes the default: set a value, or leave it out (after --reuse-values of an older chart: use --reset-then-reuse-values)" .)) -}}
 {{- end -}}
 {{- end -}}
 
