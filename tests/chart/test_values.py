@@ -25,7 +25,7 @@ from tests.support.chart import (
 )
 from tools import docs
 from tools.paths import CHART, ROOT
-from tools.values import merged
+from tools.values import leaves, merged
 
 SSH = {"git": {"repo": "git@git.example.org:schema", "branch": "main"}}
 DIGEST = "sha256:" + "0123456789abcdef" * 4
@@ -220,16 +220,8 @@ WITH: dict[str, dict[str, Any]] = {
 }
 
 
-def _leaves(values: dict[str, Any], path: str = "") -> Iterator[str]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}"
-
-
 def test_every_value_has_a_test_of_its_effect() -> None:
-    assert list(EFFECTS) == list(_leaves(yaml.safe_load((CHART / "values.yaml").read_text())))
+    assert list(EFFECTS) == [name for name, _ in leaves(yaml.safe_load((CHART / "values.yaml").read_text()))]
 
 
 @pytest.mark.parametrize("name", EFFECTS)
