@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import ipaddress
-import re
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ import yaml
 
 from tests.support.database import Database
 from tests.support.documents import block
-from tests.support.kubernetes import Api, node
+from tests.support.kubernetes import Api, Peer, connections
 from tests.support.release import Release
 from tests.support.repository import Repository
 from tests.support.waiting import until
@@ -66,19 +65,6 @@ def test_a_mirror_with_a_private_ca_and_a_proxy_for_git(
     assert set(api.log(proxy, "proxy").splitlines()) == {"CONNECT server.hcm-fixtures:443"}
 
 
-# (protocol, address, port) of a pod's peer.
-Peer = tuple[str, str, int]
-
-
-def _connections(cluster: Cluster, address: str, direction: str) -> set[Peer]:
-    """What a pod connected to (`--orig-src`), or who connected to it (`--orig-dst`), as a policy sees it: behind a
-    Service, the pod. The node's table has a connection for two minutes after its end.
-    """
-    table = node(cluster, "sh", "-c", f"conntrack --dump {direction}={address} 2>/dev/null")
-    entry = r"^(\w+) .*?src=.*?src=(\S+) dst=\S+ sport=(\d+)"  # the second tuple is the reply's
-    return {(protocol, peer, int(port)) for protocol, peer, port in re.findall(entry, table, re.M)}
-
-
 def _allowed(api: Api, rules: list[dict[str, Any]], peer: Peer) -> bool:
     protocol, address, port = peer
 
@@ -120,8 +106,8 @@ def test_the_network_policy_allows_what_a_run_connects_to_and_needs_each_rule(
         started = release.start_upgrade(values)
         address = until(lambda: next((pod.status.pod_ip for pod in pods().items if pod.status.pod_ip), ""))
         result = started.wait()
-        assert (result.returncode, _connections(cluster, address, "--orig-dst")) == (0, set()), result.text
-        return _connections(cluster, address, "--orig-src")
+        assert (result.returncode, connections(cluster, address, "--orig-dst")) == (0, set()), result.text
+        return connections(cluster, address, "--orig-src")
 
     example = yaml.safe_load(block("PIP_CERT").replace("mirror.example.org", "server.hcm-fixtures.svc"))
     example["extraEnv"] = [entry for entry in example["extraEnv"] if "PROXY" not in entry["name"]]

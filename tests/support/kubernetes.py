@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -171,6 +172,19 @@ def node(cluster: Cluster, *command: str) -> str:
     """Run a command on kind's node; return its output."""
     arguments, environment = in_node(cluster, *command)
     return run(arguments, env=environment, verbatim=True, check=True).stdout
+
+
+# (protocol, address, port) of a pod's peer.
+Peer = tuple[str, str, int]
+
+
+def connections(cluster: Cluster, address: str, direction: str) -> set[Peer]:
+    """What a pod connected to (`--orig-src`), or who connected to it (`--orig-dst`), as a policy sees it: behind a
+    Service, the pod. The node's table has a connection for two minutes after its end.
+    """
+    table = node(cluster, "sh", "-c", f"conntrack --dump {direction}={address} 2>/dev/null")
+    entry = r"^(\w+) .*?src=.*?src=(\S+) dst=\S+ sport=(\d+)"  # the second tuple is the reply's
+    return {(protocol, peer, int(port)) for protocol, peer, port in re.findall(entry, table, re.M)}
 
 
 def kill_container(cluster: Cluster, pod: client.V1Pod, name: str) -> None:
