@@ -9,7 +9,7 @@ UV_COMPILE = $(BIN)/uv pip compile -q --universal --python-version 3.10 --genera
 # What Python compiles is kept: each of a run's hundreds of processes would otherwise compile its imports again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help venv demo migrate drift impact test test-fast test-e2e soak bench cluster install cluster-down lint lock docs clean
+.PHONY: help venv demo migrate drift impact test test-fast test-e2e soak bench cluster install cluster-down bundle lint lock docs clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -60,6 +60,9 @@ install: venv ## install the chart on that cluster, print the log and the table
 
 cluster-down: venv ## delete that cluster and everything that it started
 	@$(BIN)/python -m tools.cluster down
+
+bundle: venv ## write dist/hcm-db-migrations-<version>-bundle.tar: all that a restricted network needs (docs/restricted-network.md)
+	@$(BIN)/python -m tools.bundle
 
 lint: venv ## run only the linters (they are tests as well)
 	@$(BIN)/pytest tests/project/test_lint.py tests/project/test_architecture.py tests/project/test_words.py

@@ -44,7 +44,7 @@ def test_an_image_with_pre_installed_dependencies_needs_only_git_and_the_databas
     release.cluster.apply(policy)
     (repository.folder / "requirements.txt").unlink()
     repository.push()
-    example = block('requirements: ""').replace("registry.example.org/hcm-db-migrations", OWN_IMAGE["repository"])
+    example = block('tag: "1"').replace("registry.example.org/hcm-db-migrations", OWN_IMAGE["repository"])
     values = release.example(example.replace('"1"', OWN_IMAGE["tag"]))
     result = release.upgrade({**values, "extraEnv": [{"name": "PIP_INDEX_URL", "value": "http://127.0.0.1:9/"}]})
     assert (result.returncode, database.at, api.jobs()) == (0, ["001"], []), result.text

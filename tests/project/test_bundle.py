@@ -1,0 +1,88 @@
+"""What `make bundle` cannot pack is one line, and no partial archive. (The archive: tests/e2e/test_bundle.py.)"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from tests.support.git import git
+from tests.support.programs import run
+from tools import bundle, cluster
+from tools.cluster import ClusterKind, Provider
+from tools.offline_cluster import engine
+from tools.paths import ROOT
+from tools.steps import UnavailableError
+
+NEW = "charts/hcm-db-migrations/templates/new.yaml"
+SHALLOW = "this checkout is shallow, and no server accepts a push of a partial history: git fetch --unshallow"
+CHANGED = "not committed, so not in the bundle: {}; commit it, or git stash"
+
+
+@pytest.mark.parametrize(
+    ("options", "changed", "line"),
+    [
+        (["--depth=1"], "", SHALLOW),
+        ([], "requirements.txt", CHANGED.format("requirements.txt")),
+        (
+            [],
+            "charts/hcm-db-migrations/templates/new.yaml",
+            CHANGED.format("charts/hcm-db-migrations/templates/new.yaml"),
+        ),
+    ],
+    ids=["shallow", "changed", "new in the chart"],
+)
+def test_a_checkout_that_is_not_what_would_be_deployed_is_refused(
+    tmp_path: Path, options: list[str], changed: str, line: str
+) -> None:
+    git(ROOT, "clone", "--quiet", *options, f"file://{ROOT}", tmp_path / "clone")
+    for name in ("bundle.py", "cluster.py", "fixtures/__init__.py", "offline_cluster/images.py"):
+        (tmp_path / "clone/tools" / name).write_text((ROOT / "tools" / name).read_text())
+    git(tmp_path / "clone", "commit", "--quiet", "--all", "--allow-empty", "--message=this checkout's")
+    if changed:
+        with (tmp_path / "clone" / changed).open("a") as file:
+            file.write("# changed\n")
+    result = run([sys.executable, "-m", "tools.bundle"], cwd=tmp_path / "clone", env=os.environ)
+    assert (result.returncode, result.text) == (1, f"FAILED: {line}\n")
+    assert not (tmp_path / "clone/dist").exists()
+
+
+def test_without_a_container_engine_the_line_has_the_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle, "locked", contextlib.nullcontext)  # the lock is held while the tests' cluster starts
+    monkeypatch.setattr(engine, "running", lambda: False)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UnavailableError) as caught, bundle._engine():
+        pass
+    assert str(caught.value).startswith(
+        "cannot get the images: docker is not on PATH, and a private container engine requires root"
+    )
+    assert str(caught.value).endswith(". Start Docker with access to its registry")
+
+
+def test_a_wheel_that_the_index_lacks_is_named_and_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    provider = Provider(ClusterKind.LOCAL_BUILD, {}, cluster.LOCAL_IMAGES)
+    monkeypatch.setattr(bundle, "_check_checkout", lambda: None)
+    monkeypatch.setattr(bundle, "_engine", lambda: contextlib.nullcontext(provider))
+    monkeypatch.setattr(bundle, "python_version", lambda _: "3.99")
+    monkeypatch.setattr(bundle, "MACHINES", ["x86_64"])
+    monkeypatch.setattr(bundle, "DIST", tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        bundle.main()
+    message = str(caught.value)
+    assert message.startswith("FAILED: no wheels of requirements.txt for Python 3.99 on x86_64: ")
+    assert ("`greenlet`" in message, "\n" in message) == (True, False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_engine_that_writes_no_oci_layout_is_refused(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "image.tar", "w") as archive:
+        archive.add(ROOT / "LICENSE", "manifest.json")
+    with pytest.raises(UnavailableError, match=r"^docker save writes no OCI layout: Docker 25 or newer does$"):
+        bundle._manifest(tmp_path / "image.tar")
