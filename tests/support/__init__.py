@@ -15,6 +15,7 @@ programs           running a program; everything that a test observed
 project            plugin: a copy of this project to add revisions to
 readme             the code blocks of both READMEs
 release            releases of the chart, installed with Helm
+released           the chart of the last release, and what changed since then
 repository         git repositories on the cluster's server
 revisions          revision files, and what the tests' revisions do
 runs               the runs' sessions as the server shows them
