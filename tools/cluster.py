@@ -101,7 +101,7 @@ PUBLIC_IMAGES: Images = {
     "python": "python:3.10-slim",
     "git_sync": "registry.k8s.io/git-sync/git-sync:v4.7.1",
     "postgres": "postgres:15",
-    "server": "python:3.10",
+    "server": "python:3.10-bookworm",  # Debian 12, as of the local build
 }
 LOCAL_IMAGES: Images = {
     "python": images.PYTHON,
@@ -118,6 +118,7 @@ class Provider:
     kind: ClusterKind
     environment: dict[str, str]  # of the command `kind`
     images: Images
+    address: str  # on which the engine publishes ports
 
 
 @dataclasses.dataclass
@@ -205,7 +206,9 @@ class Cluster:
             configuration.write(f"[global]\nindex-url = {index}\ntrusted-host = {self.address}\n")
             configuration.flush()
             secret = f"--secret=id=pip.conf,src={configuration.name}"
-            self.docker("build", "--quiet", "--network=host", secret, *arguments, f"--tag={tag}", context)
+            # kind cannot load an image with an attestation from Docker's containerd store.
+            options = ["--quiet", "--network=host", "--provenance=false", secret]
+            self.docker("build", *options, *arguments, f"--tag={tag}", context)
         return self.load_image(tag)
 
     def load_image(self, tag: str) -> str:
@@ -232,18 +235,24 @@ def _image_value(name: str) -> ImageValue:
     return {"repository": repository, "tag": tag}
 
 
-def get_or_create(kubeconfig: str | None = None, owner: int = 0) -> Cluster:
+def get_or_create(kubeconfig: str | None = None, owner: int = 0, *, only_docker: bool = False) -> Cluster:
     """Return the running cluster, or create one. `kubeconfig` names an existing one: it gets the fixtures and is kept.
 
     `owner` is the process that will call `delete(owner)`. Without one, the cluster is kept, even if another process
-    owned it. Raises UnavailableError, with the fix, if no cluster can be created.
+    owned it. With `only_docker`, no cluster is built locally. Raises UnavailableError, with the fix, if no cluster can
+    be created.
     """
     with locked("cluster"):
         if kubeconfig:
             log(f"cluster: the existing one of {kubeconfig}")
             return _use_existing(kubeconfig)
         if cluster := current():
-            if cluster.owner and Path(f"/proc/{cluster.owner}").exists() and owner:
+            if only_docker and cluster.is_local_build:
+                raise UnavailableError(
+                    "the running cluster was built locally, and --cluster-type docker requires one with public images: "
+                    "delete it with make cluster-down"
+                )
+            if cluster.owner and owner and _is_alive(cluster.owner):
                 raise UnavailableError(
                     f"process {cluster.owner} is testing on the running cluster and deletes it when it ends: wait for "
                     "that, or keep the cluster with make cluster"
@@ -255,11 +264,21 @@ def get_or_create(kubeconfig: str | None = None, owner: int = 0) -> Cluster:
             return cluster
         _delete()  # remains of an earlier, killed run
         try:
-            return _create(owner)
+            return _create(owner, _select_provider(only_docker=only_docker))
         except BaseException:
             log("deleting the partially created cluster")
             _delete()
             raise
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def current() -> Cluster | None:
@@ -325,18 +344,9 @@ def _unescaped(output: str) -> str:
     return re.sub(record, lambda found: found[1].replace(r"\n", "\n").replace(r"\"", '"'), output, flags=re.M)
 
 
-def _create(owner: int) -> Cluster:
-    provider = _select_provider()
+def _create(owner: int, provider: Provider) -> Cluster:
     STATE.mkdir(parents=True, exist_ok=True)
-    networking: dict[str, str | int]
-    if provider.kind is ClusterKind.LOCAL_BUILD:
-        address, ports, image = engine.address(), NODE_PORTS, images.build_images()
-        networking = {"apiServerAddress": address, "apiServerPort": 6443}
-        # The machine may still have cgroup v1, which kubelet refuses by default.
-        patches = ["kind: KubeletConfiguration\nfailCgroupV1: false\n"]
-    else:
-        address, ports, image = "127.0.0.1", _free_ports(), KINDEST
-        networking, patches = {"apiServerAddress": address}, []
+    address, ports = provider.address, _free_ports()
     mappings = [
         {"containerPort": container, "hostPort": host, "listenAddress": address}
         for container, host in ((NODE_PORTS["postgres"], ports["postgres"]), (NODE_PORTS["http"], ports["http"]))
@@ -344,11 +354,14 @@ def _create(owner: int) -> Cluster:
     config = {
         "kind": "Cluster",
         "apiVersion": "kind.x-k8s.io/v1alpha4",
-        "networking": networking,
-        "kubeadmConfigPatches": patches,
+        # kind looks for a free port only on this machine's own addresses.
+        "networking": {"apiServerAddress": address, "apiServerPort": free_port()},
+        # The machine may still have cgroup v1, which kubelet refuses by default.
+        "kubeadmConfigPatches": ["kind: KubeletConfiguration\nfailCgroupV1: false\n"],
         "nodes": [{"role": "control-plane", "extraPortMappings": mappings}],
     }
     kubeconfig = STATE / "kubeconfig"
+    image = images.build_images() if provider.kind is ClusterKind.LOCAL_BUILD else KINDEST
     arguments = ["create", "cluster", "--name", NAME, "--config", "-", "--wait", "180s", "--image", image]
     command: list[str | Path] = [find_or_build("kind"), *arguments, "--kubeconfig", kubeconfig]
     kubeconfig.touch(mode=0o600)  # kind writes it late, and _delete() checks that it exists
@@ -369,14 +382,14 @@ def _free_ports() -> Ports:
     return {"postgres": free_port(), "http": free_port()}
 
 
-def _select_provider() -> Provider:
+def _select_provider(*, only_docker: bool = False) -> Provider:
     """Select what creates the cluster, and log it with the reason. The private container engine is started."""
     try:
-        provider, reason = select_engine(KINDEST)
+        provider, reason = select_engine(KINDEST, only_docker=only_docker)
     except UnavailableError as error:
+        other = "use an existing cluster: pytest --cluster-type existing --kubeconfig FILE"
         raise UnavailableError(
-            f"cannot create a cluster: {error}, or use an existing cluster: pytest --cluster-type existing "
-            "--kubeconfig FILE"
+            f"cannot create a cluster: {error}, or {'omit --cluster-type docker' if only_docker else other}"
         ) from None
     if reason:
         log(f"cluster: kind with a container engine and a node image built locally, because {reason}")
@@ -385,20 +398,23 @@ def _select_provider() -> Provider:
     return provider
 
 
-def select_engine(image: str) -> tuple[Provider, str]:
+def select_engine(image: str, *, only_docker: bool = False) -> tuple[Provider, str]:
     """Return the user's Docker if it is running and can pull `image`, and "". Otherwise start the private container
-    engine, and return it and the reason. UnavailableError, with the fix, if that cannot run either.
+    engine, and return it and the reason. UnavailableError, with the fix, if that cannot run either, or with
+    `only_docker`.
     """
     reason = _docker_unavailable_reason(image)
     if not reason:
         environment = {key: value for key, value in os.environ.items() if key != "KUBECONFIG"}
-        return Provider(ClusterKind.DOCKER, environment, PUBLIC_IMAGES), ""
+        return Provider(ClusterKind.DOCKER, environment, PUBLIC_IMAGES, "127.0.0.1"), ""
     try:
+        if only_docker:
+            raise UnavailableError("no other engine is allowed")
         engine.check()
     except UnavailableError as error:
         raise UnavailableError(f"{reason}, and {error}. Start Docker with access to its registry") from None
     engine.start()
-    return Provider(ClusterKind.LOCAL_BUILD, engine.environment(), LOCAL_IMAGES), reason
+    return Provider(ClusterKind.LOCAL_BUILD, engine.environment(), LOCAL_IMAGES, engine.address()), reason
 
 
 def _docker_unavailable_reason(image: str) -> str:
@@ -410,10 +426,14 @@ def _docker_unavailable_reason(image: str) -> str:
         (["docker", "pull", "--quiet", image], 600, f"the container engine cannot pull {image.partition('@')[0]}"),
     ):
         try:
-            if subprocess.run(command, capture_output=True, timeout=seconds).returncode:
-                return reason
-        except (OSError, subprocess.TimeoutExpired):
-            return reason
+            done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return f"{reason} within {seconds} s"
+        except OSError as error:
+            return f"{reason} ({error})"
+        if done.returncode:
+            last = done.stderr.strip().splitlines()[-1:]
+            return f"{reason} ({last[0]})" if last else reason
     return ""
 
 

@@ -67,7 +67,7 @@ def test_without_a_container_engine_the_line_has_the_fix(tmp_path: Path, monkeyp
 def test_a_wheel_that_the_index_lacks_is_named_and_nothing_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    provider = Provider(ClusterKind.LOCAL_BUILD, {}, cluster.LOCAL_IMAGES)
+    provider = Provider(ClusterKind.LOCAL_BUILD, {}, cluster.LOCAL_IMAGES, "")
     monkeypatch.setattr(bundle, "_check_checkout", lambda: None)
     monkeypatch.setattr(bundle, "_engine", lambda: contextlib.nullcontext(provider))
     monkeypatch.setattr(bundle, "python_version", lambda _: "3.99")

@@ -12,17 +12,29 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.cluster import requires_docker
 from tests.support.documents import block
 from tests.support.programs import run
 from tools import cluster
 from tools.binaries import pinned_version
 from tools.cluster import Cluster, ClusterKind
 from tools.offline_cluster import engine, images
-from tools.paths import ROOT
+from tools.paths import CHART, ROOT
 from tools.steps import UnavailableError
 
 BUILT_LOCALLY = block("node image built locally").replace("docker is not on PATH", "{}")
 CANNOT_PULL = "the container engine cannot pull kindest/node:v1.37.0"
+UNREACHABLE = "Cannot connect to the Docker daemon at unix:///var/run/docker.sock."
+NO_ROUTE = "dial tcp 192.0.2.1:443: connect: no route to host"
+NO_DAEMON = f"echo '{UNREACHABLE}' >&2; exit 1"
+NO_REGISTRY = f"[ $1 = version ] || {{ echo '{NO_ROUTE}' >&2; exit 1; }}"
+# A docker that is missing, that reaches no daemon, and whose daemon reaches no registry; and the reason that is logged.
+UNUSABLE = [
+    pytest.param(None, "docker is not on PATH", id="no docker"),
+    pytest.param(NO_DAEMON, f"no container engine is running ({UNREACHABLE})", id="no daemon"),
+    pytest.param(NO_REGISTRY, f"{CANNOT_PULL} ({NO_ROUTE})", id="no registry"),
+    pytest.param('[ "$1" = version ]', CANNOT_PULL, id="no registry, no message"),
+]
 
 
 @pytest.fixture
@@ -35,6 +47,7 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(engine, "check", lambda: None)
     monkeypatch.setattr(engine, "start", lambda: None)
     monkeypatch.setattr(engine, "environment", dict)
+    monkeypatch.setattr(engine, "address", lambda: "10.0.0.1")
     return folder
 
 
@@ -47,21 +60,20 @@ def test_a_users_docker_is_used_if_it_can_pull(path: Path, capfd: pytest.Capture
     docker(path, "exit 0")
     provider = cluster._select_provider()
     assert (provider.kind, provider.images) == (ClusterKind.DOCKER, cluster.PUBLIC_IMAGES)
+    assert provider.address == "127.0.0.1"
     assert "KUBECONFIG" not in provider.environment
     assert capfd.readouterr().err == (
         "cluster: kind with its official node image, because the container engine on this machine can pull it\n"
     )
 
 
-@pytest.mark.parametrize(
-    ("script", "reason"),
-    [
-        (None, "docker is not on PATH"),
-        ("exit 1", "no container engine is running"),
-        ('[ "$1" = version ]', CANNOT_PULL),
-    ],
-    ids=["no docker", "no daemon", "no registry"],
-)
+def test_the_public_images_are_the_charts_defaults() -> None:
+    values = json.loads((CHART / "files/defaults.json").read_text())
+    defaults = [f"{image['repository']}:{image['tag']}" for image in (values["image"], values["git"]["image"])]
+    assert defaults == [cluster.PUBLIC_IMAGES[name] for name in ("python", "git_sync")]
+
+
+@pytest.mark.parametrize(("script", "reason"), UNUSABLE)
 def test_falls_back_to_a_local_build(
     path: Path, capfd: pytest.CaptureFixture[str], script: str | None, reason: str
 ) -> None:
@@ -69,7 +81,20 @@ def test_falls_back_to_a_local_build(
         docker(path, script)
     provider = cluster._select_provider()
     assert (provider.kind, provider.images) == (ClusterKind.LOCAL_BUILD, cluster.LOCAL_IMAGES)
+    assert provider.address == "10.0.0.1"
     assert capfd.readouterr().err == BUILT_LOCALLY.format(reason)
+
+
+@pytest.mark.parametrize(("script", "reason"), UNUSABLE)
+def test_where_docker_is_required_nothing_is_built_locally(path: Path, script: str | None, reason: str) -> None:
+    if script:
+        docker(path, script)
+    with pytest.raises(UnavailableError) as caught:
+        cluster._select_provider(only_docker=True)
+    assert str(caught.value) == (
+        f"cannot create a cluster: {reason}, and no other engine is allowed. Start Docker with access to its registry, or"
+        " omit --cluster-type docker"
+    )
 
 
 def test_if_no_cluster_is_possible_the_message_has_the_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,12 +163,53 @@ def test_a_cluster_that_another_run_will_delete_is_not_shared(running: list[str]
     assert running == []
 
 
-@pytest.mark.parametrize("option", [["--kubeconfig", "/a/file"], ["--cluster-type", "existing"]], ids=lambda o: o[0])
-def test_an_existing_cluster_requires_both_options(option: list[str]) -> None:
-    result = run([sys.executable, "-m", "pytest", "-q", "tests/e2e", *option], cwd=ROOT)
-    assert result.returncode == pytest.ExitCode.USAGE_ERROR
-    message = "to use your own cluster, set both options: --cluster-type existing --kubeconfig FILE"
-    assert message in result.stderr
+def test_a_cluster_that_was_built_locally_is_not_used_where_docker_is_required(running: list[str]) -> None:
+    cluster._save_state(Cluster(ClusterKind.LOCAL_BUILD, "", "", PORTS, cluster.LOCAL_IMAGES, PASSWORDS))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "running", lambda: True)
+        with pytest.raises(UnavailableError, match=r"built locally, .* delete it with make cluster-down$"):
+            cluster.get_or_create(only_docker=True)
+    save_state(0)
+    assert cluster.get_or_create(only_docker=True).kind is ClusterKind.DOCKER
+    assert running == []
+
+
+BOTH = "to use your own cluster, set both options: --cluster-type existing --kubeconfig FILE"
+
+
+@pytest.mark.parametrize(
+    ("kubeconfig", "cluster_type", "message"),
+    [
+        ("/a/file", None, BOTH),
+        (None, "existing", BOTH),
+        ("/a/file", "docker", BOTH),
+        (None, "Docker", "--cluster-type is 'Docker': set it to docker or existing, or omit it"),
+    ],
+    ids=["no type", "no file", "contradiction", "unknown type"],
+)
+def test_options_that_name_no_cluster_are_refused(
+    kubeconfig: str | None, cluster_type: str | None, message: str
+) -> None:
+    with pytest.raises(pytest.UsageError, match=re.escape(message)):
+        requires_docker(kubeconfig, cluster_type)
+
+
+def test_pytest_refuses_them_before_a_test() -> None:
+    result = run([sys.executable, "-m", "pytest", "-q", "tests/e2e", "--cluster-type", "existing"], cwd=ROOT)
+    assert (result.returncode, BOTH in result.stderr) == (pytest.ExitCode.USAGE_ERROR, True)
+
+
+def test_where_docker_is_required_and_cannot_pull_each_test_fails_with_the_reason(tmp_path: Path) -> None:
+    """Also without CI=true, with which a skipped test fails."""
+    docker(tmp_path, NO_REGISTRY)
+    environment = os.environ | {"CI": "", "PATH": f"{tmp_path}:{os.environ['PATH']}", "XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "pytest", "tests/e2e/test_deadlines.py", "--cluster-type", "docker"]
+    result = run(command, cwd=ROOT, env=environment)
+    assert result.returncode == pytest.ExitCode.TESTS_FAILED
+    assert "3 errors" in result.stdout
+    result.line(
+        "cluster: none, cannot create a cluster: ", f"{CANNOT_PULL} ({NO_ROUTE}), and no other engine is allowed"
+    )
 
 
 @pytest.mark.parametrize(
@@ -161,7 +227,7 @@ def test_each_test_on_a_cluster_that_does_not_start_fails_with_the_reason(
 ) -> None:
     (tmp_path / "no_cluster.py").write_text(
         "import os\nfrom tests.support import cluster\nfrom tools.steps import UnavailableError\n"
-        f"def get_or_create(*_):\n    {start}\ncluster.get_or_create = get_or_create\n"
+        f"def get_or_create(*_, **__):\n    {start}\ncluster.get_or_create = get_or_create\n"
     )
     environment = os.environ | {"CI": "true", "PYTHONPATH": f"{tmp_path}:{ROOT}"}
     command = [sys.executable, "-m", "pytest", "-n", workers, "-p", "no_cluster", "tests/e2e/test_deadlines.py"]

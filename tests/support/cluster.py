@@ -2,6 +2,7 @@
 
 The cluster is the one that `--cluster-type existing --kubeconfig FILE` names (pytest-helm-charts' options; the variable
 KUBECONFIG is ignored), else the running cluster of `make cluster`, else one that is created and deleted. With
+`--cluster-type docker`, it has public images in the user's Docker, or the tests fail with the reason. With
 pytest-xdist, it starts and is deleted while the workers run tests that need none.
 """
 
@@ -16,7 +17,7 @@ import secrets
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -27,14 +28,14 @@ from kubernetes import client
 from tests.support.canary import PASSWORD, SECRETS, assert_no_secret
 from tests.support.database import Database
 from tests.support.documents import chart_command
-from tests.support.kubernetes import Api
+from tests.support.kubernetes import Api, statuses
 from tests.support.release import Release
 from tests.support.repository import Repository
 from tests.support.targets import WAIT
 from tests.support.waiting import until
 from tools import gitops
 from tools.binaries import find_or_build
-from tools.cluster import Cluster, ImageValue, delete, get_or_create
+from tools.cluster import NAME, Cluster, ImageValue, delete, get_or_create
 from tools.paths import BIN, ROOT
 from tools.steps import UnavailableError
 
@@ -58,6 +59,15 @@ FILE = pytest.StashKey[Path]()  # of Shared, as JSON: locked until the cluster r
 NEEDS_GITOPS = pytest.StashKey[bool]()  # whether the tests need Argo CD and Flux
 
 
+def requires_docker(kubeconfig: str | None, cluster_type: str | None) -> bool:
+    """Whether these options allow only a cluster in the user's Docker; UsageError if they contradict each other."""
+    if cluster_type not in (None, "existing", "docker"):
+        raise pytest.UsageError(f"--cluster-type is {cluster_type!r}: set it to docker or existing, or omit it")
+    if bool(kubeconfig) != (cluster_type == "existing"):
+        raise pytest.UsageError("to use your own cluster, set both options: --cluster-type existing --kubeconfig FILE")
+    return cluster_type == "docker"
+
+
 def start_cluster(session: pytest.Session) -> None:
     """Find or create the cluster, once; its progress is printed.
 
@@ -68,19 +78,17 @@ def start_cluster(session: pytest.Session) -> None:
         config.stash[FILE] = Path(config.workerinput["shared"])
     elif not config.option.collectonly:
         named = config.getoption("--kubeconfig")
-        if bool(named) != (config.getoption("--cluster-type") == "existing"):
-            raise pytest.UsageError(
-                "to use your own cluster, set both options: --cluster-type existing --kubeconfig FILE"
-            )
+        only_docker = requires_docker(named, config.getoption("--cluster-type"))
         folder = tempfile.TemporaryDirectory(prefix="hcm-cluster-")
         config.add_cleanup(folder.cleanup)
         config.stash[FILE] = Path(folder.name, "shared.json")
         config.add_cleanup(lambda: delete(os.getpid()))
-        arguments = named, config.stash.get(NEEDS_GITOPS, False), os.getpid()
+        arguments = named, only_docker, config.stash.get(NEEDS_GITOPS, False), os.getpid()
         with (
             config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled(),
             config.stash[FILE].open("w") as file,
         ):
+            config.stash[FILE].with_name("images").touch()
             fcntl.flock(file, fcntl.LOCK_EX)
             if named or config.getoption("dist", "no") == "no":  # this process forwards the ports of a user's cluster
                 _start(file, *arguments)
@@ -102,10 +110,10 @@ def _start_in_background(file: IO[str], *arguments: Any) -> None:
         _start(file, *arguments)
 
 
-def _start(file: IO[str], kubeconfig: str | None, needs_gitops: bool, owner: int) -> None:
+def _start(file: IO[str], kubeconfig: str | None, only_docker: bool, needs_gitops: bool, owner: int) -> None:
     """Start the cluster, and write it to the file, or why there is none."""
     try:
-        cluster = get_or_create(kubeconfig, owner)
+        cluster = get_or_create(kubeconfig, owner, only_docker=only_docker)
         if needs_gitops:
             gitops.install(cluster)
         preinstalled_image = not cluster.is_existing  # in a user's cluster, pip runs
@@ -115,7 +123,8 @@ def _start(file: IO[str], kubeconfig: str | None, needs_gitops: bool, owner: int
         helms = [str(BIN / "helm"), str(find_or_build("helm"))]
         shared = Shared(cluster.to_dict(), _describe(cluster), preinstalled_image, helms, error="")
     except UnavailableError as error:
-        shared = Shared(unavailable=str(error), error="")
+        # Who requires Docker does not expect skipped tests.
+        shared = Shared(error=str(error)) if only_docker else Shared(unavailable=str(error), error="")
     except Exception:
         shared = Shared(error=f"the cluster does not start:\n{traceback.format_exc()}")
     print(json.dumps(asdict(shared)), file=file, flush=True)
@@ -156,11 +165,21 @@ def _describe(cluster: Cluster) -> str:
     kubernetes = client.VersionApi(Api.of(cluster, "").core.api_client).get_code().git_version
     image = cluster.images["git_sync"]
     which = "a stand-in for git-sync" if "standin" in image else "the real git-sync"
-    return f"{cluster.kind}, Kubernetes {kubernetes}, {which} ({image})"
+    node = ""
+    if not cluster.is_existing:
+        node = f", node {cluster.docker('inspect', '--format={{.Config.Image}}', f'{NAME}-control-plane').strip()}"
+    return f"{cluster.kind}, Kubernetes {kubernetes}{node}, {which} ({image})"
+
+
+def record_images(config: pytest.Config, pods: Iterable[client.V1Pod]) -> None:
+    """Add the images of these pods' containers, as the cluster reports them, to those that the report lists."""
+    found = {f"  image {each.image} ({each.image_id})\n" for pod in pods for each in statuses(pod) if each.image_id}
+    with config.stash[FILE].with_name("images").open("a") as file:
+        file.write("".join(found))
 
 
 def describe_cluster(config: pytest.Config) -> str:
-    """The line of the report that names the cluster."""
+    """The lines of the report that name the cluster, and the images that ran."""
     try:
         wait_for_cluster(config, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -168,7 +187,8 @@ def describe_cluster(config: pytest.Config) -> str:
     shared = config.stash[SHARED]
     if not shared.cluster:
         return f"cluster: none, {(shared.unavailable or shared.error).strip().splitlines()[-1]}"
-    return f"cluster: {shared.description}"
+    ran = sorted(set(config.stash[FILE].with_name("images").read_text().splitlines()))
+    return "\n".join([f"cluster: {shared.description}", *ran])
 
 
 @pytest.fixture(scope="session")
@@ -184,14 +204,15 @@ def shared(request: pytest.FixtureRequest) -> Shared:
 
 
 @pytest.fixture(scope="session")
-def cluster(shared: Shared) -> Cluster:
+def cluster(shared: Shared, pytestconfig: pytest.Config) -> Cluster:
     found = Cluster.from_dict(shared.cluster or {})
     SECRETS.update(map(str, found.passwords.values()))
+    record_images(pytestconfig, Api.of(found, "").core.list_pod_for_all_namespaces().items)
     return found
 
 
 @pytest.fixture
-def namespaces(cluster: Cluster, database: Database) -> Iterator[Callable[[], Api]]:
+def namespaces(cluster: Cluster, database: Database, pytestconfig: pytest.Config) -> Iterator[Callable[[], Api]]:
     """Creates namespaces that enforce the restricted Pod Security Standard, with DIGIT's ConfigMap and a Secret."""
     created: list[Api] = []
 
@@ -209,11 +230,12 @@ def namespaces(cluster: Cluster, database: Database) -> Iterator[Callable[[], Ap
     with contextlib.ExitStack() as stack:
         for api in created:
             stack.callback(api.delete, everything=not cluster.owner)
-            stack.callback(_assert_no_secret_in, api)
+            stack.callback(_assert_no_secret_in, api, pytestconfig)
 
 
-def _assert_no_secret_in(api: Api) -> None:
+def _assert_no_secret_in(api: Api, config: pytest.Config) -> None:
     pods = api.pods()
+    record_images(config, pods)
     for text in [
         *(api.log(pod, name) for pod in pods for name in ("git-sync", "migrate")),
         *api.events(),

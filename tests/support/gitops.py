@@ -17,6 +17,7 @@ import pytest
 from kubernetes import client
 
 from tests.support.canary import assert_no_secret
+from tests.support.cluster import record_images
 from tests.support.database import Database
 from tests.support.kubernetes import JOB, Api, open_gate, sessions_in_revision_002
 from tests.support.programs import run
@@ -341,9 +342,11 @@ def state(application: Mapping[str, Any]) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="session")
-def controllers(cluster: Cluster) -> None:
+def controllers(cluster: Cluster, pytestconfig: pytest.Config) -> None:
     """Both tools are ready."""
     gitops.wait_until_ready(cluster)
+    for namespace in (*CONTROLLERS, "hcm-fixtures"):
+        record_images(pytestconfig, Api.of(cluster, namespace).pods())
 
 
 @pytest.fixture

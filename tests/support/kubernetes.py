@@ -33,6 +33,11 @@ TABLE = [
 NOTHING_TO_DO = "HH:MM:SS INFO at 001 (head): nothing to do"
 
 
+def statuses(pod: client.V1Pod) -> list[client.V1ContainerStatus]:
+    """Of each container that kubelet knows, init containers first."""
+    return [*(pod.status.init_container_statuses or ()), *(pod.status.container_statuses or ())]
+
+
 @dataclass
 class Api:
     """The API server, queried with the kubernetes client about one namespace."""
@@ -56,8 +61,7 @@ class Api:
 
     def seconds_to_failure(self, job: str) -> float:
         """From a Job's start to the end of its first pod's containers, by the cluster's clock."""
-        status = self.pods(job)[0].status
-        states = [container.state for container in (*status.init_container_statuses, *status.container_statuses)]
+        states = [container.state for container in statuses(self.pods(job)[0])]
         end = max(state.terminated.finished_at for state in states if state.terminated)
         return float((end - self.batch.read_namespaced_job(job, self.namespace).status.start_time).total_seconds())
 
@@ -66,7 +70,7 @@ class Api:
         selector = f"batch.kubernetes.io/job-name={job}" if job else ""
         found = self.core.list_namespaced_pod(self.namespace, label_selector=selector).items
         for pod in found:
-            for status in (*(pod.status.init_container_statuses or ()), *(pod.status.container_statuses or ())):
+            for status in statuses(pod):
                 if status.state.terminated:
                     observed.add(status.state.terminated.reason or "", status.state.terminated.exit_code)
         return sorted(found, key=lambda pod: pod.metadata.creation_timestamp)
@@ -79,8 +83,8 @@ class Api:
             if error.status in (400, 404, 500):  # 500: kubelet is down
                 return ""
             raise
-        found = [*(pod.status.init_container_statuses or ()), *(pod.status.container_statuses or ())]
-        ended = [status.state.terminated for status in found if status.name == container and status.state.terminated]
+        found = [status for status in statuses(pod) if status.name == container]
+        ended = [status.state.terminated for status in found if status.state.terminated]
         return observed.add(log, ended[0].exit_code if ended else None)
 
     def logs(self, job: str) -> list[str]:

@@ -110,19 +110,9 @@ def _apply(cluster: Cluster, namespace: str, objects: Iterator[dict[str, Any]], 
     items = list(objects)
     if image:
         for each in items:
-            _use_image(image, each["metadata"]["name"], each.get("spec", {}).get("template", {}).get("spec", {}))
+            images.use_controllers(image, each)
     text = json.dumps({"apiVersion": "v1", "kind": "List", "items": items})
     cluster.kubectl("apply", "--server-side", "--force-conflicts", f"--namespace={namespace}", "-f", "-", input=text)
-
-
-def _use_image(image: str, name: str, pod: dict[str, Any]) -> None:
-    """Replace the images of a pod's spec by the one with all programs; its entry points are missing then."""
-    for container in [*pod.get("initContainers", ()), *pod.get("containers", ())]:
-        container |= {"image": image, "imagePullPolicy": "IfNotPresent"}
-        if container["name"] == "redis":
-            container["command"] = ["redis-server"]
-        elif container["name"] == "manager":
-            container["command"] = [name]
 
 
 def deploy_checkout(cluster: Cluster) -> None:

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from tools import binaries, debian
 from tools.offline_cluster.engine import FOLDER, docker, environment
@@ -94,6 +95,17 @@ def build_controllers() -> str:
             _build(Path(folder), tag, "", digest)
         remove(binaries.COMPILED)
     return tag
+
+
+def use_controllers(image: str, manifest: dict[str, Any]) -> None:
+    """Replace the images of a manifest's containers by that of `build_controllers`, which has no entry point."""
+    pod = manifest.get("spec", {}).get("template", {}).get("spec", {})
+    for container in [*pod.get("initContainers", ()), *pod.get("containers", ())]:
+        container |= {"image": image, "imagePullPolicy": "IfNotPresent"}
+        if container["name"] == "redis":
+            container["command"] = ["redis-server"]
+        elif container["name"] == "manager":
+            container["command"] = [manifest["metadata"]["name"]]
 
 
 def _is_current(tag: str, digest: str) -> bool:
