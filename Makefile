@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help venv demo migrate drift impact test test-fast test-e2e soak bench cluster install cluster-down bundle lint lock docs clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-16s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: .venv/ready ## set up .venv for development and tests
 
@@ -41,7 +41,7 @@ test: venv ## run every test, with a real PostgreSQL and a real Kubernetes
 	@$(BIN)/pytest -n 7
 
 test-fast: venv ## run the tests that need no cluster
-	@$(BIN)/pytest -n $$(($$(nproc) + 2)) tests/project tests/chart tests/migrations tests/faults
+	@$(BIN)/pytest -n $$(($$(getconf _NPROCESSORS_ONLN) + 2)) tests/project tests/chart tests/migrations tests/faults
 
 test-e2e: venv ## run the tests that install the chart on a real cluster
 	@$(BIN)/pytest -n 7 tests/gitops tests/e2e

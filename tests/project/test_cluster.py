@@ -92,8 +92,8 @@ def test_where_docker_is_required_nothing_is_built_locally(path: Path, script: s
     with pytest.raises(UnavailableError) as caught:
         cluster._select_provider(only_docker=True)
     assert str(caught.value) == (
-        f"cannot create a cluster: {reason}, and no other engine is allowed. Start Docker with access to its registry, or"
-        " omit --cluster-type docker"
+        f"cannot create a cluster: {reason}, and no other engine is allowed. Start Docker with access to its registry,"
+        " or omit --cluster-type docker"
     )
 
 

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tests.support.git import git
+from tests.support.programs import run
 from tools.paths import ROOT
 
 WORKFLOWS = sorted((ROOT / ".github/workflows").iterdir())
@@ -80,12 +81,19 @@ def test_a_workflow_uses_actions_by_commit_and_keeps_no_credentials(path: Path) 
             assert step["with"]["persist-credentials"] is False
 
 
-def test_the_fast_tests_have_their_own_job() -> None:
-    jobs = yaml.safe_load((ROOT / ".github/workflows/test.yaml").read_text())["jobs"].values()
-    fast, everything = ([step.get("run", "") for step in job["steps"]] for job in jobs)
-    assert "make lint" in fast
-    assert any(command.endswith("make test-fast") for command in fast)
-    assert any(command.endswith(".ci/run") for command in everything)
+def test_each_test_runs_in_one_job_of_the_workflow_those_on_a_cluster_with_public_images(
+    pytestconfig: pytest.Config,
+) -> None:
+    jobs = yaml.safe_load((ROOT / ".github/workflows/test.yaml").read_text())["jobs"]
+    fast, cluster = ([step for step in jobs[name]["steps"] if "run" in step] for name in ("fast", "cluster"))
+    assert len(jobs) == 2
+    assert "make lint" in [step["run"] for step in fast]
+    assert fast[-1]["run"].endswith(" make test-fast")
+    (step,) = cluster
+    assert (step["run"], step["env"]) == ("make test-e2e", {"PYTEST_ADDOPTS": "--cluster-type docker"})
+    recipes = run(["make", "--dry-run", "--old-file=.venv/ready", "test-fast", "test-e2e"], cwd=ROOT, check=True).stdout
+    assert sorted(re.findall(r"\btests/\w+", recipes)) == sorted(pytestconfig.getini("testpaths"))
+    assert (ROOT / ".ci/run").read_text().endswith("CI=true exec make test\n")  # which runs them all
 
 
 def test_a_bot_updates_what_is_pinned() -> None:

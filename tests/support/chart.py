@@ -19,8 +19,8 @@ from kubernetes_validate.utils import schema_contents
 from typing_extensions import TypedDict, Unpack
 
 from tests.support.programs import Result, observed, start
-from tools.binaries import find_or_build
-from tools.paths import BIN, CHART
+from tools.binaries import find_or_build, helm_3
+from tools.paths import CHART
 from tools.steps import UnavailableError
 
 SUPPORTED = [f"1.{minor}" for minor in range(28, 38)]
@@ -187,7 +187,7 @@ def helm4(tmp_path_factory: pytest.TempPathFactory) -> Helm:
 
 def _find_helm(name: str, tmp_path_factory: pytest.TempPathFactory) -> Helm:
     try:
-        path = BIN / "helm" if name == "Helm 3" else _helm4()
+        path = helm_3() if name == "Helm 3" else _helm4()
     except UnavailableError as error:
         pytest.skip(str(error))
     found = Helm(path, tmp_path_factory.getbasetemp())

@@ -18,7 +18,7 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,9 +34,9 @@ from tests.support.repository import Repository
 from tests.support.targets import WAIT
 from tests.support.waiting import until
 from tools import gitops
-from tools.binaries import find_or_build
+from tools.binaries import find_or_build, helm_3
 from tools.cluster import NAME, Cluster, ImageValue, delete, get_or_create
-from tools.paths import BIN, ROOT
+from tools.paths import ROOT
 from tools.steps import UnavailableError
 
 OWN_IMAGE: ImageValue = {"repository": "hcm-local/hcm-db-migrations", "tag": "test"}
@@ -49,7 +49,7 @@ class Shared:
     cluster: dict[str, Any] | None = None
     description: str = ""  # its kind, versions and image
     preinstalled_image: bool = False  # OWN_IMAGE, which has the dependencies pre-installed, is in the cluster
-    helms: list[str] = field(default_factory=list)  # Helm 3 and Helm 4
+    helm: str = ""  # the path of Helm 4
     unavailable: str = ""  # why this machine has no cluster
     error: str = "the process that starts the cluster was killed"  # unless it ended otherwise
 
@@ -120,8 +120,8 @@ def _start(file: IO[str], kubeconfig: str | None, only_docker: bool, needs_gitop
         if preinstalled_image:
             tag = f"{OWN_IMAGE['repository']}:{OWN_IMAGE['tag']}"
             cluster.build_image(tag, ROOT, f"--build-arg=PYTHON={cluster.images['python']}")
-        helms = [str(BIN / "helm"), str(find_or_build("helm"))]
-        shared = Shared(cluster.to_dict(), _describe(cluster), preinstalled_image, helms, error="")
+        helm = str(find_or_build("helm"))
+        shared = Shared(cluster.to_dict(), _describe(cluster), preinstalled_image, helm, error="")
     except UnavailableError as error:
         # Who requires Docker does not expect skipped tests.
         shared = Shared(error=str(error)) if only_docker else Shared(unavailable=str(error), error="")
@@ -294,7 +294,10 @@ def releases(
 
     def create(api: Api, version: int = 4, **options: Any) -> Release:
         git = {**preinstalled_image_values.get("git", {}), "repo": repository.url, "branch": "main", "path": "."}
-        helm = Path(shared.helms[version - 3])
+        try:
+            helm = helm_3() if version == 3 else Path(shared.helm)
+        except UnavailableError as error:
+            pytest.skip(str(error))
         values = {**preinstalled_image_values, "namespace": api.namespace, "git": git}
         created.append(Release(helm, cluster, api.namespace, tmp_path, values, **options))
         return created[-1]

@@ -31,7 +31,10 @@ PACKAGES = ["docker.io/trixie", "docker-cli/trixie", "docker-buildx/trixie", "ip
 
 def check() -> None:
     """Raise UnavailableError if the engine cannot run here; the message says what is missing."""
-    release = platform.freedesktop_os_release()
+    try:
+        release = platform.freedesktop_os_release()
+    except OSError:  # not a Linux distribution
+        release = {}
     missing = []
     if os.geteuid() != 0:
         missing.append("root")

@@ -16,7 +16,6 @@ from typing import Any
 
 from tools import binaries, debian
 from tools.offline_cluster.engine import FOLDER, docker, environment
-from tools.paths import BIN
 from tools.steps import log, remove, run
 
 HERE = Path(__file__).parent
@@ -82,7 +81,7 @@ def _files(folder: str) -> list[Path]:
 def build_controllers() -> str:
     """Build the image of Argo CD's and Flux's programs, if it is missing or out of date; return its name."""
     _build_system(CONTROLLERS_BASE, CONTROLLERS_PACKAGES)
-    programs = [BIN / "helm", *map(binaries.find_or_build, CONTROLLERS_PROGRAMS)]
+    programs = [binaries.helm_3(), *map(binaries.find_or_build, CONTROLLERS_PROGRAMS)]
     dockerfile = HERE / "controllers/Dockerfile"
     # The path of a program that was built contains the digest of its sources.
     digest = hashlib.sha256(f"{CONTROLLERS_PACKAGES} {programs}".encode() + dockerfile.read_bytes()).hexdigest()
