@@ -22,7 +22,7 @@ venv: .venv/ready ## set up .venv for development and tests
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no venv module: install it (Debian: apt-get install python3-venv)" >&2; exit 1; }
 	@echo "setting up .venv (about 30 s, once)"
 	@rm -rf .venv && $(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --require-hashes --only-binary :all: -r requirements-dev.txt
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --require-hashes --only-binary :all: -r requirements-dev.txt || { echo "pip could not install requirements-dev.txt, for the reason above: behind a proxy, set HTTPS_PROXY; for a mirror of PyPI, PIP_INDEX_URL; for its CA, PIP_CERT" >&2; exit 1; }
 	@touch $@
 
 demo: venv ## upgrade an empty database and downgrade it again, in under a minute

@@ -2,7 +2,8 @@
 
 - `tools.steps`: long steps: one at a time, progress, waiting with a timeout, no partial results.
 - `tools.paths`: where the checkout, the chart, the virtual environment and the cache are.
-- `tools.network`: free loopback ports.
+- `tools.network`: free loopback ports; connections without a proxy.
+- `tools.checkout`: this checkout's commits.
 - `tools.postgres`: a temporary PostgreSQL server on loopback.
 - `tools.binaries`: helm, ct, kubectl, kind ... from PATH, else built from the Go modules in this folder.
 - `tools.debian`: programs from Debian packages, extracted into the cache.

@@ -33,7 +33,7 @@ from typing import Any, TypedDict
 
 from tools import fixtures, gitops
 from tools.binaries import find_or_build
-from tools.network import free_port
+from tools.network import bypass_proxy, free_port
 from tools.offline_cluster import engine, images
 from tools.paths import CACHE, ROOT
 from tools.steps import UnavailableError, locked, log, remove, run
@@ -135,6 +135,9 @@ class Cluster:
 
     index_in_cluster = "http://server.hcm-fixtures/simple/"
     git_in_cluster = "http://server.hcm-fixtures/git"
+
+    def __post_init__(self) -> None:
+        bypass_proxy(self.address)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON and for pytest-xdist, which passes no enum to its workers."""

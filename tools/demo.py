@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from tools import checkout
 from tools.paths import CHART, ROOT
 from tools.postgres import Postgres
 from tools.steps import run
@@ -96,7 +97,7 @@ class Demo:
 
     def clone(self) -> None:
         """Lay out the volume as git-sync does: worktrees by commit, and a link to the current one."""
-        worktree = self.folder / "git" / ".worktrees" / run(["git", "rev-parse", "HEAD"], cwd=ROOT).strip()
+        worktree = self.folder / "git" / ".worktrees" / checkout.commit()
         command = ["git", "clone", "--quiet", "--depth=1", f"file://{ROOT}"]
         show_command(*command)
         self.stream([*command, worktree])

@@ -1,5 +1,6 @@
-"""Loopback ports for temporary servers."""
+"""Loopback ports for temporary servers, and connections to them."""
 
+import os
 import socket
 
 
@@ -9,6 +10,12 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def bypass_proxy(*hosts: str) -> None:
+    """Have this process, and those that it starts, connect to these hosts directly, also where a proxy is set."""
+    for name in ("NO_PROXY", "no_proxy"):
+        os.environ[name] = ",".join(dict.fromkeys([*filter(None, os.environ.get(name, "").split(",")), *hosts]))
 
 
 def is_listening(port: int) -> bool:

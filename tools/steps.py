@@ -46,10 +46,19 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(name: str) -> Iterator[None]:
-    """Hold the lock `name` of the cache. Another process that needs it waits, and says so."""
+    """Hold the lock `name` of the cache. Another process that needs it waits, and says so.
+
+    Raises UnavailableError, with the fix, if the cache is not writable.
+    """
     path = CACHE / "locks" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise UnavailableError(
+            f"the cache {CACHE} is not writable ({error.strerror}): set XDG_CACHE_HOME to a folder that is"
+        ) from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

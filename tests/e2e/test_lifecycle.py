@@ -56,6 +56,8 @@ def test_an_upgrade_does_nothing_until_a_revision_is_pushed(
     releases: Callable[..., Release], api: Api, repository: Repository, database: Database, version: int
 ) -> None:
     release = releases(api, version)
+    early = release.run("test", release.name)
+    assert (early.returncode, early.lines) == (1, ["Error: release: not found"])
     assert release.upgrade().returncode == 0
     before = database.dump()
     again = release.upgrade()

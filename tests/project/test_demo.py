@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.documents import block
+from tests.support.git import git
 from tests.support.programs import Program, start
-from tools.paths import ROOT
+from tools.paths import BIN, ROOT
 
 
 @pytest.fixture
@@ -24,13 +26,19 @@ def folder() -> Iterator[Path]:
         yield Path(name)
 
 
-def _demo(folder: Path, command: list[str]) -> Program:
-    environment = os.environ | {"TMPDIR": str(folder)}
-    return start(command, cwd=ROOT, env=environment, one_stream=True)
+def _demo(folder: Path, command: list[str], cwd: Path, **environment: str) -> Program:
+    return start(command, cwd=cwd, env={"TMPDIR": str(folder), **environment}, one_stream=True)
 
 
-def test_the_demo_upgrades_and_downgrades(folder: Path) -> None:
-    result = _demo(folder, block("make demo").split()).wait()
+def test_the_demo_upgrades_and_downgrades(folder: Path, tmp_path: Path) -> None:
+    """In a shallow clone, with a name that shells and locales may not expect, and without HOME."""
+    clone = tmp_path / "für die demo"
+    git(tmp_path, "clone", "--quiet", "--depth=1", f"file://{ROOT}", str(clone))
+    (clone / ".venv").symlink_to(BIN.parent)
+    for name in ("Makefile", "requirements-dev.txt"):
+        shutil.copy2(ROOT / name, clone)  # with its mtime, or .venv would be out of date
+    shutil.copytree(ROOT / "tools", clone / "tools", dirs_exist_ok=True)
+    result = _demo(folder, block("make demo").split(), clone, PATH=os.environ["PATH"]).wait()
     assert result.returncode == 0, result.text
     states = re.findall(r"INFO (?:at|now at) (.*)", result.text)
     assert states == [
@@ -70,7 +78,9 @@ def test_the_demo_is_styled_on_a_terminal_that_can(variables: dict[str, str], st
 
 
 def test_an_interrupted_demo_leaves_nothing_behind(folder: Path) -> None:
-    demo = _demo(folder, [sys.executable, "-m", "tools.demo"])  # Ctrl-C is for all of make's processes
+    demo = _demo(
+        folder, [sys.executable, "-m", "tools.demo"], ROOT, **os.environ
+    )  # Ctrl-C is for all of make's processes
     demo.prints("$ migrate.sh")
     assert list(folder.iterdir()) != []
     result = demo.stop(signal.SIGINT)

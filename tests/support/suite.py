@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.programs import Output, observed
+from tools.network import bypass_proxy
 from tools.steps import interrupt_on_signals
 
 
@@ -22,6 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     interrupt_on_signals()
+    bypass_proxy("127.0.0.1", "localhost")
     config.addinivalue_line("markers", "disruptive: disturbs other tests on the cluster, or others without; runs alone")
 
 

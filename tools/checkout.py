@@ -1,0 +1,18 @@
+"""This checkout's git repository."""
+
+from __future__ import annotations
+
+from tools.paths import ROOT
+from tools.steps import UnavailableError, run
+
+
+def commit(revision: str = "HEAD") -> str:
+    """The commit of a revision. Raises UnavailableError, with git's reason, for a folder that has none."""
+    try:
+        return run(["git", "-C", ROOT, "rev-parse", "--verify", f"{revision}^{{commit}}"]).strip()
+    except RuntimeError as error:
+        lines = [line.removeprefix("fatal: ") for line in str(error).splitlines() if line.startswith("fatal: ")]
+        raise UnavailableError(
+            f"{ROOT} has no commit {revision} ({lines[0] if lines else error}): this needs a clone that you own, not an"
+            " unpacked archive"
+        ) from None
