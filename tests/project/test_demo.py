@@ -27,7 +27,7 @@ def folder() -> Iterator[Path]:
 
 
 def _demo(folder: Path, command: list[str], cwd: Path, **environment: str) -> Program:
-    return start(command, cwd=cwd, env={"TMPDIR": str(folder), **environment}, one_stream=True)
+    return start(command, cwd=cwd, env={**environment, "TMPDIR": str(folder)}, one_stream=True)
 
 
 def test_the_demo_upgrades_and_downgrades(folder: Path, tmp_path: Path) -> None:
@@ -37,7 +37,8 @@ def test_the_demo_upgrades_and_downgrades(folder: Path, tmp_path: Path) -> None:
     (clone / ".venv").symlink_to(BIN.parent)
     for name in ("Makefile", "requirements-dev.txt"):
         shutil.copy2(ROOT / name, clone)  # with its mtime, or .venv would be out of date
-    shutil.copytree(ROOT / "tools", clone / "tools", dirs_exist_ok=True)
+    for name in ("charts", "tools"):
+        shutil.copytree(ROOT / name, clone / name, dirs_exist_ok=True)
     result = _demo(folder, block("make demo").split(), clone, PATH=os.environ["PATH"]).wait()
     assert result.returncode == 0, result.text
     states = re.findall(r"INFO (?:at|now at) (.*)", result.text)
