@@ -40,6 +40,7 @@ EXPECTED_DURATION = {
     "kube-apiserver": "4 minutes",
     "kubectl": "1 minute",
     "argocd": "4 minutes",
+    "cosign": "3 minutes",
     "helm-controller": "3 minutes",
 }
 EXPERIMENTS = {"trivy": "jsonv2"}  # Go 1.26's name for encoding/json/v2, which it imports
