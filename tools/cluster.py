@@ -199,20 +199,21 @@ class Cluster:
         return run(["docker", *arguments], env=self.engine_environment() | {"DOCKER_BUILDKIT": "1"})
 
     def build_image(self, tag: str, context: Path, *arguments: str) -> str:
-        """Build an image and load it into the cluster; return its name.
-
-        pip uses the cluster's package index, with a token in the URL as of a private one.
-        """
-        login = f"http://git:{self.passwords['TOKEN']}@"
-        index = self.wheels_url.replace("http://", login).replace("/wheels", "/simple/")
+        """Build an image and load it into the cluster; return its name."""
         with tempfile.NamedTemporaryFile("w", suffix=".conf") as configuration:
-            configuration.write(f"[global]\nindex-url = {index}\ntrusted-host = {self.address}\n")
+            configuration.write(self.pip_configuration())
             configuration.flush()
             secret = f"--secret=id=pip.conf,src={configuration.name}"
             # kind cannot load an image with an attestation from Docker's containerd store.
             options = ["--quiet", "--network=host", "--provenance=false", secret]
             self.docker("build", *options, *arguments, f"--tag={tag}", context)
         return self.load_image(tag)
+
+    def pip_configuration(self) -> str:
+        """A pip.conf with the cluster's package index, and a token in its URL as of a private one."""
+        login = f"http://git:{self.passwords['TOKEN']}@"
+        index = self.wheels_url.replace("http://", login).replace("/wheels", "/simple/")
+        return f"[global]\nindex-url = {index}\ntrusted-host = {self.address}\n"
 
     def load_image(self, tag: str) -> str:
         """Load an image of the engine into the cluster; return its name."""

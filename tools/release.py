@@ -210,13 +210,21 @@ def publish() -> None:
     for platform in _platforms():
         _attest(image, "cyclonedx", _sbom(platform))
     _attest(image, "slsaprovenance1", PROVENANCE)
-    push: list[str | Path] = [find_or_build("helm"), "push", package, f"oci://{_setting('REGISTRY')}/charts"]
-    run(push, env=os.environ | {"TZ": "UTC"})  # of the date in the manifest
-    digest = _crane("digest", f"{chart}:{version}")
+    digest = _push_chart(package)
     _sign(f"{chart}@{digest}")
     _attest(f"{chart}@{digest}", "slsaprovenance1", PROVENANCE)
     _crane("tag", image, version)
     print(f"chart  {chart}:{version}@{digest}\nimage  {_image()}:{version}@{manifest['digest']}")
+
+
+def _push_chart(package: Path) -> str:
+    """Push the chart's package; return the digest of its manifest."""
+    command: list[str | Path] = [find_or_build("helm"), "push", package, f"oci://{_setting('REGISTRY')}/charts"]
+    printed = run(command, env=os.environ | {"TZ": "UTC"})  # the manifest has the file's date, in this time zone
+    found = re.search(r"^Digest: (sha256:\w+)$", printed, re.M)
+    if not found:
+        raise RuntimeError(f"helm push printed no digest: {printed}")
+    return found[1]
 
 
 def _refuse_to_replace(reference: str, content: str) -> None:

@@ -70,15 +70,35 @@ def test_a_lock_allows_only_wheels(lock: str) -> None:
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
 def test_a_workflow_uses_actions_by_commit_and_keeps_no_credentials(path: Path) -> None:
     workflow = yaml.safe_load(path.read_text())
-    assert workflow["permissions"] == {"contents": "read"}
     steps: list[dict[str, Any]] = [step for job in workflow["jobs"].values() for step in job["steps"]]
-    assert not any("permissions" in job for job in workflow["jobs"].values())
     used = [step for step in steps if "uses" in step]
     pinned = re.findall(r"uses: [\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+\n", path.read_text())
     assert len(pinned) == len(used) > 0
     for step in used:
         if step["uses"].startswith("actions/checkout@"):
             assert step["with"]["persist-credentials"] is False
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_a_workflow_may_only_read_except_the_one_that_publishes_a_tag(path: Path) -> None:
+    workflow = yaml.safe_load(path.read_text())
+    granted = [
+        workflow["permissions"],
+        *(job["permissions"] for job in workflow["jobs"].values() if "permissions" in job),
+    ]
+    if path.name == "release.yaml":
+        assert workflow[True] == {"push": {"tags": ["v*"]}}  # YAML reads the key `on` as true
+        assert granted == [{}, {"contents": "read", "packages": "write", "id-token": "write"}]
+    else:
+        assert granted == [{"contents": "read"}]
+
+
+def test_the_registrys_token_is_given_after_everything_is_built() -> None:
+    (job,) = yaml.safe_load((ROOT / ".github/workflows/release.yaml").read_text())["jobs"].values()
+    last = job["steps"][-2:]
+    assert last[0]["uses"].startswith("docker/login-action@")
+    assert last[1]["run"].endswith("tools.release publish")
+    assert "github.token" not in str(job["steps"][:-2])
 
 
 def test_each_test_runs_in_one_job_of_the_workflow_those_on_a_cluster_with_public_images(

@@ -21,6 +21,7 @@ import (
 	"github.com/google/osv-scalibr/extractor/filesystem/language/python/wheelegg"
 	"github.com/google/osv-scalibr/extractor/filesystem/os/dpkg"
 	scalibrfs "github.com/google/osv-scalibr/fs"
+	"github.com/google/osv-scalibr/stats"
 
 	config "github.com/google/osv-scalibr/binary/proto/config_go_proto"
 )
@@ -62,6 +63,7 @@ func bom(img v1.Image, digest string, configuration *v1.ConfigFile) *cyclonedx.B
 	inventory, statuses, err := filesystem.Run(context.Background(), &filesystem.Config{
 		Extractors: []filesystem.Extractor{debian, python},
 		ScanRoots:  []*scalibrfs.ScanRoot{{FS: unpacked.FS()}},
+		Stats:      stats.NoopCollector{},
 	})
 	check(err)
 	for _, status := range statuses {
