@@ -95,9 +95,10 @@ def changes(version: str) -> list[Change]:
 
 
 def _section(version: str) -> str:
+    """A released version's section in CHANGELOG.md, with its heading; empty if there is none."""
     text = (ROOT / "CHANGELOG.md").read_text()
-    found = re.search(rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d\n(.*?)(?=^## |\Z)", text, re.M | re.S)
-    return found[1] if found else ""
+    found = re.search(rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d\n.*?(?=^## |\Z)", text, re.M | re.S)
+    return found[0] if found else ""
 
 
 def _order(version: str) -> list[int]:

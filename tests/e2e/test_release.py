@@ -85,7 +85,7 @@ def clone(tmp_path: Path) -> Path:
 
 
 def commit(folder: Path) -> None:
-    git(folder, "add", "--all", ":!.venv")
+    git(folder, "add", "--all")
     git(folder, "commit", "--quiet", "--allow-empty", "--message=test")
 
 

@@ -82,10 +82,8 @@ def test_a_workflow_uses_actions_by_commit_and_keeps_no_credentials(path: Path) 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
 def test_a_workflow_may_only_read_except_the_one_that_publishes_a_tag(path: Path) -> None:
     workflow = yaml.safe_load(path.read_text())
-    granted = [
-        workflow["permissions"],
-        *(job["permissions"] for job in workflow["jobs"].values() if "permissions" in job),
-    ]
+    of_jobs = [job["permissions"] for job in workflow["jobs"].values() if "permissions" in job]
+    granted = [workflow["permissions"], *of_jobs]
     if path.name == "release.yaml":
         assert workflow[True] == {"push": {"tags": ["v*"]}}  # YAML reads the key `on` as true
         assert granted == [{}, {"contents": "read", "packages": "write", "id-token": "write"}]
