@@ -55,8 +55,11 @@ def check() -> None:
         problems.append(f"Chart.yaml has version {version}: only MAJOR.MINOR.PATCH is released")
     problems += _changelog_problems(version)
     if changed := _git("status", "--porcelain"):
-        problems.append(f"the checkout has changes: commit or remove them: {', '.join(changed.split()[1::2])}")
-    if _git("tag", "--list", tag) and _git("rev-parse", f"{tag}^{{commit}}") != _git("rev-parse", "HEAD"):
+        names = ", ".join(line.split(maxsplit=1)[1] for line in changed.splitlines())
+        problems.append(f"the checkout has changes: commit or remove them: {names}")
+    if not _git("tag", "--list", tag):
+        problems.append(f"git has no tag {tag}: git fetch --tags, or git tag {tag}")
+    elif _git("rev-parse", f"{tag}^{{commit}}") != _git("rev-parse", "HEAD"):
         problems.append(f"{tag} is another commit than the one that is checked out: git checkout {tag}")
     newer = [name for name in _git("tag", "--list", "v*").split() if name != tag and _order(name) >= _order(version)]
     if newer:
@@ -64,7 +67,7 @@ def check() -> None:
             f"{', '.join(newer)} is already released, and {version} is not newer: bump version in Chart.yaml"
         )
     if problems:
-        raise RuntimeError("\n".join(problems))
+        raise RuntimeError("\nerror: ".join(problems))
     print(f"{tag}: commit {_git('rev-parse', 'HEAD')}, {len(changes(version))} changes in CHANGELOG.md")
 
 
@@ -138,8 +141,8 @@ def _build_image(source: Path, layout: Path) -> None:
         run(command, f"building the image for {_setting('PLATFORMS')}", env=os.environ | {"DOCKER_BUILDKIT": "1"})
     except RuntimeError as error:
         raise RuntimeError(
-            f"docker cannot build the image for {_setting('PLATFORMS')}: {str(error).splitlines()[-1]} (several "
-            "platforms require containerd's image store, and another than the machine's own requires QEMU)"
+            f"docker cannot build the image for {_setting('PLATFORMS')}: several platforms require containerd's image "
+            f"store, and another than the machine's own requires QEMU:\n{error}"
         ) from error
     layout.mkdir()
     run(["docker", "save", f"--output={DIST / 'image.tar'}", tag])
@@ -202,6 +205,8 @@ def publish() -> None:
     The image gets its tag at the end, and the chart is the same in each run: a failed run can be repeated.
     """
     version, package = _version(), _package_file()
+    if not package.exists():
+        raise RuntimeError(f"{package.relative_to(ROOT)} is missing: run python -m tools.release build")
     manifest = json.loads((DIST / "image/index.json").read_text())["manifests"][0]
     image, chart = f"{_image()}@{manifest['digest']}", f"{_setting('REGISTRY')}/charts/{NAME}"
     _refuse_to_replace(f"{_image()}:{version}", manifest["digest"])
@@ -308,7 +313,7 @@ def main() -> None:
     try:
         steps[parser.parse_args().step]()
     except RuntimeError as error:
-        sys.exit("\n".join(f"error: {line}" for line in str(error).splitlines()))
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
 
