@@ -27,10 +27,10 @@ from typing import Any, TypedDict
 import yaml
 
 from tools.binaries import find_or_build
-from tools.cluster import NAME
 from tools.paths import CHART, ROOT
 from tools.steps import remove, run
 
+NAME = CHART.name
 DIST = ROOT / "dist"
 PROVENANCE = DIST / "provenance.json"
 # https://keepachangelog.com/en/1.1.0/ and Artifact Hub have the same kinds.
