@@ -147,6 +147,7 @@ def _build_image(source: Path, layout: Path) -> None:
     layout.mkdir()
     run(["docker", "save", f"--output={DIST / 'image.tar'}", tag])
     run(["tar", "--extract", f"--file={DIST / 'image.tar'}", f"--directory={layout}"])
+    remove(DIST / "image.tar")
 
 
 def _package(chart: Path) -> Path:

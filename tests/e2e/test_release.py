@@ -65,7 +65,7 @@ GITHUB = {
 
 
 @pytest.fixture
-def clone(tmp_path: Path) -> Path:
+def clone(tmp_path: Path) -> Iterator[Path]:
     """A repository with this checkout's files, and a section of the version in its CHANGELOG; v0.0.1 is older."""
     folder, origin = tmp_path / "clone", tmp_path / "origin.git"
     for name in git(ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0"):
@@ -82,7 +82,8 @@ def clone(tmp_path: Path) -> Path:
     git(folder, "tag", "v0.0.1")
     (folder / ".git/info/exclude").write_text("/.venv\n")
     (folder / ".venv").symlink_to(BIN.parent)
-    return folder
+    yield folder
+    shutil.rmtree(folder / "dist", ignore_errors=True)  # 300 MB, which pytest would keep
 
 
 def commit(folder: Path) -> None:
@@ -213,6 +214,7 @@ def registry(tmp_path: Path, certificate: Path) -> Iterator[str]:
     files = {"certificate": str(certificate), "key": str(certificate.with_suffix(".key"))}
     with serve(tmp_path / "registry", **files) as address:
         yield address
+    shutil.rmtree(tmp_path / "registry", ignore_errors=True)
 
 
 @pytest.fixture
