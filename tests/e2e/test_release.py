@@ -411,7 +411,7 @@ def test_a_platform_that_cannot_be_built_is_not_left_out(clone: Path, environmen
         f"docker cannot build the image for {both}: several platforms require containerd's image store, and another "
         "than the machine's own requires QEMU:"
     ]
-    failed.line("ERROR: Multi-platform build is not supported for the docker driver.")
+    assert re.search(r"^ERROR: ", failed.stderr, re.M)  # docker's own reason
     variant = f"{own}/{'v2' if own.endswith('amd64') else 'v8'}"  # which docker builds, and ignores
     assert refused(step(clone, "build", {**environment, "PLATFORMS": variant})) == [
         f"the image lacks {variant}, which PLATFORMS names: nothing can be published"
