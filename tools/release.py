@@ -1,7 +1,7 @@
 """What a tag releases: the chart, and an image with its requirements, in a registry, signed.
 
     python -m tools.release check       the tag, the chart's version and the CHANGELOG agree
-    python -m tools.release build       in the folder dist: the image, its SBOM, and the chart's package
+    python -m tools.release build       in the folder dist/release: the image, its SBOM, and the chart's package
     python -m tools.release publish     push, sign and attest them; a published version is never replaced
 
 The steps of .github/workflows/release.yaml; docs/releases.md says what a user finds, and how to verify it. Environment:
@@ -31,7 +31,7 @@ from tools.paths import CHART, ROOT
 from tools.steps import remove, run
 
 NAME = CHART.name
-DIST = ROOT / "dist"
+DIST = ROOT / "dist/release"
 PROVENANCE = DIST / "provenance.json"
 # https://keepachangelog.com/en/1.1.0/ and Artifact Hub have the same kinds.
 KINDS = ("added", "changed", "deprecated", "removed", "fixed", "security")

@@ -16,6 +16,7 @@ import yaml
 
 from migration_runner.record import VERSION
 from tests.support.chart import MINIMAL, Helm
+from tests.support.documents import block
 from tests.support.git import git
 from tests.support.released import FOLDER, Change, changes, chart_version, defaults, least_version, released_chart
 from tools.paths import CHART, ROOT
@@ -144,6 +145,7 @@ def test_one_version_everywhere() -> None:
     argocd, flux = (yaml.safe_load_all((ROOT / f"gitops/{tool}/oci.yaml").read_text()) for tool in ("argocd", "flux"))
     assert next(argocd)["spec"]["source"]["targetRevision"] == version
     assert next(flux)["spec"]["ref"]["tag"] == version
+    assert block("--certificate-oidc-issuer=").startswith(f"VERSION={version}\n")
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,11 @@ JOB = yaml.safe_load((ROOT / ".github/workflows/release.yaml").read_text())["job
 METADATA = yaml.safe_load((CHART / "Chart.yaml").read_text())
 VERSION = METADATA["version"]
 TAG = f"v{VERSION}"
+_DOCUMENTED = re.fullmatch(
+    r"(VERSION=.*\)\n)(cosign verify .*\n)(helm upgrade .*\n)", block("--certificate-oidc-issuer="), re.S
+)
+assert _DOCUMENTED
+VARIABLES, VERIFY, INSTALL = _DOCUMENTED.groups()
 SECTION = f"## [{VERSION}] - 2026-11-27\n"
 ENTRIES = "\n### Added\n\n- Something: with a colon,\n  and a second line.\n\n### Security\n\n- A fix.\n\n"
 CHANGES = [
@@ -278,11 +283,10 @@ def release_the_tag(clone: Path, environment: dict[str, str]) -> str:
 
 
 def documented(text: str, folder: Path, environment: dict[str, str], key: str = "cosign") -> Result:
-    """Run a block of docs/releases.md after another first one: the test's registry, version and signer."""
+    """Run documented commands with this test's registry, version and signer."""
     signer = f"--key={folder}/{key}.pub --insecure-ignore-tlog=true"
     first = f"VERSION={VERSION}\nREGISTRY={environment['REGISTRY']}\nSIGNER=({signer})\n"
-    names = re.findall(r"^\w+=", block("--certificate-oidc-issuer="), re.M)
-    assert names == re.findall(r"^\w+=", first, re.M)
+    assert re.findall(r"^\w+=", VARIABLES, re.M) == re.findall(r"^\w+=", first, re.M)
     return run(["bash", "-e", "-c", first + text], cwd=folder, env=environment, verbatim=True)
 
 
@@ -292,11 +296,10 @@ def predicates(path: Path) -> list[dict[str, Any]]:
 
 
 def test_the_documented_signer_is_the_workflow() -> None:
-    signer = block("--certificate-oidc-issuer=")
     path = "/.github/workflows/release.yaml@refs/tags/v$VERSION"
-    assert f"--certificate-identity={METADATA['home']}{path}" in signer
+    assert f"--certificate-identity={METADATA['home']}{path}" in VARIABLES
     owner = METADATA["home"].split("/")[3]
-    assert JOB["env"]["REGISTRY"].replace("${{ github.repository_owner }}", owner) in signer
+    assert JOB["env"]["REGISTRY"].replace("${{ github.repository_owner }}", owner) in VARIABLES
 
 
 def test_a_tag_publishes_what_the_documents_say(
@@ -311,7 +314,7 @@ def test_a_tag_publishes_what_the_documents_say(
     database: Database,
 ) -> None:
     registry = environment["REGISTRY"]
-    verify = block("cosign verify-attestation --type=cyclonedx")
+    verify = VERIFY + block("cosign verify-attestation --type=cyclonedx")
     published = release_the_tag(clone, environment)
     digests = dict(re.findall(rf"(\S+):{re.escape(VERSION)}@(sha256:[0-9a-f]{{64}})\n", published))
     assert set(digests) == {f"{registry}/charts/{NAME}", f"{registry}/{NAME}"}
@@ -366,8 +369,7 @@ def assert_the_package_is_complete(folder: Path, registry: str, helm4: Helm) -> 
 
 def assert_it_installs(release: Release, registry: str, *options: str) -> None:
     """By the documented command."""
-    command = block('helm upgrade --install hcm-db-migrations "oci://').strip()
-    command = command.replace("$REGISTRY", registry).replace("$VERSION", VERSION)
+    command = INSTALL.strip().replace("$REGISTRY", registry).replace("$VERSION", VERSION)
     installed = release.documented(" ".join([command, *options]))
     assert installed.returncode == 0, installed.text
     (found,) = json.loads(release.start("list", "--output=json").program.wait(verbatim=True).stdout)
@@ -376,7 +378,7 @@ def assert_it_installs(release: Release, registry: str, *options: str) -> None:
 
 def assert_nothing_is_replaced(clone: Path, environment: dict[str, str]) -> None:
     """The same can be published again; another chart, and another image, cannot."""
-    registry, package = environment["REGISTRY"], clone / "dist" / f"{NAME}-{VERSION}.tgz"
+    registry, package = environment["REGISTRY"], clone / "dist/release" / f"{NAME}-{VERSION}.tgz"
     before = package.read_bytes()
     again = step(clone, "publish", environment)
     assert again.returncode == 0, again.text
@@ -417,5 +419,5 @@ def test_a_platform_that_cannot_be_built_is_not_left_out(clone: Path, environmen
         f"the image lacks {variant}, which PLATFORMS names: nothing can be published"
     ]
     assert refused(step(clone, "publish", environment)) == [
-        f"dist/{NAME}-{VERSION}.tgz is missing: run python -m tools.release build"
+        f"dist/release/{NAME}-{VERSION}.tgz is missing: run python -m tools.release build"
     ]
