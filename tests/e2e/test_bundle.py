@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -22,14 +21,13 @@ from tests.support.documents import block
 from tests.support.fault_injection import namespace, root_only
 from tests.support.git import git
 from tests.support.kubernetes import TABLE, Api, Peer, connections, node
+from tests.support.packages import debian_program
 from tests.support.programs import Program, Result, run, start
 from tests.support.waiting import until
-from tools import debian
 from tools.cluster import NAME, Cluster
 from tools.network import free_port
 from tools.offline_cluster import engine
 from tools.paths import BIN, CACHE, CHART, ROOT
-from tools.steps import UnavailableError, cached
 
 VERSION = yaml.safe_load((CHART / "Chart.yaml").read_text())["version"]
 
@@ -79,7 +77,7 @@ def site(cluster: Cluster, shared: Shared, api: Api) -> Iterator[Site]:
         folder = Path(name)
         for each in ("bin", "home", "site"):
             (folder / each).mkdir()
-        (folder / "bin/helm").symlink_to(shared.helms[1])
+        (folder / "bin/helm").symlink_to(shared.helm)
         replaced = {"registry.example.org": f"{api.namespace}.example.org"}  # no node has an image of that name
         yield Site(folder, folder / "site", cluster, replaced)
 
@@ -140,24 +138,16 @@ http: {addr: "127.0.0.1:%d"}
 
 def _push(site: Site, command: str) -> str:
     """Run one of the page's commands, with a registry on loopback; return the digest of the pushed image's manifest."""
-    release = platform.freedesktop_os_release()
-    try:
-        programs = cached(
-            CACHE / f"skopeo-{release.get('VERSION_ID', '')}-{release['ID']}",
-            lambda partial: debian.extract(
-                partial, ["skopeo", "docker-registry"], "downloading skopeo and a registry into the cache"
-            ),
-        )
-    except (UnavailableError, RuntimeError) as error:
-        pytest.skip(f"skopeo is not available: {error}")
+    (site.root / "bin/docker-registry").symlink_to(debian_program("docker-registry")[0])
+    skopeo, libraries = debian_program("skopeo")
+    (site.root / "bin/skopeo").symlink_to(skopeo)
+    variables = "".join(f"export {name}={value}\n" for name, value in libraries.items())
     port, configuration = free_port(), site.root / "home/.config/containers"
     configuration.mkdir(parents=True)
     (configuration / "policy.json").write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
     (configuration / "registries.conf").write_text(f'[[registry]]\nlocation = "127.0.0.1:{port}"\ninsecure = true\n')
     (site.root / "registry.yaml").write_text(REGISTRY % port)
-    libraries = ":".join(map(str, programs.glob("usr/lib/*-linux-gnu")))
-    variables = f"export LD_LIBRARY_PATH={libraries} PATH=$PATH:{programs}/usr/bin\n"
-    registry = site.start(f"{variables} cd {site.root}; exec docker-registry serve registry.yaml")
+    registry = site.start(f"cd {site.root}; exec docker-registry serve registry.yaml")
     registry.prints("listening on")
     address = f"127.0.0.1:{port}"
     site.succeeds(variables + command.replace("registry.example.org", address))

@@ -10,7 +10,6 @@ import base64
 import gzip
 import json
 import os
-import platform
 import re
 import shutil
 import tarfile
@@ -28,15 +27,14 @@ from tests.support.database import Database
 from tests.support.documents import block
 from tests.support.git import git
 from tests.support.kubernetes import TABLE, Api
+from tests.support.packages import debian_program
 from tests.support.programs import Result, run, start
 from tests.support.release import Release
 from tests.support.waiting import until
-from tools import debian
 from tools.binaries import find_or_build
 from tools.cluster import NAME, Cluster
 from tools.network import free_port, is_listening
 from tools.paths import BIN, CACHE, CHART, ROOT
-from tools.steps import UnavailableError, cached
 
 pytestmark = pytest.mark.timeout(1200)  # cosign is built first, once
 JOB = yaml.safe_load((ROOT / ".github/workflows/release.yaml").read_text())["jobs"]["release"]
@@ -169,20 +167,6 @@ def test_a_tag_that_does_not_fit_the_chart_or_the_changelog_is_refused(clone: Pa
     ]
 
 
-def _registry_program() -> Path:
-    """Debian's docker-registry: from PATH, else from the package, in the cache."""
-    if path := shutil.which("docker-registry"):
-        return Path(path)
-    release = platform.freedesktop_os_release()
-    try:
-        return cached(
-            CACHE / f"docker-registry-{release.get('VERSION_ID', '')}-{release['ID']}",
-            lambda partial: debian.extract(partial, ["docker-registry"], "downloading docker-registry into the cache"),
-        ).joinpath("usr/bin/docker-registry")
-    except (UnavailableError, RuntimeError) as error:
-        pytest.skip(f"docker-registry is not available: {error}; install it")
-
-
 @pytest.fixture
 def certificate(tmp_path: Path) -> Path:
     """The certificate of a server on 127.0.0.1; its key is beside it."""
@@ -206,7 +190,7 @@ def serve(folder: Path, **tls: str) -> Iterator[str]:
     }
     file = folder.with_name(f"{address}.yaml")
     file.write_text(yaml.safe_dump(configuration))
-    server = start([_registry_program(), "serve", file], is_evidence=False)
+    server = start([debian_program("docker-registry")[0], "serve", file], is_evidence=False)
     until(lambda: is_listening(int(address.partition(":")[2])) or not server.running)
     assert server.running, server.output
     yield address

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import pwd
 import shutil
 import tempfile
@@ -18,14 +17,14 @@ import pytest
 from sqlalchemy import URL
 
 from tests.support.database import Database
+from tests.support.packages import debian_program
 from tests.support.pod_scripts import Volume
 from tests.support.programs import start
 from tests.support.waiting import until
-from tools import binaries, debian
+from tools import binaries
 from tools.network import free_port, is_listening
-from tools.paths import CACHE
 from tools.postgres import UNPRIVILEGED
-from tools.steps import UnavailableError, cached
+from tools.steps import UnavailableError
 
 root_only = pytest.mark.skipif(
     os.geteuid() != 0 or not shutil.which("ip"),
@@ -106,25 +105,10 @@ def proxy(server: URL) -> Iterator[Proxy]:
         server_process.kill()
 
 
-def _pgbouncer() -> tuple[Path, dict[str, str]]:
-    """PgBouncer's program and environment: from PATH, else from Debian's package in the cache."""
-    if path := shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin"):
-        return Path(path), {}
-    release = platform.freedesktop_os_release()
-    try:
-        folder = cached(
-            CACHE / f"pgbouncer-{release.get('VERSION_ID', '')}-{release['ID']}",
-            lambda partial: debian.extract(partial, ["pgbouncer"], "downloading PgBouncer's package into the cache"),
-        )
-    except (UnavailableError, RuntimeError) as error:
-        pytest.skip(f"PgBouncer is not available: {error}; install it")
-    return folder / "usr/sbin/pgbouncer", {"LD_LIBRARY_PATH": str(next(folder.glob("usr/lib/*-linux-gnu")))}
-
-
 @contextmanager
 def pgbouncer(database: Database, mode: str) -> Iterator[URL]:
     """PgBouncer in front of the test's database, in pool mode `session` or `transaction`; yields the URL through it."""
-    program, environment = _pgbouncer()
+    program, environment = debian_program("pgbouncer")
     as_root = os.geteuid() == 0
     folder, port, url = Path(tempfile.mkdtemp(prefix="hcm-pgbouncer-")), free_port(), database.url
     password = str(url.password).replace('"', '""')
