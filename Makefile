@@ -68,7 +68,7 @@ lint: venv ## run only the linters (they are tests as well)
 	@$(BIN)/pytest tests/project/test_lint.py tests/project/test_architecture.py tests/project/test_words.py
 
 lock: venv ## compile every requirements*.in into its .txt (UPGRADE=--upgrade upgrades all pins)
-	@for name in requirements requirements-dev tools/checkov/requirements bench/peers/requirements; do $(UV_COMPILE) $(UPGRADE) $$name.in -o $$name.txt || exit; done
+	@for name in requirements requirements-dev tools/checkov/requirements tools/go/requirements bench/peers/requirements; do $(UV_COMPILE) $(UPGRADE) $$name.in -o $$name.txt || exit; done
 
 docs: venv ## write what is generated: the chart's README, schema descriptions and defaults.json, docs/schema.md, docs/troubleshooting.md
 	@$(BIN)/python -m tools.docs

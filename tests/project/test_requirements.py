@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.git import git
 from tests.support.programs import run
 from tools.paths import BIN, ROOT
 
@@ -16,8 +17,8 @@ def _names(file: str) -> set[str]:
 
 
 def test_the_locks_are_compiled_from_the_inputs(tmp_path: Path) -> None:
-    locks = ("requirements", "requirements-dev", "tools/checkov/requirements", "bench/peers/requirements")
-    files = [f"{name}.{ending}" for name in locks for ending in ("in", "txt")]
+    inputs = git(ROOT, "ls-files", "*requirements*.in").splitlines()
+    files = [*inputs, *(f"{name.removesuffix('in')}txt" for name in inputs)]
     for file in (*files, "Makefile"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / file, tmp_path / file)  # with its mtime, or .venv would be out of date

@@ -60,11 +60,9 @@ def test_no_other_program_installs_or_builds_a_package() -> None:
     assert found == {}
 
 
-@pytest.mark.parametrize(
-    "lock", ["requirements", "requirements-dev", "tools/checkov/requirements", "bench/peers/requirements"]
-)
+@pytest.mark.parametrize("lock", git(ROOT, "ls-files", "*requirements*.txt").splitlines())
 def test_a_lock_allows_only_wheels(lock: str) -> None:
-    assert (ROOT / f"{lock}.txt").read_text().startswith("--only-binary :all:\n")
+    assert (ROOT / lock).read_text().startswith("--only-binary :all:\n")
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
@@ -85,18 +83,22 @@ def test_a_workflow_may_only_read_except_the_one_that_publishes_a_tag(path: Path
     of_jobs = [job["permissions"] for job in workflow["jobs"].values() if "permissions" in job]
     granted = [workflow["permissions"], *of_jobs]
     if path.name == "release.yaml":
-        assert workflow[True] == {"push": {"tags": ["v*"]}}  # YAML reads the key `on` as true
-        assert granted == [{}, {"contents": "read", "packages": "write", "id-token": "write"}]
+        assert workflow[True] == {"push": {"tags": ["hcm-db-migrations-*"]}}  # YAML reads the key `on` as true
+        publishing = {"contents": "read", "packages": "write", "id-token": "write"}
+        assert granted == [{}, {"contents": "read"}, publishing]
     else:
         assert granted == [{"contents": "read"}]
 
 
-def test_the_registrys_token_is_given_after_everything_is_built() -> None:
-    (job,) = yaml.safe_load((ROOT / ".github/workflows/release.yaml").read_text())["jobs"].values()
-    last = job["steps"][-2:]
-    assert last[0]["uses"].startswith("docker/login-action@")
-    assert last[1]["run"].endswith("tools.release publish")
-    assert "github.token" not in str(job["steps"][:-2])
+def test_what_publishes_runs_no_image_and_gets_the_registrys_token_last() -> None:
+    build, publish = yaml.safe_load((ROOT / ".github/workflows/release.yaml").read_text())["jobs"].values()
+    assert publish["environment"] == "release"
+    used = [step["uses"].partition("@")[0] for step in publish["steps"] if "uses" in step]
+    assert used == ["actions/checkout", "actions/setup-python", "actions/download-artifact", "docker/login-action"]
+    *before, login, last = publish["steps"]
+    assert login["uses"].startswith("docker/login-action@")
+    assert last["run"].endswith("tools.release publish")
+    assert "github.token" not in str([build, before])
 
 
 def test_each_test_runs_in_one_job_of_the_workflow_those_on_a_cluster_with_public_images(

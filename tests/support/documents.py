@@ -18,7 +18,7 @@ from markdown_it import MarkdownIt
 from tools.paths import CHART, ROOT
 
 CHART_README = CHART / "README.md"
-# Not the CHANGELOG, which has no commands, nor what a test reports.
+# Not those without commands, nor what a test reports.
 DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",

@@ -25,11 +25,11 @@ NO_HISTORY = "the history of this checkout has no other version of the chart: gi
 def released_chart(folder: Path, root: Path = ROOT) -> Path:
     """Write the chart of the last release of the repository into `folder`, and return its path there.
 
-    It is that of the tag v<version>, if the chart's version has one; else that of the newest commit with another
+    It is that of the tag <name>-<version>, if the chart's version has one; else that of the newest commit with another
     version, because the first change after a release raises it. Skips the test in a checkout without that history.
     """
     version = chart_version(root / FOLDER)
-    commit = git(root, "tag", "--list", f"v{version}")
+    commit = git(root, "tag", "--list", f"{CHART.name}-{version}")
     if not commit and yaml.safe_load(git(root, "show", f"HEAD:{FOLDER}/Chart.yaml"))["version"] != version:
         commit = "HEAD"
     if not commit:
