@@ -96,7 +96,8 @@ def untrusted_creators(connection: Queryable, schemas: Sequence[str]) -> list[st
 
 # The relations of these names in a schema, for the runner's tables. `problem` is the reason to use none of it, or NULL:
 # reading or writing it runs its dependents, and the functions, operators and types that they use, whose owners must all
-# be trusted. System objects have no entry in pg_depend.
+# be trusted. System objects have no entry in pg_depend. `owner_problem` is a reason to write nothing into it; a reader
+# that may only read does not trust the migrating role, which owns it.
 TABLES = (
     TRUSTED
     + """
@@ -106,10 +107,11 @@ TABLES = (
                 WHEN 'v' THEN 'view' WHEN 'm' THEN 'materialized view' WHEN 'f' THEN 'foreign table'
                 WHEN 'p' THEN 'partitioned table' WHEN 'S' THEN 'sequence' ELSE 'relation' END,
                 ', not an ordinary table')
-            WHEN c.relowner NOT IN (SELECT oid FROM trusted) THEN concat('is owned by ', c.relowner::regrole)
             WHEN row_security_active(c.oid) THEN 'has row-level security, which applies to the role'
             WHEN code.what IS NOT NULL THEN concat('runs the ', code.what, ', which is owned by ', code.owner)
         END AS problem,
+        CASE WHEN c.relowner NOT IN (SELECT oid FROM trusted)
+            THEN concat('is owned by ', c.relowner::regrole) END AS owner_problem,
         (SELECT jsonb_object_agg(attname, format_type(atttypid, atttypmod)) FROM pg_attribute
          WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped) AS columns
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
@@ -156,12 +158,14 @@ class Table:
         return int(length[1]) if length else None
 
 
-def tables(raw: RawConnection, schema: str, *names: str) -> dict[str, Table]:
+def tables(raw: RawConnection, schema: str, *names: str, writes: bool) -> dict[str, Table]:
     """Inspect those of the runner's tables that exist, before anything reads or writes them; by their names."""
     rows = raw.query(
-        f"SELECT relname, name, relhastriggers, problem, coalesce(columns, '{{}}'), has_table_privilege(oid, 'SELECT'),"
+        "SELECT relname, name, relhastriggers, coalesce(problem, CASE WHEN %s THEN owner_problem END),"
+        " coalesce(columns, '{}'), has_table_privilege(oid, 'SELECT'),"
         f" has_table_privilege(oid, 'SELECT') AND has_table_privilege(oid, 'INSERT') FROM ({TABLES}"
         " WHERE n.nspname = %s::name AND c.relname = ANY (%s::name[])) found",
+        writes,
         schema,
         list(names),
     )

@@ -40,12 +40,14 @@ TRANSIENT_SQLSTATES = re.compile("40|53[0-3]|55P03|57P0[1235]")
 # For these, the time before the error was the revision's own work, and does not count as waiting.
 WORK_BEFORE_ERROR = re.compile("40|55P03")
 
+CREATED = "created manually, or by a run that was killed before the revision was stamped: see docs/troubleshooting.md"
 HINTS = {
     "25006": "the server is read-only (a standby, or default_transaction_read_only): set DB_HOST to the primary",
     "25P02": "an earlier statement failed and the revision caught its error; use op.get_bind().begin_nested()",
     "42501": "grant what is missing, see 'Minimum privileges' in docs/operations.md",
-    "42P07": "created manually, or by a run that was killed before the revision was stamped: see"
-    " docs/troubleshooting.md",
+    "42P07": CREATED,
+    "42701": CREATED,
+    "42710": CREATED,
     "53100": "the server's disk is full: free disk space",
     "57014": "it was cancelled on the server",
 }

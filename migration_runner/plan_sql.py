@@ -83,6 +83,7 @@ BEGIN
     END IF;
     SELECT t.name, CASE
       WHEN t.problem IS NOT NULL THEN t.problem
+      WHEN t.owner_problem IS NOT NULL THEN t.owner_problem
       WHEN NOT t.columns @> {literal(record.TYPES_JSON)} THEN {literal(record.OTHER_COLUMNS)}
       WHEN NOT (has_table_privilege(t.oid, 'SELECT') AND has_table_privilege(t.oid, 'INSERT'))
         THEN {literal(record.NOT_GRANTED)}

@@ -22,7 +22,7 @@ from migration_runner import remote
 from migration_runner.checksum import sources_kept
 from migration_runner.errors import describe
 
-SEE_DOCS = "see docs/migrations.md"
+SEE_DOCS = "see docs/troubleshooting.md"
 
 
 def validate(script: ScriptDirectory, read: Mapping[str, bytes] | None = None) -> None:

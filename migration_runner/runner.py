@@ -229,7 +229,8 @@ class Attempt:
         self._warn_of_untrusted_creators()
         version_table = session.settings.version_table
         history = record.table_name(version_table)
-        tables = catalog.tables(session.raw, session.schema, version_table, history)
+        writes = command.needs is Needs.WRITE
+        tables = catalog.tables(session.raw, session.schema, version_table, history, writes=writes)
         table = tables.get(version_table)
         problem = catalog.version_table_problem(session.raw, table) if table else None
         if table and problem:
@@ -245,7 +246,7 @@ class Attempt:
         self.record.read()
         session.raw.commit()
         self.runner.load_revisions()
-        if command.needs is Needs.WRITE:
+        if writes:
             self._warn_if_nothing_is_recorded()
         options: dict[str, Any] = {
             "connection": session.connection,

@@ -92,6 +92,14 @@ ENDS_TRANSACTION = {
 }
 
 
+@pytest.mark.fault(
+    "Code and settings",
+    fault="A revision ends its own transaction",
+    sees="`revision 002 (...) committed or rolled back its own transaction (COMMIT or ROLLBACK, commit() or"
+    " rollback()); ...; check which of these were committed: ...; the database is at revision 001; ...`, exit 255",
+    state="What the message lists may be committed",
+    do="Undo it, remove the `commit()`, deploy again",
+)
 @pytest.mark.parametrize("name", ENDS_TRANSACTION)
 def test_a_revision_that_ends_its_transaction_is_refused(project: Project, database: Database, name: str) -> None:
     body, remaining, listed = ENDS_TRANSACTION[name]

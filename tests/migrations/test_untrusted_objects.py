@@ -68,7 +68,8 @@ TRAPS = [
     sees="`WARNING untrusted roles may CREATE in public (...), and revisions may call what they create there: see"
     " 'Minimum privileges' in docs/operations.md`",
     state="Complete; the run itself called none of them",
-    do="`REVOKE CREATE ON SCHEMA public FROM PUBLIC`",
+    do="`REVOKE CREATE ON SCHEMA public FROM` each role in the parentheses; if it is the migrating role, run as that"
+    " role",
 )
 @pytest.mark.parametrize("path", ['"$user", public', "public, pg_catalog"])
 def test_functions_and_operators_of_other_roles_are_not_called(
@@ -104,11 +105,15 @@ CHECK = "CREATE FUNCTION public.theirs(text) RETURNS boolean LANGUAGE sql AS 'SE
 @pytest.mark.parametrize(
     ("other_statements", "admin_statements", "problem"),
     [
-        ([VERSION_TABLE], [], "is owned by {other}"),
         (
             ["CREATE VIEW public.alembic_version AS SELECT '001'::varchar AS version_num"],
             ["ALTER VIEW public.alembic_version OWNER TO {role}"],
             "is a view, not an ordinary table",
+        ),
+        (
+            [CHECK, VERSION_TABLE.replace("KEY", "KEY CHECK (theirs(version_num))")],
+            ["GRANT SELECT ON alembic_version TO {role}"],
+            "runs the function public.theirs(text), which is owned by {other}",
         ),
         (
             [VERSION_TABLE, TRIGGER],
@@ -143,7 +148,7 @@ CHECK = "CREATE FUNCTION public.theirs(text) RETURNS boolean LANGUAGE sql AS 'SE
             "runs the function public.theirs(text), which is owned by {other}",
         ),
     ],
-    ids=["owner", "view", "trigger", "check", "rule", "policy"],
+    ids=["view", "owner's check", "trigger", "check", "rule", "policy"],
 )
 @pytest.mark.parametrize("arguments", [("current",), ("upgrade", "head")], ids=" ".join)
 def test_an_untrusted_version_table_is_refused(
@@ -165,6 +170,16 @@ def test_an_untrusted_version_table_is_refused(
         f"the version table public.alembic_version {problem.format(**names)}; {FIX_OR_SET}",
     )
     assert "hcm_report_metadata" not in database.relations
+
+
+def test_a_version_table_of_another_owner_is_read_but_not_written(
+    project: Project, database: Database, other: Callable[..., None]
+) -> None:
+    other(VERSION_TABLE, "INSERT INTO alembic_version VALUES ('001')", "GRANT SELECT ON alembic_version TO PUBLIC")
+    assert project.alembic("current").stdout == "001 (head)\n"
+    result = project.alembic("upgrade", "head")
+    problem = f"the version table public.alembic_version is owned by other_{database.role}; {FIX_OR_SET}"
+    assert (result.returncode, result.failure) == (255, problem)
 
 
 @pytest.mark.fault(

@@ -73,9 +73,10 @@ def test_a_read_only_server_is_named(project: Project, database: Database) -> No
 
 @pytest.mark.fault(
     "Database",
-    fault="No CREATE privilege on the schema (PostgreSQL 15's `public`)",
-    sees="`permission denied for schema public"
-    " (grant what is missing, see 'Minimum privileges' in docs/operations.md)`, exit 255",
+    fault="No CREATE privilege on the schema (PostgreSQL 15's `public`) or database, or the table is another role's",
+    sees="`permission denied for schema public (grant what is missing, ...)`, `permission denied for database ..."
+    " (grant what is missing, ...)`, `permission denied to create extension ... (grant what is missing, ...)` or `must"
+    " be owner of table ... (grant what is missing, see 'Minimum privileges' in docs/operations.md)`, exit 255",
     state="Nothing was changed",
     do="Grant it ([Minimum privileges](operations.md#minimum-privileges)), deploy again",
 )
@@ -88,18 +89,31 @@ def test_a_missing_create_privilege_is_named(project: Project, database: Databas
         "permission denied for schema public (grant what is missing, see 'Minimum privileges' in docs/operations.md);"
         f" the database is at revision base; {FIX}",
     )
+    database.execute(f"ALTER DATABASE {database.name} OWNER TO CURRENT_USER; CREATE TABLE theirs ()")
+    database.execute(f"GRANT CREATE ON SCHEMA public TO {database.role}")
+    for statement, message in [
+        ("CREATE SCHEMA more", f"permission denied for database {database.name}"),
+        ("CREATE EXTENSION pageinspect", 'permission denied to create extension "pageinspect"'),
+        ("ALTER TABLE theirs ADD x int", "must be owner of table theirs"),
+    ]:
+        path = project.add("002", f'op.execute("{statement}")')
+        failure = project.alembic("upgrade", "head").failure
+        assert f" failed: {message} (" in failure
+        assert "(grant what is missing, see 'Minimum privileges' in docs/operations.md), at " in failure
+        path.unlink()
 
 
 @pytest.mark.fault(
     "Database",
-    fault="A table of a revision was created manually",
-    sees="`relation ... already exists (created manually, ...: see docs/troubleshooting.md)`, exit 255",
+    fault="A table, column or constraint of a revision was created manually",
+    sees="`relation ... already exists (created manually, ...: see docs/troubleshooting.md)`, or `column ... already"
+    " exists (created manually, ...: see docs/troubleshooting.md)`, exit 255",
     state="Nothing was changed",
     do="Compare it with the revision. If they are the same, `alembic stamp <revision>` (in a cluster:"
     ' `args: [stamp, "<revision>"]` for one upgrade), which marks all revisions before as applied, too. Deploy again',
 )
 def test_a_table_that_was_created_manually_is_named_and_can_be_stamped(project: Project, database: Database) -> None:
-    database.execute("CREATE TABLE hcm_report_metadata ()")
+    database.execute(f"CREATE TABLE hcm_report_metadata (); ALTER TABLE hcm_report_metadata OWNER TO {database.role}")
     result = project.alembic("upgrade", "head")
     assert (result.returncode, database.at) == (255, [])
     assert (
@@ -107,6 +121,16 @@ def test_a_table_that_was_created_manually_is_named_and_can_be_stamped(project: 
         " the revision was stamped: see docs/troubleshooting.md), at "
     ) in result.failure
     assert project.alembic("stamp", "001").returncode == 0
+    database.execute(
+        "ALTER TABLE hcm_report_metadata ADD note text; ALTER TABLE hcm_report_metadata ADD CONSTRAINT c CHECK (true)"
+    )
+    column = "ALTER TABLE hcm_report_metadata ADD note text"
+    constraint = "ALTER TABLE hcm_report_metadata ADD CONSTRAINT c CHECK (true)"
+    for statement, exists in ((column, 'column "note" of relation'), (constraint, 'constraint "c" for relation')):
+        path = project.add("002", f'op.execute("{statement}")')
+        failure = project.alembic("upgrade", "head").failure
+        assert f' failed: {exists} "hcm_report_metadata" already exists (created manually, or by a run' in failure
+        path.unlink()
     assert project.alembic("upgrade", "head").returncode == 0
     assert database.at == ["001"]
 

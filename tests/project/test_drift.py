@@ -474,6 +474,10 @@ def test_the_database_comes_from_the_runners_settings(project: Project, database
 
 
 def test_a_role_that_may_only_read_is_enough(project: Project, database: Database) -> None:
+    """The migrating role owns the version table, and is not trusted by it."""
+    database.execute(f"ALTER DATABASE {database.name} OWNER TO CURRENT_USER")
+    database.execute(f"GRANT CREATE, CONNECT ON DATABASE {database.name} TO {database.role}")
+    database.execute(f"GRANT CREATE ON SCHEMA public TO {database.role}")
     upgrade(project, OBJECTS)
     role = f"drift_{database.name}"
     database.execute(

@@ -355,6 +355,8 @@ def test_the_report_has_the_sizes_of_a_database(project: Project, database: Data
 
 def test_what_the_migrating_role_may_not_do(project: Project, database: Database) -> None:
     reader = f"{database.role}_reader"
+    database.execute(f"ALTER DATABASE {database.name} OWNER TO CURRENT_USER")
+    database.execute(f"GRANT CREATE ON SCHEMA public TO {database.role}")
     project.add("002", "op.execute('ALTER TABLE hcm_report_metadata ADD x int')")
     quoted = PASSWORD.replace("'", "''")
     grants = block("CREATE ROLE hcm_drift LOGIN").replace("unifieddevdb", database.name)

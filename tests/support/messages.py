@@ -11,7 +11,7 @@ KILLED = (
     " the database was at revision 002 before: check with 'alembic current'; run again to resume"
 )
 FIX = "fix it, then retry"
-RULES = "see docs/migrations.md"
+RULES = "see docs/troubleshooting.md"
 URL_FORMAT = (
     "write postgresql://user:password@host:5432/database and percent-encode the user and the password, see .env.example"
 )
