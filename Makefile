@@ -55,7 +55,7 @@ bench: venv ## measure deploying, revisions and the chart, also against other to
 cluster: venv ## create a local Kubernetes cluster (kind) with a database, a git server and a package index (GITOPS=1: and with Argo CD and Flux)
 	@$(BIN)/python -m tools.cluster up $(if $(GITOPS),--gitops)
 
-install: venv ## install the chart on that cluster, print the log and the table
+install: venv ## install the chart on that cluster (created if there is none), print the log and the table
 	@$(BIN)/python -m tools.cluster install
 
 cluster-down: venv ## delete that cluster and everything that it started

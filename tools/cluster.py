@@ -365,7 +365,10 @@ def _create(owner: int, provider: Provider) -> Cluster:
         "nodes": [{"role": "control-plane", "extraPortMappings": mappings}],
     }
     kubeconfig = STATE / "kubeconfig"
-    image = images.build_images() if provider.kind is ClusterKind.LOCAL_BUILD else KINDEST
+    image = KINDEST
+    if provider.kind is ClusterKind.LOCAL_BUILD:
+        log(f"the first time, this takes about 20 minutes, and 16 GB in {CACHE}; what is interrupted is resumed")
+        image = images.build_images()
     arguments = ["create", "cluster", "--name", NAME, "--config", "-", "--wait", "180s", "--image", image]
     command: list[str | Path] = [find_or_build("kind"), *arguments, "--kubeconfig", kubeconfig]
     kubeconfig.touch(mode=0o600)  # kind writes it late, and _delete() checks that it exists
@@ -473,14 +476,15 @@ def _new_passwords() -> Passwords:
 
 
 def _delete() -> None:
-    if engine.running():
-        with contextlib.suppress(RuntimeError):
-            run([find_or_build("kind"), "delete", "cluster", "--name", NAME], env=engine.environment())
-    elif (STATE / "kubeconfig").exists() and shutil.which("docker"):
-        command: list[str | Path] = [find_or_build("kind"), "delete", "cluster", "--name", NAME]
-        subprocess.run([*command, "--kubeconfig", STATE / "kubeconfig"], capture_output=True)
-    engine.stop()
-    remove(STATE)
+    kubeconfig = STATE / "kubeconfig"
+    try:
+        if kubeconfig.exists():  # so kind is built, and has begun to create the cluster
+            command: list[str | Path] = [find_or_build("kind"), "delete", "cluster", "--name", NAME]
+            environment = engine.environment() if engine.running() else None
+            subprocess.run([*command, "--kubeconfig", kubeconfig], env=environment, capture_output=True)
+    finally:
+        engine.stop()
+        remove(STATE)
 
 
 def _print_summary(cluster: Cluster) -> None:

@@ -18,8 +18,11 @@ from tools.steps import run
 
 SCRIPT = CHART / "files" / "migrate.sh"
 
-UPGRADE = 'op.add_column("hcm_report_metadata", sa.Column("status", sa.String(50), nullable=True))'
-DOWNGRADE = 'op.drop_column("hcm_report_metadata", "status")'
+UPGRADE = 'op.add_column("hcm_report_metadata", sa.Column("demo", sa.Text(), nullable=True))'
+DOWNGRADE = 'op.drop_column("hcm_report_metadata", "demo")'
+AUTHOR = dict.fromkeys(("GIT_AUTHOR_NAME", "GIT_COMMITTER_NAME"), "demo") | dict.fromkeys(
+    ("GIT_AUTHOR_EMAIL", "GIT_COMMITTER_EMAIL"), "demo@localhost"
+)
 
 BOLD, GREEN = 1, 32  # of a terminal's SGR codes
 
@@ -45,29 +48,33 @@ class Demo:
     def __init__(self, folder: Path, server: Postgres) -> None:
         self.folder, self.server = folder, server
         self.code = folder / "git" / "code"
+        self.checkout = folder / "checkout"
         url = server.url
         others = {
             name: value for name, value in os.environ.items() if not name.startswith(("DATABASE_URL", "DB_", "PG"))
         }
-        self.environment = others | {
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "DB_HOST": str(url.host),
-            "DB_PORT": str(url.port),
-            "DB_NAME": str(url.database),
-            "DB_USER": str(url.username),
-            "DB_PASSWORD": server.password,
-            # The chart's other variables for the script.
-            "NAMESPACE": "health",
-            "GIT_REPO": f"file://{ROOT}",
-            "GIT_REF": "HEAD",
-            "GIT_PATH": ".",
-            "REQUIRED": "DB_HOST the demo",
-            "REQUIREMENTS": "requirements.txt",
-        }
+        self.environment = (
+            others
+            | AUTHOR
+            | {
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                "DB_HOST": str(url.host),
+                "DB_PORT": str(url.port),
+                "DB_NAME": str(url.database),
+                "DB_USER": str(url.username),
+                "DB_PASSWORD": server.password,
+                # The chart's other variables for the script.
+                "NAMESPACE": "health",
+                "GIT_REF": "HEAD",
+                "GIT_PATH": ".",
+                "REQUIRED": "DB_HOST the demo",
+                "REQUIREMENTS": "requirements.txt",
+            }
+        )
 
     def run(self) -> None:
         tell("Helm starts the Job. Its first container clones this repository: the last commit, without history.")
-        self.clone()
+        self.clone(ROOT)
 
         tell("The second container installs the pinned requirements, checks their hashes, and migrates the database.")
         self.migrate("upgrade", "head")
@@ -80,42 +87,48 @@ class Demo:
         tell("You upgrade the release again: the Job finds nothing to do, and changes nothing.")
         self.migrate("upgrade", "head")
 
-        tell("You need another column. A new revision gets the next number:")
-        self.alembic("revision", "-m", "add_status_column")
-        file = next(self.code.glob("migrations/versions/*_002_add_status_column.py"))
+        tell("You need another column. In your checkout, a new revision gets the next number:")
+        self.stream(["git", "clone", "--quiet", "--depth=1", f"file://{ROOT}", self.checkout])
+        self.alembic("revision", "-m", "add_demo_column", cwd=self.checkout)
+        file = next(self.checkout.glob("migrations/versions/*_add_demo_column.py"))
         file.write_text(
             file.read_text().replace("    pass", f"    {UPGRADE}", 1).replace("    pass", f"    {DOWNGRADE}", 1)
         )
-        tell(f"You write one line in it, {UPGRADE}, and deploy:")
+        tell(f"You write one line in it, {UPGRADE}, commit, push and deploy:")
+        self.stream(["git", "add", "migrations"], cwd=self.checkout)
+        self.stream(["git", "commit", "--quiet", "--message=add a column"], cwd=self.checkout)
+        self.clone(self.checkout)
         self.migrate("upgrade", "head")
 
         tell("The database knows what was applied: when, by whom and from which commit.")
         self.alembic("current", "--verbose")
 
         tell("It was the wrong column. You fix forward with a new revision or, as nothing uses it yet, undo it:")
-        self.migrate("downgrade", "001")
+        self.migrate("downgrade", "-1")
 
-    def clone(self) -> None:
+    def clone(self, repository: Path) -> None:
         """Lay out the volume as git-sync does: worktrees by commit, and a link to the current one."""
-        worktree = self.folder / "git" / ".worktrees" / checkout.commit()
-        command = ["git", "clone", "--quiet", "--depth=1", f"file://{ROOT}"]
+        worktree = self.folder / "git" / ".worktrees" / checkout.commit(repository=repository)
+        command = ["git", "clone", "--quiet", "--depth=1", f"file://{repository}"]
         show_command(*command)
         self.stream([*command, worktree])
+        self.code.unlink(missing_ok=True)
         self.code.symlink_to(worktree.relative_to(self.code.parent))
+        self.environment["GIT_REPO"] = f"file://{repository}"
 
     def migrate(self, *arguments: str) -> None:
         show_command("migrate.sh", *arguments)
         self.stream(["sh", SCRIPT, *arguments])
 
-    def alembic(self, *arguments: str) -> None:
+    def alembic(self, *arguments: str, cwd: Path | None = None) -> None:
         show_command("alembic", *arguments)
-        self.stream(["alembic", *arguments], cwd=self.code)
+        self.stream(["alembic", *arguments], cwd=cwd or self.code)
 
     def psql(self, command: str) -> None:
         show_command("psql", "--command", command)
         url = self.server.url
         server = ["--host", str(url.host), "--port", str(url.port), "--username", str(url.username), str(url.database)]
-        arguments = ["--no-psqlrc", *server, "--command", command]
+        arguments = ["--no-psqlrc", "--pset=format=wrapped", *server, "--command", command]
         self.stream([self.server.bin / "psql", *arguments], PGPASSWORD=self.server.password, PAGER="")
 
     def stream(self, command: Sequence[str | Path], cwd: Path | None = None, **variables: str) -> None:

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import revisions
 from tests.support.documents import block
 from tests.support.git import git
 from tests.support.programs import Program, start
+from tests.support.project import keep_first_revision
 from tools.paths import BIN, ROOT
 
 
@@ -31,7 +33,7 @@ def _demo(folder: Path, command: list[str], cwd: Path, **environment: str) -> Pr
 
 
 def test_the_demo_upgrades_and_downgrades(folder: Path, tmp_path: Path) -> None:
-    """In a shallow clone, with a name that shells and locales may not expect, and without HOME."""
+    """In a shallow clone, with a name that shells and locales may not expect, another revision, and without HOME."""
     clone = tmp_path / "für die demo"
     git(tmp_path, "clone", "--quiet", "--depth=1", f"file://{ROOT}", str(clone))
     (clone / ".venv").symlink_to(BIN.parent)
@@ -39,17 +41,21 @@ def test_the_demo_upgrades_and_downgrades(folder: Path, tmp_path: Path) -> None:
         shutil.copy2(ROOT / name, clone)  # with its mtime, or .venv would be out of date
     for name in ("charts", "tools"):
         shutil.copytree(ROOT / name, clone / name, dirs_exist_ok=True)
+    keep_first_revision(clone)
+    revisions.write(clone / "migrations/versions", "002", "pass", "pass", name="add_status_column")
+    git(clone, "add", "--all", "migrations")
+    git(clone, "commit", "--quiet", "--message=another revision")
     result = _demo(folder, block("make demo").split(), clone, PATH=os.environ["PATH"]).wait()
     assert result.returncode == 0, result.text
     states = re.findall(r"INFO (?:at|now at) (.*)", result.text)
     assert states == [
-        "base (the head is 001); to do: 1 (001 create_hcm_report_metadata)",
-        "001 (head)",
-        "001 (head): nothing to do",
-        "001 (the head is 002); to do: 1 (002 add_status_column)",
+        "base (the head is 002); to do: 2 (001 create_hcm_report_metadata, 002 add_status_column)",
         "002 (head)",
-        "002 (head); to do: 1 (002 add_status_column)",
-        "001 (the head is 002)",
+        "002 (head): nothing to do",
+        "002 (the head is 003); to do: 1 (003 add_demo_column)",
+        "003 (head)",
+        "003 (head); to do: 1 (003 add_demo_column)",
+        "002 (the head is 003)",
     ]
     assert re.findall(r'"(idx_\w+)" btree', result.text) == [
         "idx_hcm_report_campaign",
