@@ -42,7 +42,7 @@ def test_the_demo_upgrades_and_downgrades(folder: Path, tmp_path: Path) -> None:
     for name in ("charts", "tools"):
         shutil.copytree(ROOT / name, clone / name, dirs_exist_ok=True)
     keep_first_revision(clone)
-    revisions.write(clone / "migrations/versions", "002", "pass", "pass", name="add_status_column")
+    revisions.write(clone / "migrations/versions", "002", "pass", "pass", down="001", name="add_status_column")
     git(clone, "add", "--all", "migrations")
     git(clone, "commit", "--quiet", "--message=another revision")
     result = _demo(folder, block("make demo").split(), clone, PATH=os.environ["PATH"]).wait()
