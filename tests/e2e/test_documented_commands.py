@@ -13,7 +13,7 @@ from sqlalchemy import make_url
 from tests.support.database import Database
 from tests.support.documents import block
 from tests.support.kubernetes import TABLE, Api
-from tests.support.project import PARTS
+from tests.support.project import PARTS, head
 from tests.support.release import Release
 from tests.support.repository import Repository
 from tests.support.waiting import until
@@ -54,7 +54,7 @@ def test_the_commands_of_the_readme_work(
         assert result.returncode == 0, result.text
         log.line("code: ", "ref airflow-analysis", "path utilities/hcm-db-migrations")
         result.line("database unifieddevdb at postgres.hcm-fixtures:5432 as hcm, schema public")
-        assert re.search(r"INFO now at 001 \(head\)|INFO at 001 \(head\): nothing to do", result.text)
+        assert re.search(rf"INFO now at {head()} \(head\)|INFO at {head()} \(head\): nothing to do", result.text)
         assert set(TABLE) <= {name for (name,) in execute(database, query)}
         assert "hcm-db-migration-1" not in health.jobs()
         tested = release.documented(test)
@@ -64,7 +64,7 @@ def test_the_commands_of_the_readme_work(
         make_install(cluster)
         output = capfd.readouterr().out
         assert "\ncode: repository " in output
-        assert re.search(r"^[\d:]+ INFO at 001 \(head\): nothing to do$", output, re.M)
+        assert re.search(rf"^[\d:]+ INFO at {head()} \(head\): nothing to do$", output, re.M)
         assert 'Table "public.hcm_report_metadata"' in output
     finally:
         release.run("uninstall", NAME)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from alembic.script import ScriptDirectory
 
 from tests.support import revisions
 from tests.support.alembic_process import AlembicProcess
@@ -68,6 +69,11 @@ def copy(folder: Path, *more: str) -> None:
     """
     copy_parts(folder, *PARTS, *more)
     keep_first_revision(folder)
+
+
+def head() -> str:
+    """The newest revision of this checkout."""
+    return str(ScriptDirectory(str(ROOT / "migrations")).get_current_head())
 
 
 def keep_first_revision(folder: Path) -> None:
