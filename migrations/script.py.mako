@@ -1,4 +1,7 @@
-<%! quoted = lambda text: text.replace("\\", "\\\\").replace('"', '\\"') %>\
+<%!
+quoted = lambda text: text.replace("\\", "\\\\").replace('"', '\\"')
+literal = lambda value: repr(value).replace("'", '"')  # as ruff formats it
+%>\
 """${(message or "") | quoted}
 
 Revision ID: ${up_revision}
@@ -9,13 +12,13 @@ Create Date: ${create_date}
 import sqlalchemy as sa
 from alembic import op
 
-revision = ${repr(up_revision)}
-down_revision = ${repr(down_revision)}
+revision = ${literal(up_revision)}
+down_revision = ${literal(down_revision)}
 % if branch_labels:
-branch_labels = ${repr(branch_labels)}
+branch_labels = ${literal(branch_labels)}
 % endif
 % if depends_on:
-depends_on = ${repr(depends_on)}
+depends_on = ${literal(depends_on)}
 % endif
 
 # A safe revision (delete these lines when they hold):

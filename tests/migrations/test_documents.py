@@ -7,7 +7,7 @@ import shutil
 from tests.support.database import Database, env_file
 from tests.support.documents import block
 from tests.support.programs import Result, run
-from tests.support.project import Project
+from tests.support.project import Project, head
 from tests.support.revisions import edit
 from tools.paths import BIN, ROOT
 from tools.postgres import dsn, execute
@@ -56,7 +56,7 @@ def test_the_minimum_privileges_are_sufficient_for_migrations_and_application(
 def test_make_migrate_migrates_the_database_of_database_url(database: Database) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("DB_", "PG"))}
     run(["make", "migrate"], cwd=ROOT, env=environment | {"DATABASE_URL": dsn(database.url)}, check=True)
-    assert database.at == ["001"]
+    assert database.at == [head()]
     assert "hcm_report_metadata" in database.relations
 
 
@@ -74,6 +74,8 @@ def test_the_example_of_a_migration_can_be_created_applied_and_undone(project: P
     path = project.versions / name
     edit(path, path.read_text().partition("def upgrade() -> None:\n")[2], "")
     edit(path, "def upgrade() -> None:\n", block('op.add_column("hcm_report_metadata"'))
+    for command in (["format", "--check"], ["check"]):
+        run([BIN / "ruff", *command, "--config", ROOT / "pyproject.toml", path], check=True)
     columns = (
         "SELECT count(*) FROM pg_attribute WHERE attrelid = 'hcm_report_metadata'::regclass AND attname = 'status'"
     )

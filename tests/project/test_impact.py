@@ -368,7 +368,7 @@ def test_what_the_migrating_role_may_not_do(project: Project, database: Database
         assert "may not" not in result.stdout
         assert "free connection slots: 7; a run needs up to 3" in result.stdout
         database.execute("ALTER TABLE hcm_report_metadata OWNER TO postgres")
-        database.execute("REVOKE CREATE ON SCHEMA public FROM pg_database_owner")
+        database.execute(f"REVOKE CREATE ON SCHEMA public FROM pg_database_owner, {database.role}")
         result = impact(project, DATABASE_URL=dsn(database.url.set(username=reader)))
         role = f"database {database.name}: role {database.role}"
         assert f"{role} cannot alter or index public.hcm_report_metadata, whose owner is postgres" in result.stdout
