@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tools.paths import ROOT
 from tools.steps import UnavailableError, run
 
 
-def commit(revision: str = "HEAD", repository: Path = ROOT) -> str:
+def commit(repository: Path, revision: str = "HEAD") -> str:
     """The commit of a revision. Raises UnavailableError, with git's reason, for a folder that has none."""
     try:
         return run(["git", "-C", repository, "rev-parse", "--verify", f"{revision}^{{commit}}"]).strip()

@@ -108,7 +108,7 @@ class Demo:
 
     def clone(self, repository: Path) -> None:
         """Lay out the volume as git-sync does: worktrees by commit, and a link to the current one."""
-        worktree = self.folder / "git" / ".worktrees" / checkout.commit(repository=repository)
+        worktree = self.folder / "git" / ".worktrees" / checkout.commit(repository)
         command = ["git", "clone", "--quiet", "--depth=1", f"file://{repository}"]
         show_command(*command)
         self.stream([*command, worktree])

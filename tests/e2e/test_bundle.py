@@ -83,7 +83,7 @@ def site(cluster: Cluster, shared: Shared, api: Api) -> Iterator[Site]:
         yield Site(folder, folder / "site", cluster, replaced)
 
 
-MAKE = [*shlex.split(block("make bundle")), f"BIN={BIN}", "--old-file=.venv/ready"]
+MAKE = [*shlex.split(block("make bundle")), "--no-print-directory", f"BIN={BIN}", "--old-file=.venv/ready"]
 
 
 def _clone(site: Site) -> Path:

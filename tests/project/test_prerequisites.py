@@ -11,7 +11,7 @@ import pytest
 from tests.support.git import git
 from tests.support.programs import Result, run
 from tests.support.project import copy_parts
-from tools import checkout, fixtures
+from tools import fixtures
 from tools.cluster import PUBLIC_IMAGES, Cluster, ClusterKind, Passwords, Ports
 from tools.paths import ROOT
 from tools.steps import UnavailableError
@@ -80,7 +80,7 @@ def test_an_unpacked_archive_is_named_by_what_needs_a_clone(tmp_path: Path, monk
     reason = "not a git repository (or any of the parent directories): .git"
     line = f"{tmp_path} has no commit HEAD ({reason}): this needs a clone that you own, not an unpacked archive"
     assert (demo.returncode, demo.stderr) == (1, f"\nthe demo failed: {line}\n")
-    monkeypatch.setattr(checkout, "ROOT", tmp_path)
+    monkeypatch.setattr(fixtures, "ROOT", tmp_path)
     with pytest.raises(UnavailableError) as caught:
         fixtures.push_checkout(Cluster(*CLUSTER, PASSWORDS))
     assert str(caught.value) == line
@@ -91,8 +91,7 @@ def test_a_shallow_clone_is_pushed_to_the_cluster(tmp_path: Path, monkeypatch: p
     git(tmp_path, "clone", "--quiet", "--depth=1", f"file://{ROOT}", str(clone))
     git(tmp_path, "init", "--quiet", "--bare", str(remote))
     git(remote, "config", "receive.shallowUpdate", "true")  # as tools/fixtures/server.py
-    for module in (checkout, fixtures):
-        monkeypatch.setattr(module, "ROOT", clone)
+    monkeypatch.setattr(fixtures, "ROOT", clone)
     monkeypatch.setattr(Cluster, "git_url", str(tmp_path))
     fixtures.push_checkout(Cluster(*CLUSTER, PASSWORDS), "remote")
     assert git(remote, "rev-parse", "main") == git(ROOT, "rev-parse", "HEAD")
