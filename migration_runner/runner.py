@@ -224,12 +224,12 @@ class Attempt:
     def _run(self) -> None:
         command, session, progress = self.runner.command, self.session, self.runner.progress
         progress.log(describe_server(session))
-        if command.needs is Needs.WRITE:
+        writes = command.needs is Needs.WRITE
+        if writes:
             acquire_lock(session, self.runner.budget)
         self._warn_of_untrusted_creators()
         version_table = session.settings.version_table
         history = record.table_name(version_table)
-        writes = command.needs is Needs.WRITE
         tables = catalog.tables(session.raw, session.schema, version_table, history, writes=writes)
         table = tables.get(version_table)
         problem = catalog.version_table_problem(session.raw, table) if table else None

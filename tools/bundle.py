@@ -22,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from tools.checkout import git
 from tools.cluster import NAME, PUBLIC_IMAGES, ClusterKind, Provider, select_engine
 from tools.fixtures import python_version, wheels_for
 from tools.offline_cluster import engine, images
@@ -50,8 +51,8 @@ def create() -> Path:
         _add_wheels(content / "wheels", provider)
         lines = _add_images(content / "images", content / "wheels", provider, version)
         run([BIN / "helm", "package", CHART, "--destination", content])
-        branch = _git("branch", "--show-current")
-        _git("bundle", "create", "--quiet", content / f"{NAME}.bundle", "HEAD", *([branch] if branch else []))
+        branch = git("branch", "--show-current")
+        git("bundle", "create", "--quiet", content / f"{NAME}.bundle", "HEAD", *([branch] if branch else []))
         # Its links lead to the clone that it makes.
         page = PAGE.read_text().replace("<version>", version).replace("](../", "](code/")
         (content / "README.md").write_text(page)
@@ -59,22 +60,18 @@ def create() -> Path:
         archive = Path(folder, f"{content.name}.tar")
         _pack(content, archive)
         result = archive.replace(DIST / archive.name)
-    print(f"{result.relative_to(ROOT)}: {result.stat().st_size / 1e6:.0f} MB, commit {_git('rev-parse', 'HEAD')}")
+    print(f"{result.relative_to(ROOT)}: {result.stat().st_size / 1e6:.0f} MB, commit {git('rev-parse', 'HEAD')}")
     print(*lines, f"SHA256SUMS: sha256 {checksum}", sep="\n")
     return result
 
 
-def _git(*arguments: str | Path) -> str:
-    return run(["git", "-C", ROOT, *arguments]).strip()
-
-
 def _check_checkout() -> None:
     """Raise UnavailableError unless HEAD is what would be deployed, with its history."""
-    if _git("rev-parse", "--is-shallow-repository") == "true":
+    if git("rev-parse", "--is-shallow-repository") == "true":
         raise UnavailableError(
             "this checkout is shallow, and no server accepts a push of a partial history: git fetch --unshallow"
         )
-    changed = _git("status", "--porcelain", "--untracked-files=no") or _git("status", "--porcelain", "--", CHART)
+    changed = git("status", "--porcelain", "--untracked-files=no") or git("status", "--porcelain", "--", CHART)
     if changed:
         name = changed.splitlines()[0].split(maxsplit=1)[1]
         raise UnavailableError(f"not committed, so not in the bundle: {name}; commit it, or git stash")
@@ -195,7 +192,7 @@ def _sha256(path: Path) -> str:
 
 def _pack(content: Path, archive: Path) -> None:
     """Write the folder as an archive; it shows nothing of this machine."""
-    date = int(_git("show", "--no-patch", "--format=%ct", "HEAD"))
+    date = int(git("show", "--no-patch", "--format=%ct", "HEAD"))
 
     def normalized(member: tarfile.TarInfo) -> tarfile.TarInfo:
         member.uid = member.gid = 0

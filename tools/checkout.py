@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tools.paths import ROOT
 from tools.steps import UnavailableError, run
+
+
+def git(*arguments: str | Path) -> str:
+    """Run git in this checkout; return its output, stripped. RuntimeError if it fails."""
+    return run(["git", "-C", ROOT, *arguments]).strip()
 
 
 def commit(repository: Path, revision: str = "HEAD") -> str:

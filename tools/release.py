@@ -28,6 +28,7 @@ from typing import Any, TypedDict
 import yaml
 
 from tools.binaries import find_or_build
+from tools.checkout import git
 from tools.paths import CHART, ROOT
 from tools.steps import remove, run
 
@@ -57,19 +58,19 @@ def check() -> None:
     if not re.fullmatch(r"\d+\.\d+\.\d+", version):
         problems.append(f"Chart.yaml has version {version}: only MAJOR.MINOR.PATCH is released")
     problems += _changelog_problems(version)
-    if changed := _git("status", "--porcelain"):
+    if changed := git("status", "--porcelain"):
         names = ", ".join(line.split(maxsplit=1)[1] for line in changed.splitlines())
         problems.append(f"the checkout has changes: commit or remove them: {names}")
-    if not _git("tag", "--list", tag):
+    if not git("tag", "--list", tag):
         problems.append(f"git has no tag {tag}: git fetch --tags, or git tag {tag}")
-    elif _git("rev-parse", f"{tag}^{{commit}}") != _git("rev-parse", "HEAD"):
+    elif git("rev-parse", f"{tag}^{{commit}}") != git("rev-parse", "HEAD"):
         problems.append(f"{tag} is another commit than the one that is checked out: git checkout {tag}")
     branch = f"origin/{_setting('DEFAULT_BRANCH')}"
     try:
-        _git("merge-base", "--is-ancestor", "HEAD", branch)
+        git("merge-base", "--is-ancestor", "HEAD", branch)
     except RuntimeError:
         problems.append(f"the commit is not on {branch}: merge it first, then tag what is merged")
-    released = re.findall(rf"^{NAME}-(\d+\.\d+\.\d+)$", _git("tag", "--list"), re.M)
+    released = re.findall(rf"^{NAME}-(\d+\.\d+\.\d+)$", git("tag", "--list"), re.M)
     newer = [each for each in released if tag != f"{NAME}-{each}" and _order(each) >= _order(version)]
     if newer:
         problems.append(
@@ -77,7 +78,7 @@ def check() -> None:
         )
     if problems:
         raise RuntimeError("\nerror: ".join(problems))
-    print(f"{tag}: commit {_git('rev-parse', 'HEAD')}, {len(changes(version))} changes in CHANGELOG.md")
+    print(f"{tag}: commit {git('rev-parse', 'HEAD')}, {len(changes(version))} changes in CHANGELOG.md")
 
 
 def _changelog_problems(version: str) -> list[str]:
@@ -122,7 +123,7 @@ def build() -> None:
     remove(DIST)
     source, image = DIST / "source", DIST / "image"
     source.mkdir(parents=True)
-    _git("archive", f"--output={DIST / 'source.tar'}", "HEAD")
+    git("archive", f"--output={DIST / 'source.tar'}", "HEAD")
     run(["tar", "--extract", f"--file={DIST / 'source.tar'}", f"--directory={source}"])
     remove(DIST / "source.tar")
     _build_image(source, image)
@@ -141,7 +142,7 @@ def build() -> None:
 def _build_image(source: Path, layout: Path) -> None:
     """Build the image with docker, and save it as an OCI layout."""
     tag = f"{NAME}:{_version()}"
-    labels = {"source": _repository(), "revision": _git("rev-parse", "HEAD"), "version": _version()}
+    labels = {"source": _repository(), "revision": git("rev-parse", "HEAD"), "version": _version()}
     options = [f"--label=org.opencontainers.image.{name}={value}" for name, value in labels.items()]
     # An attestation of BuildKit's would be one more manifest, of the platform unknown/unknown.
     options += ["--provenance=false", f"--platform={_setting('PLATFORMS')}", f"--tag={tag}"]
@@ -179,7 +180,7 @@ def _package(chart: Path) -> Path:
 
 def _date(path: Path) -> None:
     """Give a file the commit's date, as `git archive` does."""
-    time = int(_git("log", "-1", "--format=%ct"))
+    time = int(git("log", "-1", "--format=%ct"))
     os.utime(path, (time, time))
 
 
@@ -199,7 +200,7 @@ def _provenance() -> dict[str, Any]:
             "externalParameters": {"workflow": {"ref": ref, "repository": repository, "path": path}},
             "internalParameters": {"github": {name.lower().removeprefix("github_"): _setting(name) for name in names}},
             "resolvedDependencies": [
-                {"uri": f"git+{repository}@{ref}", "digest": {"gitCommit": _git("rev-parse", "HEAD")}}
+                {"uri": f"git+{repository}@{ref}", "digest": {"gitCommit": git("rev-parse", "HEAD")}}
             ],
         },
         "runDetails": {
@@ -282,10 +283,6 @@ def _helm() -> Path:
 
 def _crane(*arguments: str | Path) -> str:
     return run([find_or_build("crane"), *arguments])
-
-
-def _git(*arguments: str) -> str:
-    return run(["git", "-C", ROOT, *arguments]).strip()
 
 
 def _setting(name: str) -> str:
