@@ -43,6 +43,9 @@ STATE = CACHE / "cluster"
 # kind v0.33's default.
 KINDEST = "kindest/node:v1.37.0@sha256:a1ed56cfb0e7b93589bdf97c8cd566405a265939e3620fc4f5de89adff580ae5"
 
+START_TIMEOUT = "10m"
+KUBEADM_WAITS = "kubeletHealthCheck", "kubernetesAPICall", "etcdAPICall", "controlPlaneComponentHealthCheck"
+
 
 class ClusterKind(str, enum.Enum):
     """Where the cluster comes from; printed in the header of a test report."""
@@ -360,8 +363,12 @@ def _create(owner: int, provider: Provider) -> Cluster:
         "apiVersion": "kind.x-k8s.io/v1alpha4",
         # kind looks for a free port only on this machine's own addresses.
         "networking": {"apiServerAddress": address, "apiServerPort": free_port()},
-        # The machine may still have cgroup v1, which kubelet refuses by default.
-        "kubeadmConfigPatches": ["kind: KubeletConfiguration\nfailCgroupV1: false\n"],
+        "kubeadmConfigPatches": [
+            # The machine may still have cgroup v1, which kubelet refuses by default.
+            json.dumps({"kind": "KubeletConfiguration", "failCgroupV1": False}),
+            # Read from a cold disk beside the tests, an API server may take more than kubeadm's minute to start.
+            json.dumps({"kind": "InitConfiguration", "timeouts": dict.fromkeys(KUBEADM_WAITS, START_TIMEOUT)}),
+        ],
         "nodes": [{"role": "control-plane", "extraPortMappings": mappings}],
     }
     kubeconfig = STATE / "kubeconfig"
@@ -369,20 +376,34 @@ def _create(owner: int, provider: Provider) -> Cluster:
     if provider.kind is ClusterKind.LOCAL_BUILD:
         log(f"the first time, this takes about 20 minutes, and 16 GB in {CACHE}; what is interrupted is resumed")
         image = images.build_images()
-    arguments = ["create", "cluster", "--name", NAME, "--config", "-", "--wait", "180s", "--image", image]
-    command: list[str | Path] = [find_or_build("kind"), *arguments, "--kubeconfig", kubeconfig]
+    # --retain: a node that did not start is deleted only after its logs have been read.
+    arguments = ["create", "cluster", "--retain", "--name", NAME, "--config", "-", "--wait", START_TIMEOUT]
+    command: list[str | Path] = [find_or_build("kind"), *arguments, "--image", image, "--kubeconfig", kubeconfig]
     kubeconfig.touch(mode=0o600)  # kind writes it late, and _delete() checks that it exists
-    run(command, "starting the kind cluster", "40 s", env=provider.environment, input=json.dumps(config))
+    try:
+        run(command, "starting the kind cluster", "40 s", env=provider.environment, input=json.dumps(config))
+    except RuntimeError as error:
+        raise RuntimeError(f"{error}\n{_control_plane_logs(provider)}") from None
     cluster = Cluster(provider.kind, str(kubeconfig), address, ports, provider.images, _new_passwords(), owner)
     dns = "--namespace=kube-system", "deploy/coredns"
+    timeout = f"--timeout={START_TIMEOUT}"
     # If CoreDNS starts before kube-proxy, it waits 30 s for an answer that cannot arrive.
-    cluster.kubectl("rollout", "status", "--namespace=kube-system", "daemonset/kube-proxy", "--timeout=180s")
+    cluster.kubectl("rollout", "status", "--namespace=kube-system", "daemonset/kube-proxy", timeout)
     cluster.kubectl("rollout", "restart", *dns)
     fixtures.install(cluster, forward=False)
-    cluster.kubectl("rollout", "status", *dns, "--timeout=180s")
+    cluster.kubectl("rollout", "status", *dns, timeout)
     (STATE / "values.yaml").write_text(json.dumps({NAME: cluster.image_values()}, indent=2) + "\n")
     _save_state(cluster)
     return cluster
+
+
+def _control_plane_logs(provider: Provider) -> str:
+    """The last lines that kubelet and the containers logged on a node that did not start, or why there are none."""
+    logs = "{ journalctl --no-pager --unit=kubelet --lines=10; tail -n 5 /var/log/containers/*.log; } 2>&1 || true"
+    try:
+        return run(["docker", "exec", f"{NAME}-control-plane", "sh", "-c", logs], env=provider.environment)
+    except RuntimeError as error:
+        return f"no logs: {error}"
 
 
 def _free_ports() -> Ports:
