@@ -38,6 +38,8 @@ def run_online() -> None:
         if found:
             _check(command)  # a broken file is reported first
         raise
+    if settings.uses_defaults():
+        log.info("neither DATABASE_URL nor a DB_* variable is set: using the defaults, %s", settings.SEE_ENV_EXAMPLE)
     Runner(command, wanted, found).run()
 
 

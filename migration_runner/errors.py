@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import traceback
 
@@ -101,16 +102,16 @@ TRANSIENT_CONNECT_ERRORS = re.compile(
 PERMANENT_CONNECT_ERRORS = {
     "authentication failed": "check DB_USER and DB_PASSWORD",  # password, SASL, PAM, LDAP ...
     "no password supplied": "set DB_PASSWORD",
-    "is not permitted to log in": "grant LOGIN to the role, or set another DB_USER",
+    "is not permitted to log in": "grant LOGIN to the role, or change DB_USER",
     "private key file": "set the key's mode to 0600, or to 0640 if root owns it (in the chart: 'defaultMode: 0440'"
     " of the volume)",
     "channel binding": "set PGCHANNELBINDING=prefer, or enable scram-sha-256 and TLS on the server",
     "certificate": "set PGSSLROOTCERT to the CA's file, and the host to a name in the certificate",
     "definition of service": "check PGSERVICE and PGSERVICEFILE",
     "service file": "check PGSERVICE and PGSERVICEFILE",
-    "does not exist": "create it, or set another DB_NAME or DB_USER",
-    "no such database": "add it to the pooler, or set another DB_NAME",
-    "no such user": "add it to the pooler, or set another DB_USER",
+    "does not exist": "create it, or change DB_NAME or DB_USER",
+    "no such database": "add it to the pooler, or change DB_NAME",
+    "no such user": "add it to the pooler, or change DB_USER",
     "permission denied": "grant CONNECT on the database to the role",
     "no encryption": "set PGSSLMODE=require, or allow it in pg_hba.conf",
     "pg_hba.conf": "allow this client, role and database in pg_hba.conf",
@@ -118,7 +119,7 @@ PERMANENT_CONNECT_ERRORS = {
     "authentication method requirement": "check PGREQUIREAUTH",
     "GSSAPI": "set another PGGSSENCMODE",
     "received invalid response": "the server there is not PostgreSQL: check DB_HOST and DB_PORT, or the proxy",
-    "invalid": "check DATABASE_URL's query and the PG* variables",
+    "invalid": "check the DB_* and PG* variables",
 }
 
 
@@ -158,12 +159,20 @@ def describe(error: BaseException) -> str:
         return describe(error.orig) if error.orig else type(error).__name__
     state = sqlstate(error)
     if isinstance(error, DBAPIError | psycopg2.Error) and (state or not isinstance(error, psycopg2.ProgrammingError)):
-        hint = HINTS.get(state or "")
+        hint = in_given_settings(HINTS.get(state or "", ""))
         return server_message(error) + (f" ({hint})" if hint else "")
     lines = traceback.format_exception_only(type(error), error)  # notes follow, a syntax error's text precedes
     line = " ".join(lines[-1 if isinstance(error, SyntaxError) else 0].split())
     quotes = isinstance(error, SQLAlchemyError | ValueError | psycopg2.Error)  # they quote their input
     return _unquoted(line) if quotes and not isinstance(error, UnicodeError) else line
+
+
+def in_given_settings(hint: str) -> str:
+    """The hint, which names DB_* variables, in terms of DATABASE_URL if that is set."""
+    if not os.environ.get("DATABASE_URL"):
+        return hint
+    hint = re.sub("(.*DB_[A-Z]+)", r"\1 in DATABASE_URL", hint.replace("the DB_* and", "DATABASE_URL and the"))
+    return re.sub("DB_([A-Z]+)", lambda found: f"the {found[1].lower()}", hint.replace("DB_NAME", "the database"))
 
 
 def unbound_parameter(name: str) -> str:

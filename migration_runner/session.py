@@ -21,6 +21,7 @@ from migration_runner.errors import (
     PERMANENT_CONNECT_ERRORS,
     TRANSIENT_CONNECT_ERRORS,
     RetriesExhausted,
+    in_given_settings,
     printable,
     server_message,
 )
@@ -145,9 +146,10 @@ def _first_connection(database: Database, budget: RetryBudget) -> Connection:
             if hint := _permanent(reason):
                 raise CommandError(f"cannot connect to {printable(settings.target)}: {reason}; {hint}") from None
             if not budget.wait(reason):
+                hint = in_given_settings("check that the server is up and DB_HOST, DB_PORT and the network")
                 raise RetriesExhausted(
-                    f"could not connect to {printable(settings.target)} within {budget.seconds:.0f} s: {reason}; check"
-                    " that the server is up and DB_HOST, DB_PORT and the network, or raise MIGRATION_WAIT_SECONDS"
+                    f"could not connect to {printable(settings.target)} within {budget.seconds:.0f} s: {reason};"
+                    f" {hint}, or raise MIGRATION_WAIT_SECONDS"
                 ) from None
 
 
@@ -157,10 +159,11 @@ def _permanent(reason: str) -> str | None:
     for part, hint in PERMANENT_CONNECT_ERRORS.items():
         if part in text:
             password = part in ("authentication failed", "no password supplied")
-            return f"{hint}{password_hint() if password else ''}"
+            return f"{in_given_settings(hint)}{password_hint() if password else ''}"
     if TRANSIENT_CONNECT_ERRORS.search(text):
         return None
-    return "not a known transient error, so not retried: check the DB_* and PG* variables, then retry"
+    hint = in_given_settings("check the DB_* and PG* variables, then retry")
+    return f"not a known transient error, so not retried: {hint}"
 
 
 def _reject_transaction_pooling(session: Session, database: Database) -> None:
@@ -177,10 +180,10 @@ def _reject_transaction_pooling(session: Session, database: Database) -> None:
         raw(other).query(query)
         second = session.query(query)[0][0]
     if second != session.raw.pid:
+        hint = in_given_settings("set DB_HOST and DB_PORT to the server itself, or to a pool in session mode")
         raise CommandError(
             "the connection goes through a pooler in transaction mode (PgBouncer's pool_mode=transaction), where"
-            " session-level locks do not work; set DB_HOST and DB_PORT to the server itself, or to a pool in session"
-            " mode"
+            f" session-level locks do not work; {hint}"
         )
 
 

@@ -93,6 +93,11 @@ def load(env_file: Path | None = None) -> Settings:
     )
 
 
+def uses_defaults() -> bool:
+    """Whether neither a variable nor .env, once it has been read, names the database."""
+    return not any(map(_is_ours, os.environ))
+
+
 def _read_env_file(path: Path | None) -> None:
     if path is None or not path.is_file():
         return

@@ -9,7 +9,7 @@ from pathlib import Path
 import psycopg2
 import pytest
 
-from tests.support.database import Database
+from tests.support.database import Database, parts
 from tests.support.fault_injection import namespace, pgbouncer, root_only
 from tests.support.programs import run
 from tests.support.project import Project
@@ -150,7 +150,7 @@ def test_a_standby_is_reported_and_a_run_with_nothing_to_do_passes_there(
     result = offline_project.alembic("upgrade", "head")
     assert (result.returncode, result.lines[-1]) == (0, "HH:MM:SS INFO at 001 (head): nothing to do")
     path = offline_project.add("002", AUDIT)
-    result = offline_project.alembic("upgrade", "head")
+    result = offline_project.alembic("upgrade", "head", **parts(own_server.url))
     assert (result.returncode, result.failure) == (
         255,
         f"revision 002 ({path.name}) failed: cannot execute CREATE TABLE in a read-only transaction"
@@ -170,7 +170,7 @@ def test_a_standby_is_reported_and_a_run_with_nothing_to_do_passes_there(
 )
 def test_pgbouncer_in_transaction_mode_is_rejected_and_keeps_no_setting(project: Project, database: Database) -> None:
     with pgbouncer(database, "transaction") as url:
-        result = project.alembic("upgrade", "head", DATABASE_URL=dsn(url))
+        result = project.alembic("upgrade", "head", **parts(url))
         assert (result.returncode, result.failure) == (
             255,
             "the connection goes through a pooler in transaction mode (PgBouncer's pool_mode=transaction), where"
@@ -210,9 +210,9 @@ def test_pgbouncer_in_session_mode_works_like_the_server(project: Project, datab
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"password": "wrong"}, "authentication failed; check DB_USER and DB_PASSWORD"),
-        ({"username": "other"}, "authentication failed; check DB_USER and DB_PASSWORD"),
-        ({"database": "other"}, "no such database: other; add it to the pooler, or set another DB_NAME"),
+        ({"password": "wrong"}, "authentication failed; check the user and the password"),
+        ({"username": "other"}, "authentication failed; check the user and the password"),
+        ({"database": "other"}, "no such database: other; add it to the pooler, or change the database"),
     ],
     ids=["wrong password", "unknown user", "unknown database"],
 )
@@ -222,7 +222,7 @@ def test_a_connection_that_pgbouncer_rejects_fails_at_once(
     with pgbouncer(database, "session") as url:
         result = project.alembic("upgrade", "head", DATABASE_URL=dsn(url.set(**change)))
     assert result.returncode == 255
-    assert result.failure.endswith(message)
+    assert result.failure.endswith(f"{message} in DATABASE_URL")
     assert "waiting" not in result.stderr
 
 

@@ -61,7 +61,7 @@ def test_any_password_opens_the_database(load: Callable, database: Database) -> 
         quoted = password.replace("'", "''")
         database.execute(f"ALTER ROLE {database.role} PASSWORD '{quoted}'")
         url = dsn(database.url.set(password=password))
-        for variables in (parts(database) | {"DB_PASSWORD": password}, {"DATABASE_URL": url}):
+        for variables in (parts(database.url) | {"DB_PASSWORD": password}, {"DATABASE_URL": url}):
             loaded = load(**variables)
             assert CANARY not in f"{loaded!r} {loaded.target}"
             with databases.Database(loaded).connect() as connection:

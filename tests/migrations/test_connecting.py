@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from sqlalchemy import URL
 
 from tests.support.canary import PASSWORD
 from tests.support.database import Database, parts
-from tests.support.messages import target
+from tests.support.messages import target_and_user
 from tests.support.project import Project
 from tests.support.servers import serving
 from tests.support.waiting import AT_ONCE
@@ -28,11 +29,11 @@ from tools.postgres import Postgres, dsn
 )
 def test_a_wrong_password_fails_at_once(project: Project, database: Database) -> None:
     start = time.monotonic()
-    result = project.alembic("upgrade", "head", DATABASE_URL=dsn(database.url.set(password=PASSWORD + "x")))
+    result = project.alembic("upgrade", "head", **parts(database.url.set(password=PASSWORD + "x")))
     assert time.monotonic() - start < 15  # retries take up to 90 s
     assert result.returncode == 255
     assert re.fullmatch(
-        rf"cannot connect to {target(database)}: connection to server at \S+ port \d+ failed: FATAL: password"
+        rf"cannot connect to {target_and_user(database)}: connection to server at \S+ port \d+ failed: FATAL: password"
         rf' authentication failed for user "{database.role}"; check DB_USER and DB_PASSWORD',
         result.failure,
     )
@@ -48,8 +49,8 @@ def test_a_wrong_password_fails_at_once(project: Project, database: Database) ->
 @pytest.mark.parametrize(
     ("statement", "change", "message", "fix"),
     [
-        (None, {"database": "no such"}, 'database "no such" does not exist', "create it, or set another DB_NAME or"),
-        ("ALTER ROLE {0} NOLOGIN", {}, "is not permitted to log in", "grant LOGIN to the role, or set another DB_USER"),
+        (None, {"database": "no such"}, 'database "no such" does not exist', "create it, or change DB_NAME or DB_USER"),
+        ("ALTER ROLE {0} NOLOGIN", {}, "is not permitted to log in", "grant LOGIN to the role, or change DB_USER"),
         (
             "REVOKE CONNECT ON DATABASE {0} FROM PUBLIC, {0}",
             {},
@@ -64,7 +65,7 @@ def test_a_permanent_connection_error_is_not_retried(
 ) -> None:
     if statement:
         database.execute(statement.format(database.name))
-    result = project.alembic("upgrade", "head", DATABASE_URL=dsn(database.url._replace(**change)))
+    result = project.alembic("upgrade", "head", **parts(database.url._replace(**change)))
     assert result.returncode == 255
     assert result.failure.startswith("cannot connect to database ")
     assert f"{message.format(database.name)}; {fix}" in result.failure
@@ -82,13 +83,13 @@ def test_a_permanent_connection_error_is_not_retried(
 @pytest.mark.parametrize("host", ["127.0.0.1", "certificate.invalid"], ids=["closed port", "unknown host"])
 def test_an_unreachable_database_times_out(offline_project: Project, host: str) -> None:
     start = time.monotonic()
-    url = f"postgresql://me:x@{host}:1/db"
+    url = URL.create("postgresql", "me", "x", host, 1, "db")
     resolver = {"RES_OPTIONS": "timeout:1 attempts:1"}  # the machine's may be down, and libpq has no timeout for it
-    result = offline_project.alembic("upgrade", "head", DATABASE_URL=url, MIGRATION_WAIT_SECONDS="2", **resolver)
+    result = offline_project.alembic("upgrade", "head", **parts(url), MIGRATION_WAIT_SECONDS="2", **resolver)
     assert 2 < time.monotonic() - start < AT_ONCE
     assert result.returncode == 1
     assert result.lines[0].startswith("HH:MM:SS INFO waiting, up to 2 s more: ")
-    assert result.failure.startswith(f"could not connect to database db at {host}:1 within 2 s: ")
+    assert result.failure.startswith(f"could not connect to database db at {host}:1 as me within 2 s: ")
     assert result.failure.endswith(
         "; check that the server is up and DB_HOST, DB_PORT and the network, or raise MIGRATION_WAIT_SECONDS"
     )
@@ -194,12 +195,30 @@ def test_a_known_transient_error_is_waited_for(offline_project: Project, message
 @pytest.mark.parametrize("message", PERMANENT)
 def test_any_other_server_error_fails_at_once(offline_project: Project, message: str) -> None:
     with responding(error_response("28000", message)) as port:
-        url = f"postgresql://app:x@127.0.0.1:{port}/reports?sslmode=disable"
-        result = offline_project.alembic("current", DATABASE_URL=url)
+        url = URL.create("postgresql", "app", "x", "127.0.0.1", port, "reports")
+        result = offline_project.alembic("current", **parts(url), PGSSLMODE="disable")
     assert result.returncode == 255
-    assert result.failure.startswith(f"cannot connect to database reports at 127.0.0.1:{port}: ")
+    assert result.failure.startswith(f"cannot connect to database reports at 127.0.0.1:{port} as app: ")
     assert message in result.failure
     assert "waiting" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "hint"),
+    [
+        ({"password": "x"}, "authentication failed", "check the user and the password in DATABASE_URL"),
+        ({"database": "none"}, "does not exist", "create it, or change the database or the user in DATABASE_URL"),
+        ({"port": 1}, "refused", "check that the server is up and the host, the port in DATABASE_URL and the network"),
+    ],
+)
+def test_with_database_url_the_hint_names_it(
+    project: Project, database: Database, change: dict, message: str, hint: str
+) -> None:
+    url = dsn(database.url.set(**change))
+    result = project.alembic("current", DATABASE_URL=url, MIGRATION_WAIT_SECONDS="0")
+    assert message in result.failure
+    assert f"; {hint}" in result.failure
+    assert "DB_" not in result.failure
 
 
 @pytest.mark.parametrize(
@@ -211,7 +230,7 @@ def test_any_other_server_error_fails_at_once(offline_project: Project, message:
             "; set PGCHANNELBINDING=prefer, or enable scram-sha-256 and TLS on the server",
         ),
         ({"PGREQUIREAUTH": "none"}, "; check PGREQUIREAUTH"),
-        ({"PGSSLMODE": "sometimes"}, 'invalid sslmode value: "sometimes"; check DATABASE_URL\'s query and the PG*'),
+        ({"PGSSLMODE": "sometimes"}, 'invalid sslmode value: "sometimes"; check DATABASE_URL and the PG*'),
         ({"PGGSSENCMODE": "require"}, "; set another PGGSSENCMODE"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
@@ -235,7 +254,9 @@ def test_a_libpq_setting_that_cannot_be_met_fails_at_once(
 )
 def test_an_http_response_fails_at_once(offline_project: Project) -> None:
     with responding(b"HTTP/1.1 403 Forbidden\r\n\r\n") as port:
-        result = offline_project.alembic("current", DATABASE_URL=f"postgresql://app:x@127.0.0.1:{port}/reports")
+        result = offline_project.alembic(
+            "current", **parts(URL.create("postgresql", "app", "x", "127.0.0.1", port, "reports"))
+        )
     assert result.returncode == 255
     assert result.failure.endswith("; the server there is not PostgreSQL: check DB_HOST and DB_PORT, or the proxy")
     assert "waiting" not in result.stderr
@@ -254,7 +275,7 @@ def test_a_password_file_that_libpq_ignores_is_named_with_its_mode(
     file = tmp_path / "passfile"
     password = PASSWORD.replace("\\", "\\\\").replace(":", "\\:")
     file.write_text(f"*:*:*:{database.role}:{password}\n")
-    variables = parts(database) | {"DB_PASSWORD": None, "PGPASSFILE": str(file)}
+    variables = parts(database.url) | {"DB_PASSWORD": None, "PGPASSFILE": str(file)}
     file.chmod(0o644)
     result = project.alembic("current", **variables)
     assert result.returncode == 255
@@ -277,7 +298,7 @@ def test_a_password_file_that_libpq_ignores_is_named_with_its_mode(
     do="Recreate the Secret without the newline",
 )
 def test_whitespace_around_a_wrong_password_is_named(project: Project, database: Database) -> None:
-    result = project.alembic("current", **parts(database) | {"DB_PASSWORD": f"{PASSWORD}\n"})
+    result = project.alembic("current", **parts(database.url) | {"DB_PASSWORD": f"{PASSWORD}\n"})
     assert result.returncode == 255
     assert result.failure.endswith(
         "; check DB_USER and DB_PASSWORD; DB_PASSWORD has leading or trailing whitespace"

@@ -124,7 +124,7 @@ def test_a_url_is_not_quoted_when_the_connection_fails(project: Project, databas
     token = f"postgresql://t0k3n@{database.url.host}:{database.url.port or 5432}/{database.name}"
     result = project.alembic("current", DATABASE_URL=token, PGPASSWORD="x")
     assert result.returncode == 255
-    assert 'failed: FATAL: password authentication failed for user "..."; check DB_USER' in result.failure
+    assert 'failed: FATAL: password authentication failed for user "..."; check the user' in result.failure
     assert "t0k3n" not in result.stdout + result.stderr
 
 

@@ -27,7 +27,7 @@ def test_database_url_takes_precedence_over_the_parts(project: Project, database
 
 
 def test_the_parts_name_the_database(project: Project, database: Database) -> None:
-    result = project.alembic("upgrade", "head", **parts(database))
+    result = project.alembic("upgrade", "head", **parts(database.url))
     assert (result.returncode, database.at) == (0, ["001"]), result
     assert result.lines[0].startswith(f"HH:MM:SS INFO {logged(database)}")
 
@@ -41,6 +41,14 @@ def test_the_parts_have_defaults(offline_project: Project) -> None:
     )
 
 
+def test_a_run_without_settings_says_that_it_uses_the_defaults(offline_project: Project) -> None:
+    # An error of libpq before it connects: never the developer's own PostgreSQL.
+    result = offline_project.alembic("current", **CLOSED, PGSSLMODE="sometimes")
+    line = "neither DATABASE_URL nor a DB_* variable is set: using the defaults, see .env.example"
+    assert result.stderr.splitlines()[0].endswith(f" INFO {line}")
+    assert result.failure.startswith("cannot connect to database unifieddevdb at localhost:5432 as postgres: ")
+
+
 @pytest.mark.parametrize(
     "password", [PASSWORD, CANARY + "%%(x)s %41", CANARY + "'; DROP", f" {CANARY} ", CANARY + "\\'\""], ids=ascii
 )
@@ -48,7 +56,7 @@ def test_the_parts_have_defaults(offline_project: Project) -> None:
 def test_any_password_is_accepted(project: Project, database: Database, password: str, form: str) -> None:
     quoted = password.replace("'", "''")
     database.execute(f"ALTER ROLE {database.role} PASSWORD '{quoted}'")
-    variables = parts(database) | {"DB_PASSWORD": password}
+    variables = parts(database.url) | {"DB_PASSWORD": password}
     if form == "DATABASE_URL":
         variables = {"DATABASE_URL": dsn(database.url.set(password=password))}
     result = project.alembic("current", **variables)

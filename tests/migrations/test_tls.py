@@ -84,7 +84,7 @@ def test_a_server_with_the_right_certificate_is_trusted(
     if form == "query":
         variables = {"DATABASE_URL": dsn(url.update_query_dict(query))}
     else:
-        variables = parts(database) | {"DB_HOST": "localhost", "DB_PORT": str(tls.port)}
+        variables = parts(database.url) | {"DB_HOST": "localhost", "DB_PORT": str(tls.port)}
         variables |= {f"PG{name.upper()}": value for name, value in query.items()}
     result = project.alembic("upgrade", "head", **variables)
     assert (result.returncode, database.at, tls.encrypted > 0) == (0, ["001"], True), result

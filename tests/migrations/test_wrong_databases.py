@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.support.database import Database
+from tests.support.database import Database, parts
 from tests.support.messages import FIX
 from tests.support.project import Project
 from tests.support.revisions import AUDIT, audited
@@ -62,7 +62,7 @@ def test_another_projects_version_table_is_refused_and_another_name_avoids_it(
 )
 def test_a_read_only_server_is_named(project: Project, database: Database) -> None:
     database.execute(f"ALTER ROLE {database.role} SET default_transaction_read_only = on")
-    result = project.alembic("upgrade", "head")
+    result = project.alembic("upgrade", "head", **parts(database.url))
     assert (result.returncode, result.failure) == (
         255,
         "cannot execute CREATE TABLE in a read-only transaction (the server is read-only (a standby, or"

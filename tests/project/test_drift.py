@@ -411,7 +411,7 @@ def test_a_database_and_a_role_with_unusual_names(project: Project, database: Da
         other.execute(
             f"ALTER ROLE {quoted_role} SET search_path = public, pg_catalog; GRANT ALL ON SCHEMA public TO PUBLIC"
         )
-        settings = parts(database) | {"DB_NAME": name, "DB_USER": role, "DB_PASSWORD": "unused"}
+        settings = parts(database.url) | {"DB_NAME": name, "DB_USER": role, "DB_PASSWORD": "unused"}
         upgrade(project, f"GRANT SELECT ON hcm_report_metadata TO {database.role}", **settings)
         assert found(drift(project, **settings), other) == [
             "added    function public.current_setting(pg_catalog.text)",
@@ -470,7 +470,7 @@ def test_the_database_comes_from_the_runners_settings(project: Project, database
     upgrade(project)
     if kind == ".env":
         (project.folder / ".env").write_text(env_file(database))
-    same(drift(project, **(parts(database) if kind == "DB_*" else {"DATABASE_URL": None})), database)
+    same(drift(project, **(parts(database.url) if kind == "DB_*" else {"DATABASE_URL": None})), database)
 
 
 def test_a_role_that_may_only_read_is_enough(project: Project, database: Database) -> None:

@@ -86,16 +86,15 @@ class Database:
         return [row for (row,) in self.execute(query, "client backend")]
 
 
-def parts(database: Database) -> dict[str, str | None]:
-    """The test's database as DB_* variables."""
-    url = database.url
+def parts(url: URL) -> dict[str, str | None]:
+    """A URL as DB_* variables."""
     return {
         "DATABASE_URL": None,
         "DB_HOST": url.host,
         "DB_PORT": str(url.port or 5432),
         "DB_NAME": url.database,
         "DB_USER": url.username,
-        "DB_PASSWORD": PASSWORD,
+        "DB_PASSWORD": url.password or "",
     }
 
 
