@@ -141,11 +141,15 @@ def _add_images(folder: Path, wheels: Path, provider: Provider, version: str) ->
         options += ["--provenance=false", "--progress=plain", "--network=none", f"--tag={own}"]
         docker("build", *options, ROOT, what=f"building {own}", expected="15 s")
     lines = []
+    # Since Docker 28: containerd's image store may have several platforms of an image.
+    selects_platform = tuple(map(int, docker("version", "--format={{.Client.APIVersion}}").split("."))) >= (1, 48)
     for name, image in (("git-sync", provider.images["git_sync"]), (NAME, own)):
         file = folder / f"{name}.tar"
-        docker("save", "--output", file, image, what=f"saving {image}", expected="10 s")
-        inspected = docker("image", "inspect", '--format={{.Os}}/{{.Architecture}} {{join .RepoDigests " "}}', image)
-        lines.append(f"{folder.name}/{file.name}: {image}, manifest {_manifest(file)}, {inspected}".rstrip())
+        platform = docker("image", "inspect", "--format={{.Os}}/{{.Architecture}}", image)
+        options = [f"--platform={platform}"] if selects_platform else []
+        docker("save", *options, "--output", file, image, what=f"saving {image}", expected="10 s")
+        digests = docker("image", "inspect", '--format={{join .RepoDigests " "}}', image)
+        lines.append(f"{folder.name}/{file.name}: {image}, manifest {_manifest(file)}, {platform} {digests}".rstrip())
     return lines
 
 
