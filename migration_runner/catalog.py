@@ -111,7 +111,8 @@ TABLES = (
             WHEN code.what IS NOT NULL THEN concat('runs the ', code.what, ', which is owned by ', code.owner)
         END AS problem,
         CASE WHEN c.relowner NOT IN (SELECT oid FROM trusted)
-            THEN concat('is owned by ', c.relowner::regrole) END AS owner_problem,
+            THEN concat('is owned by ', c.relowner::regrole, ': connect as that role, or grant it to this one')
+            END AS owner_problem,
         (SELECT jsonb_object_agg(attname, format_type(atttypid, atttypmod)) FROM pg_attribute
          WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped) AS columns
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace

@@ -43,7 +43,7 @@ WORK_BEFORE_ERROR = re.compile("40|55P03")
 
 CREATED = "created manually, or by a run that was killed before the revision was stamped: see docs/troubleshooting.md"
 HINTS = {
-    "25006": "the server is read-only (a standby, or default_transaction_read_only): set DB_HOST to the primary",
+    "25006": "on a standby, set DB_HOST to the primary; otherwise, reset default_transaction_read_only",
     "25P02": "an earlier statement failed and the revision caught its error; use op.get_bind().begin_nested()",
     "42501": "grant what is missing, see 'Minimum privileges' in docs/operations.md",
     "42P07": CREATED,
@@ -112,6 +112,7 @@ PERMANENT_CONNECT_ERRORS = {
     "does not exist": "create it, or change DB_NAME or DB_USER",
     "no such database": "add it to the pooler, or change DB_NAME",
     "no such user": "add it to the pooler, or change DB_USER",
+    "not currently accepting connections": "allow them with ALTER DATABASE",
     "permission denied": "grant CONNECT on the database to the role",
     "no encryption": "set PGSSLMODE=require, or allow it in pg_hba.conf",
     "pg_hba.conf": "allow this client, role and database in pg_hba.conf",

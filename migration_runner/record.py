@@ -71,6 +71,7 @@ NEWEST_FIRST = "applied_at DESC, id DESC"
 class Entry:
     """What is shown and compared of a row."""
 
+    id: int
     revision: str  # of a stamp to nothing, `base`
     direction: str
     applied_by: str
@@ -231,7 +232,7 @@ class Record:
         then = entry.file or "another file"
         now = f", and now {file.name} claims it" if file.name != entry.file else ", which now does something else"
         literal = self.writer.literal
-        accept = f"UPDATE {self.table} SET checksum = {literal(file.checksum)} WHERE revision = {literal(name)}"
+        accept = f"UPDATE {self.table} SET checksum = {literal(file.checksum)} WHERE id = {entry.id}"
         return printable(
             f"revision {name} was changed after it was applied: on {entry.at}{commit} it was {then}{now};"
             f" if two files had one number, renumber the one that is not recorded here; if it was edited on purpose,"

@@ -227,7 +227,7 @@ class Attempt:
         writes = command.needs is Needs.WRITE
         if writes:
             acquire_lock(session, self.runner.budget)
-        self._warn_of_untrusted_creators()
+            self._warn_of_untrusted_creators()
         version_table = session.settings.version_table
         history = record.table_name(version_table)
         tables = catalog.tables(session.raw, session.schema, version_table, history, writes=writes)
@@ -236,8 +236,8 @@ class Attempt:
         if table and problem:
             raise CommandError(
                 printable(
-                    f"the version table {table.name} {problem}; fix that, or set ALEMBIC_VERSION_TABLE or"
-                    " DB_SCHEMA; see docs/troubleshooting.md"
+                    f"the version table {table.name} {problem}; if it is another project's, set ALEMBIC_VERSION_TABLE"
+                    " or DB_SCHEMA; see docs/troubleshooting.md"
                 )
             )
         self.record = record.Record(session.raw, command.script, session.settings.origin, tables.get(history))

@@ -209,8 +209,8 @@ def _choose_schema(session: Session) -> None:
     found = catalog.resolve_search_path(session, session.search_path, session.settings.version_table)
     if found.current_schema is None:
         raise CommandError(
-            f"the role {printable(found.role)} has no USAGE privilege on any schema in its search_path"
-            f" ({printable(session.search_path)}); grant USAGE on one, set DB_SCHEMA, or fix the role's search_path"
+            f"the role {printable(found.role)} can use no schema in its search_path ({printable(session.search_path)});"
+            " create one or grant USAGE on one, set DB_SCHEMA, or fix the role's search_path"
         )
     if not wanted and found.current_schema == found.role and "$user" in session.search_path and found.schema_owner:
         raise CommandError(
@@ -225,15 +225,15 @@ def _choose_schema(session: Session) -> None:
 
 
 def describe_server(session: Session) -> str:
-    """`database app at db:5432 as app, schema public, PostgreSQL 18.1`: the server that accepted the connection."""
+    """`database app at db:5432 as app, schema public, PostgreSQL 18.1, TLSv1.3`: the server that was connected to."""
     info = session.raw.info  # of several hosts in the URL, the connected one
     host = str(info.host)
     if address := info.dsn_parameters.get("hostaddr"):
         host += f" [{address}]"
     version = info.parameter_status("server_version")
-    return printable(
-        f"database {info.dbname} at {host}:{info.port} as {info.user}, schema {session.schema}, PostgreSQL {version}"
-    )
+    tls = f", {info.ssl_attribute('protocol')}" if info.ssl_in_use else ""
+    target = f"database {info.dbname} at {host}:{info.port} as {info.user}"
+    return printable(f"{target}, schema {session.schema}, PostgreSQL {version}{tls}")
 
 
 def acquire_lock(session: Session, budget: RetryBudget) -> None:

@@ -80,7 +80,7 @@ def load(env_file: Path | None = None) -> Settings:
         # Python decodes bytes that are not UTF-8 to these characters.
         if _is_ours(name) and re.search("[\udc80-\udcff]", value):
             raise CommandError(f"{name} is not UTF-8; set it as UTF-8, {SEE_ENV_EXAMPLE}")
-    given = bool(os.environ.get("DATABASE_URL"))
+    given = "DATABASE_URL" in os.environ
     return Settings(
         url=_url_from_database_url() if given else _url_from_parts(),
         hides_user=given,
@@ -125,6 +125,8 @@ def _url_from_database_url() -> URL:
         f" {SEE_ENV_EXAMPLE}"
     )
     value = os.environ["DATABASE_URL"]
+    if not value:
+        raise CommandError(f"DATABASE_URL is ''; set it, or unset it for the DB_* variables, {SEE_ENV_EXAMPLE}")
     if value.startswith("jdbc:"):
         raise CommandError(f"DATABASE_URL is a JDBC URL; {write}")
     try:

@@ -132,8 +132,8 @@ def test_a_server_without_a_free_connection_is_waited_for_until_one_is_free(offl
 @pytest.mark.fault(
     "Database",
     fault="The host is a read-only standby",
-    sees="`cannot execute ... in a read-only transaction (the server is read-only (a standby, or"
-    " default_transaction_read_only): set DB_HOST to the primary)`, exit 255; otherwise `nothing to do`, exit 0",
+    sees="`cannot execute ... in a read-only transaction (on a standby, set DB_HOST to the primary;"
+    " ...)`, exit 255; otherwise `nothing to do`, exit 0",
     state="Nothing was changed",
     do="Set the host to the primary's address",
 )
@@ -154,7 +154,7 @@ def test_a_standby_is_reported_and_a_run_with_nothing_to_do_passes_there(
     assert (result.returncode, result.failure) == (
         255,
         f"revision 002 ({path.name}) failed: cannot execute CREATE TABLE in a read-only transaction"
-        " (the server is read-only (a standby, or default_transaction_read_only): set DB_HOST to the primary),"
+        " (on a standby, set DB_HOST to the primary; otherwise, reset default_transaction_read_only),"
         f" at {path.name}, line 7; rolled back; the database is at revision 001; fix it, then retry",
     )
 

@@ -228,16 +228,16 @@ REFUSED = (
     "revision 002 was changed after it was applied: on YYYY-MM-DD HH:MM:SS UTC{commit} it was {file}{now}; if two files"
     " had one number, renumber the one that is not recorded here; if it was edited on purpose, write a new revision"
     " instead or, if the database has that change, UPDATE public.alembic_version_history SET checksum = '1:{checksum}'"
-    " WHERE revision = '002'; see 'The record of what was applied' in docs/operations.md"
+    " WHERE id = {id}; see 'The record of what was applied' in docs/operations.md"
 )
 
 
 def refusal(result: Result, file: str, now: str, commit: str = "") -> str:
     """Assert that the run was refused; the statement that accepts the change."""
-    found = re.search(r"UPDATE .*? WHERE revision = '002'", result.failure)
+    found = re.search(r"UPDATE .*? WHERE id = (\d+)", result.failure)
     assert found and result.returncode == 255, result
     digest = found[0].split("'")[1].removeprefix("1:")
-    assert result.failure == REFUSED.format(file=file, now=now, commit=commit, checksum=digest)
+    assert result.failure == REFUSED.format(file=file, now=now, commit=commit, checksum=digest, id=found[1])
     return found[0]
 
 

@@ -4,13 +4,14 @@ import os
 import re
 import shutil
 
+from tests.support.canary import PASSWORD
 from tests.support.database import Database, env_file
 from tests.support.documents import block
 from tests.support.programs import Result, run
 from tests.support.project import Project, head
 from tests.support.revisions import edit
 from tools.paths import BIN, ROOT
-from tools.postgres import dsn, execute
+from tools.postgres import dsn, execute, programs
 
 
 def _statements(text: str, database: Database) -> list[str]:
@@ -42,10 +43,13 @@ def test_the_minimum_privileges_are_sufficient_for_migrations_and_application(
         )
         sequence = "hcm_report_metadata_id_seq"
         assert database.execute(privileges, application, "SELECT, INSERT", application, sequence) == [(True, True)]
-        database.execute(*_statements(block("FROM hcm_app"), database))
+        for statement in _statements(block("FROM hcm_app"), database):
+            database.execute(statement)
         for table in ("alembic_version", "alembic_version_history"):
-            may = "SELECT has_table_privilege(%s, %s, 'INSERT, UPDATE, DELETE')"
+            may = "SELECT has_table_privilege(%s, %s, 'SELECT, INSERT, UPDATE, DELETE')"
             assert not database.scalar(may, application, table)
+        sequence = "alembic_version_history_id_seq"
+        assert not database.scalar("SELECT has_sequence_privilege(%s, %s, 'USAGE')", application, sequence)
         assert project.alembic("downgrade", "base", DATABASE_URL=dsn(url)).returncode == 0
     finally:
         for role in (migrations, application):
@@ -89,7 +93,14 @@ def test_the_sql_plan_can_be_applied_with_psql(project: Project, database: Datab
     project.add("002", 'op.execute("CREATE TABLE planned ()")')
     _shell(project, block("> plan.sql").splitlines()[0])
     assert database.at == ["001"]
-    assert database.psql((project.folder / "plan.sql").read_text()).returncode == 0
+    url = database.url
+    names = {"<host>": str(url.host), "unifieddevdb": database.name, "hcm_migrations": database.role}
+    command = block("psql --no-psqlrc")
+    for name, replacement in names.items():
+        command = command.replace(name, replacement)
+    login = {"PGPORT": str(url.port or 5432), "PGPASSWORD": PASSWORD}
+    environment = {"PATH": f"{programs()}:{os.environ['PATH']}", **login}
+    run(["sh", "-ec", command], cwd=project.folder, env=environment, check=True)
     assert (database.at, "planned" in database.relations) == (["002"], True)
 
 

@@ -215,11 +215,11 @@ def test_a_role_that_may_not_create_it_migrates_without(project: Project, databa
 OTHERS = {
     "a table of another role": (
         "CREATE TABLE alembic_version_history (x int); ALTER TABLE alembic_version_history OWNER TO {other}",
-        "is owned by {other}",
+        "is owned by {other}: connect as that role, or grant it to this one",
     ),
     "a record of another role": (
         record.create_sql("alembic_version_history") + "; ALTER TABLE alembic_version_history OWNER TO {other}",
-        "is owned by {other}",
+        "is owned by {other}: connect as that role, or grant it to this one",
     ),
     "another table": ("CREATE TABLE alembic_version_history (id int)", "is another table: its columns differ"),
     "a record with row-level security": (
@@ -559,5 +559,5 @@ def test_a_no_op_reads_it_with_one_query(own_server: Postgres, offline_project: 
 
 def test_the_time_is_shown_in_utc() -> None:
     at = datetime(2026, 1, 2, 3, 4, 5, 999999, timezone(timedelta(hours=5.5)))
-    entry = record.Entry("002", "upgrade", "run", at, None, "app", *[None] * 7)
+    entry = record.Entry(1, "002", "upgrade", "run", at, None, "app", *[None] * 7)
     assert entry.summary == "2026-01-01 21:34:05 UTC: upgrade 002 by app"

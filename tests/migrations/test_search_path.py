@@ -26,7 +26,7 @@ def test_a_schema_that_the_role_may_not_use_is_refused(project: Project, databas
     result = project.alembic("upgrade", "head", DB_SCHEMA="reports")
     assert (result.returncode, result.failure) == (
         255,
-        f"the role {database.role} has no USAGE privilege on any schema in its search_path (reports); grant USAGE on"
+        f"the role {database.role} can use no schema in its search_path (reports); create one or grant USAGE on"
         " one, set DB_SCHEMA, or fix the role's search_path",
     )
 
@@ -34,7 +34,7 @@ def test_a_schema_that_the_role_may_not_use_is_refused(project: Project, databas
 @pytest.mark.fault(
     "Database",
     fault="The role may use no schema in its search_path",
-    sees="`the role ... has no USAGE privilege on any schema in its search_path (nothing); grant USAGE on one, set"
+    sees="`the role ... can use no schema in its search_path (nothing); create one or grant USAGE on one, set"
     " DB_SCHEMA, or fix the role's search_path`, exit 255",
     state="Nothing was changed",
     do="Follow the message",
@@ -44,7 +44,7 @@ def test_a_role_without_a_usable_schema_is_refused(project: Project, database: D
     result = project.alembic("upgrade", "head")
     assert (result.returncode, result.failure) == (
         255,
-        f"the role {database.role} has no USAGE privilege on any schema in its search_path (nothing); grant USAGE on"
+        f"the role {database.role} can use no schema in its search_path (nothing); create one or grant USAGE on"
         " one, set DB_SCHEMA, or fix the role's search_path",
     )
 

@@ -161,6 +161,7 @@ def test_an_invalid_database_url_is_one_clear_line(offline_project: Project, url
             {"DB_PORT": "tcp://10.0.0.1:5432"},
             "DB_PORT is 'tcp://10.0.0.1:5432'; set a number from 1 to 65535, see .env.example",
         ),
+        ({"DATABASE_URL": ""}, "DATABASE_URL is ''; set it, or unset it for the DB_* variables, see .env.example"),
         ({"DB_HOST": ""}, "DB_HOST is ''; set it, or unset it for the default 'localhost', see .env.example"),
         (
             {"DB_HOST": "db\n"},

@@ -1,5 +1,6 @@
 """TLS to the database. The embedded server has none, so a proxy terminates it, as a cloud provider's does."""
 
+import re
 import shutil
 import socket
 import ssl
@@ -88,6 +89,7 @@ def test_a_server_with_the_right_certificate_is_trusted(
         variables |= {f"PG{name.upper()}": value for name, value in query.items()}
     result = project.alembic("upgrade", "head", **variables)
     assert (result.returncode, database.at, tls.encrypted > 0) == (0, ["001"], True), result
+    assert re.search(r", PostgreSQL \S+.*, TLSv1\.3$", result.lines[0])
 
 
 @pytest.mark.fault(

@@ -55,18 +55,18 @@ def test_another_projects_version_table_is_refused_and_another_name_avoids_it(
 @pytest.mark.fault(
     "Database",
     fault="`default_transaction_read_only` is on",
-    sees="`cannot execute CREATE TABLE in a read-only transaction (the server is read-only (...): set"
-    " DB_HOST to the primary)`, exit 255",
+    sees="`cannot execute CREATE TABLE in a read-only transaction (...; otherwise, reset"
+    " default_transaction_read_only)`, exit 255",
     state="Nothing was changed",
-    do="Set the host to the primary's address, or fix the role",
+    do="`ALTER ROLE ... RESET default_transaction_read_only`, or the same with `ALTER DATABASE`",
 )
 def test_a_read_only_server_is_named(project: Project, database: Database) -> None:
     database.execute(f"ALTER ROLE {database.role} SET default_transaction_read_only = on")
     result = project.alembic("upgrade", "head", **parts(database.url))
     assert (result.returncode, result.failure) == (
         255,
-        "cannot execute CREATE TABLE in a read-only transaction (the server is read-only (a standby, or"
-        " default_transaction_read_only): set DB_HOST to the primary); the database is at revision base; " + FIX,
+        "cannot execute CREATE TABLE in a read-only transaction (on a standby, set DB_HOST to the primary;"
+        " otherwise, reset default_transaction_read_only); the database is at revision base; " + FIX,
     )
     assert project.alembic("current").returncode == 0
 
@@ -110,7 +110,8 @@ def test_a_missing_create_privilege_is_named(project: Project, database: Databas
     " exists (created manually, ...: see docs/troubleshooting.md)`, exit 255",
     state="Nothing was changed",
     do="Compare it with the revision. If they are the same, `alembic stamp <revision>` (in a cluster:"
-    ' `args: [stamp, "<revision>"]` for one upgrade), which marks all revisions before as applied, too. Deploy again',
+    ' `args: [stamp, "<revision>"]` for one upgrade), which marks all revisions before as applied, too; then'
+    " `make drift` shows what differs, and a stamp of the revision before undoes it. Deploy again",
 )
 def test_a_table_that_was_created_manually_is_named_and_can_be_stamped(project: Project, database: Database) -> None:
     database.execute(f"CREATE TABLE hcm_report_metadata (); ALTER TABLE hcm_report_metadata OWNER TO {database.role}")

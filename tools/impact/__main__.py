@@ -38,7 +38,7 @@ from tools.steps import interrupt_on_signals, log
 from tools.target import Target, printable
 
 # The run sets these limits itself.
-LINT_EXCLUDED = ("require-lock-timeout", "require-statement-timeout")
+LINT_EXCLUDED = ("require-lock-timeout", "require-statement-timeout", "prefer-robust-stmts")
 
 
 def select(script: ScriptDirectory, applied: list[str] | None) -> list[Script]:
