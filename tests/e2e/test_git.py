@@ -166,7 +166,7 @@ def test_the_ids_that_openshift_assigns_give_the_same_access(
 
 @pytest.mark.fault(
     "Code and settings",
-    fault="A wrong token for the repository, or a CA that did not sign its server's certificate",
+    fault="A missing or wrong token for the repository, or a CA that did not sign its server's certificate",
     sees="`FAILED: no checkout of ... from ...: <git's message>`",
     state="The database is not contacted",
     do="Fix the Secret or `git.ca`, deploy again",
@@ -174,7 +174,7 @@ def test_the_ids_that_openshift_assigns_give_the_same_access(
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
-        ("token", "Authentication failed for 'https://server.hcm-fixtures/git/"),
+        ("token", "Authentication failed for 'https://server.hcm-fixtures/git/.*'; for a private repository, set "),
         ("CA", "server certificate verification failed|server verification failed: certificate signer not trusted"),
     ],
 )

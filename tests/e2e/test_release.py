@@ -43,7 +43,7 @@ METADATA = yaml.safe_load((CHART / "Chart.yaml").read_text())
 VERSION = METADATA["version"]
 TAG = f"{NAME}-{VERSION}"
 _DOCUMENTED = re.fullmatch(
-    r"(VERSION=.*\)\n)(cosign verify .*\n)(helm upgrade .*\n)", block("--certificate-oidc-issuer="), re.S
+    r"(VERSION=.*\"\)\n)(DIGEST=.*\n)(helm upgrade .*\n)", block("--certificate-oidc-issuer="), re.S
 )
 assert _DOCUMENTED
 VARIABLES, VERIFY, INSTALL = _DOCUMENTED.groups()
@@ -308,18 +308,20 @@ def test_a_tag_publishes_what_the_documents_say(
     database: Database,
 ) -> None:
     registry = environment["REGISTRY"].lower()
-    verify = VERIFY + block("cosign verify-attestation --type=cyclonedx")
+    verify = f"{VERIFY}echo ${{DIGEST:?not verified}}\n" + block("cosign verify-attestation --type=cyclonedx")
     published = release_the_tag(clone, environment)
     digests = dict(re.findall(rf"(\S+):{re.escape(VERSION)}@(sha256:[0-9a-f]{{64}})\n", published))
     assert set(digests) == {f"{registry}/charts/{NAME}", f"{registry}/{NAME}"}
 
     verified = documented(verify, tmp_path, environment)
     assert verified.returncode == 0, verified.text
-    assert all(f'"docker-manifest-digest":"{digest}"' in verified.stdout for digest in digests.values())
+    chart, image = digests[f"{registry}/charts/{NAME}"], digests[f"{registry}/{NAME}"]
+    assert verified.stdout.splitlines()[0] == chart
+    assert f'"docker-manifest-digest":"{image}"' in verified.stdout
     commit_id = git(clone, "rev-parse", f"{TAG}^{{commit}}")
-    for name, image in (("chart", f"{registry}/charts/{NAME}"), ("image", f"{registry}/{NAME}")):
+    for name, subject in (("chart", f"{registry}/charts/{NAME}"), ("image", f"{registry}/{NAME}")):
         (statement,) = predicates(tmp_path / f"{name}-provenance.json")
-        assert statement["subject"] == [{"name": image, "digest": {"sha256": digests[image].partition(":")[2]}}]
+        assert statement["subject"] == [{"name": subject, "digest": {"sha256": digests[subject].partition(":")[2]}}]
         assert statement["predicateType"] == "https://slsa.dev/provenance/v1"
         (source,) = statement["predicate"]["buildDefinition"]["resolvedDependencies"]
         assert source == {
@@ -328,18 +330,17 @@ def test_a_tag_publishes_what_the_documents_say(
         }
     (sbom,) = predicates(tmp_path / "image-sbom.json")
     component = sbom["predicate"]["metadata"]["component"]
-    assert (component["name"], component["version"]) == (NAME, digests[f"{registry}/{NAME}"])
+    assert (component["name"], component["version"]) == (NAME, image)
     packages = {each["purl"].partition("?")[0] for each in sbom["predicate"]["components"]}
     pins = re.findall(r"^(alembic|sqlalchemy|psycopg2-binary)==(\S+)", (ROOT / "requirements.txt").read_text(), re.M)
     assert {f"pkg:pypi/{name}@{version}" for name, version in pins} <= packages
     assert any(purl.startswith("pkg:deb/debian/libc6@") for purl in packages)
 
     pulled = documented(block("helm pull "), tmp_path, environment)
-    assert f"Digest: {digests[f'{registry}/charts/{NAME}']}" in pulled.text
+    assert f"Digest: {chart}" in pulled.text
     assert_the_package_is_complete(tmp_path, registry, helm4)
-    digest = digests[f"{registry}/charts/{NAME}"]
-    assert_it_installs(releases(namespaces(), 3), registry.replace(registry.partition("/")[0], plain_registry), digest)
-    assert_it_installs(releases(namespaces(), 4), registry, digest, f"--ca-file={certificate}")
+    assert_it_installs(releases(namespaces(), 3), registry.replace(registry.partition("/")[0], plain_registry), chart)
+    assert_it_installs(releases(namespaces(), 4), registry, chart, f"--ca-file={certificate}")
     assert (database.at, database.relations) == (["001"], TABLE)
     assert_nothing_is_replaced(clone, environment)
     assert_what_another_signed_is_rejected(clone, tmp_path, environment, verify)
@@ -356,15 +357,18 @@ def assert_the_package_is_complete(folder: Path, registry: str, helm4: Helm) -> 
     assert (annotations["containsSecurityUpdates"], annotations["prerelease"]) == ("true", "false")
     image = f"{registry}/{NAME}:{VERSION}"
     assert image in [each["image"] for each in yaml.safe_load(annotations["images"])]
-    values = yaml.safe_load(block("repository: ghcr.io/egovernments/hcm-db-migrations"))[NAME]
-    values["image"] = {"repository": image.rpartition(":")[0], "tag": VERSION}
-    objects = helm4.objects({**MINIMAL, **values}, chart=package)
-    assert migrate(objects)["image"] == image
+    text = block("repository: ghcr.io/egovernments/hcm-db-migrations")
+    replaced = {"ghcr.io/egovernments": registry, "<version>": VERSION, "<gitCommit>": "c" * 40, "<digest>": "d" * 64}
+    for placeholder, replacement in replaced.items():
+        text = text.replace(placeholder, replacement)
+    values = yaml.safe_load(text)[NAME]
+    objects = helm4.objects(values | {"git": MINIMAL["git"] | values["git"]}, chart=package)
+    assert migrate(objects)["image"] == f"{image}@sha256:{'d' * 64}"
 
 
 def assert_it_installs(release: Release, registry: str, digest: str, *options: str) -> None:
     """By the documented command."""
-    command = INSTALL.strip().replace("$REGISTRY", registry).replace("$VERSION", VERSION)
+    command = INSTALL.strip().replace("$REGISTRY", registry).replace("${DIGEST:?not verified}", digest)
     installed = release.documented(" ".join([command, *options]))
     assert installed.returncode == 0, installed.text
     assert f"Digest: {digest}\n" in installed.text
@@ -391,6 +395,7 @@ def assert_what_another_signed_is_rejected(clone: Path, folder: Path, environmen
     wrong = documented(verify, folder, environment, key="other")
     assert wrong.returncode != 0, wrong.text
     assert "failed to verify signature" in wrong.text
+    assert "DIGEST: not verified" in wrong.text
     # Whoever can write to the registry replaces the chart.
     tampered = folder / "tampered"
     shutil.copytree(clone / "charts" / NAME, tampered)

@@ -199,7 +199,8 @@ def test_a_servers_message_is_one_readable_line_in_any_encoding(
 def test_a_private_repository_without_a_token_ends_in_one_line(pod: Pod, forbidding: Callable) -> None:
     repo = forbidding(b"", b"ci:token")
     refused = f"fatal: Authentication failed for '{repo}/'"
-    assert pod.run(repo) == Result(1, f'FAILED: no checkout of "main" from "{repo}": {refused} {GIT}\n')
+    fix = 'for a private repository, set "git.httpsSecretName" to a Secret with a valid token'
+    assert pod.run(repo) == Result(1, f'FAILED: no checkout of "main" from "{repo}": {refused}; {fix} {GIT}\n')
 
 
 def test_a_password_that_is_not_utf_8_reaches_the_server_and_leaves_nothing_for_the_migrate_container(

@@ -219,6 +219,8 @@ if [ ! -d git/code ]; then
     reason="$reason; the server does not support partial clones: set \"git.filter\" to \"\"" ;;
   *'unadvertised object'*)
     reason="$reason; the server serves no commit by its SHA: set \"git.branch\" to a branch or tag" ;;
+  *'Authentication failed'* | *'could not read Username'*)
+    reason="$reason; for a private repository, set \"git.httpsSecretName\" to a Secret with a valid token" ;;
   *'context deadline exceeded'*)
     reason="$reason; if the network is slow, raise \"job.activeDeadlineSeconds\"" ;;
   esac
