@@ -298,6 +298,17 @@ def test_what_cannot_be_traced_is_one_line(clone: Project, environment: dict[str
     assert result.stderr.count("\n") == 1
 
 
+def test_two_heads_are_refused_as_by_a_run(clone: Project) -> None:
+    for name in ("002", "003"):
+        clone.add(name, "pass", down="001")
+    result = impact(clone)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.endswith(
+        "FAILED: there are 2 heads (002, 003), and a run refuses that: set the 'down_revision' of one to the other, see"
+        " docs/troubleshooting.md\n"
+    )
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_trace_leaves_nothing_behind(
     clone: Project, server_folder: Path, number: signal.Signals

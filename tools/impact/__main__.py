@@ -51,6 +51,11 @@ def select(script: ScriptDirectory, applied: list[str] | None) -> list[Script]:
             return list(reversed(list(script.iterate_revisions(upper or "heads", lower or "base"))))
         except (RevisionError, CommandError) as error:
             raise RuntimeError(f"REVISIONS is '{given}': {error}; 'alembic history' lists the revisions") from None
+    if len(heads := script.get_heads()) > 1:
+        raise RuntimeError(
+            f"there are {len(heads)} heads ({', '.join(sorted(heads))}), and a run refuses that: set the"
+            " 'down_revision' of one to the other, see docs/troubleshooting.md"
+        )
     if applied is not None:
         return list(reversed(list(script.iterate_revisions("heads", tuple(applied) or "base"))))
     base = os.environ.get("BASE") or _git("rev-parse", "--abbrev-ref", "origin/HEAD") or "origin/main"
