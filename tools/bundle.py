@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from tools.checkout import git
+from tools.checkout import git, location
 from tools.cluster import NAME, PUBLIC_IMAGES, ClusterKind, Provider, select_engine
 from tools.fixtures import python_version, wheels_for
 from tools.offline_cluster import engine, images
@@ -42,6 +42,7 @@ def create() -> Path:
     Raises UnavailableError if the checkout or the machine cannot provide the content, RuntimeError if a step fails,
     and OSError if the archive cannot be written; then there is no archive, or an earlier one.
     """
+    _, path = location()
     _check_checkout()
     version: str = yaml.safe_load((CHART / "Chart.yaml").read_text())["version"]
     DIST.mkdir(exist_ok=True)
@@ -53,9 +54,7 @@ def create() -> Path:
         run([BIN / "helm", "package", CHART, "--destination", content])
         branch = git("branch", "--show-current")
         git("bundle", "create", "--quiet", content / f"{NAME}.bundle", "HEAD", *([branch] if branch else []))
-        # Its links lead to the clone that it makes.
-        page = PAGE.read_text().replace("<version>", version).replace("](../", "](code/")
-        (content / "README.md").write_text(page)
+        (content / "README.md").write_text(_page(version, path))
         checksum = _add_checksums(content)
         archive = Path(folder, f"{content.name}.tar")
         _pack(content, archive)
@@ -71,10 +70,18 @@ def _check_checkout() -> None:
         raise UnavailableError(
             "this checkout is shallow, and no server accepts a push of a partial history: git fetch --unshallow"
         )
-    changed = git("status", "--porcelain", "--untracked-files=no") or git("status", "--porcelain", "--", CHART)
+    changed = git("status", "--porcelain", "--untracked-files=no", ".") or git("status", "--porcelain", "--", CHART)
     if changed:
         name = changed.splitlines()[0].split(maxsplit=1)[1]
         raise UnavailableError(f"not committed, so not in the bundle: {name}; commit it, or git stash")
+
+
+def _page(version: str, path: str) -> str:
+    """The page of the bundle: its values are for the project's folder in the repository, its links lead to the clone
+    that it makes.
+    """
+    page = PAGE.read_text().replace("<version>", version).replace('path: "."', f'path: "{path or "."}"')
+    return page.replace("](../", f"](code/{path}/" if path else "](code/")
 
 
 @contextlib.contextmanager

@@ -13,6 +13,17 @@ def git(*arguments: str | Path) -> str:
     return run(["git", "-C", ROOT, *arguments]).strip()
 
 
+def location() -> tuple[Path, str]:
+    """The top level of this checkout's repository and the project's folder in it, such as utilities/hcm-db-migrations;
+    "" if it is the top level. Raises UnavailableError if the project is in no commit.
+    """
+    commit(ROOT)
+    top = git("rev-parse", "--show-toplevel")
+    if not git("ls-tree", "HEAD"):
+        raise UnavailableError(f"{ROOT} is not in the last commit of {top}: git add and commit it")
+    return Path(top), git("rev-parse", "--show-prefix").rstrip("/")
+
+
 def commit(repository: Path, revision: str = "HEAD") -> str:
     """The commit of a revision. Raises UnavailableError, with git's reason, for a folder that has none."""
     try:

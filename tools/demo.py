@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tools import checkout
-from tools.paths import CHART, ROOT
+from tools.paths import CHART
 from tools.postgres import Postgres
 from tools.steps import run
 
@@ -49,6 +49,7 @@ class Demo:
         self.folder, self.server = folder, server
         self.code = folder / "git" / "code"
         self.checkout = folder / "checkout"
+        self.repository, self.path = checkout.location()
         url = server.url
         others = {
             name: value for name, value in os.environ.items() if not name.startswith(("DATABASE_URL", "DB_", "PG"))
@@ -66,7 +67,7 @@ class Demo:
                 # The chart's other variables for the script.
                 "NAMESPACE": "health",
                 "GIT_REF": "HEAD",
-                "GIT_PATH": ".",
+                "GIT_PATH": self.path or ".",
                 "REQUIRED": "DB_HOST the demo",
                 "REQUIREMENTS": "requirements.txt",
             }
@@ -74,7 +75,7 @@ class Demo:
 
     def run(self) -> None:
         tell("Helm starts the Job. Its first container clones this repository: the last commit, without history.")
-        self.clone(ROOT)
+        self.clone(self.repository)
 
         tell("The second container installs the pinned requirements, checks their hashes, and migrates the database.")
         self.migrate("upgrade", "head")
@@ -88,14 +89,15 @@ class Demo:
         self.migrate("upgrade", "head")
 
         tell("You need another column. In your checkout, a new revision gets the next number:")
-        self.stream(["git", "clone", "--quiet", "--depth=1", f"file://{ROOT}", self.checkout])
-        self.alembic("revision", "-m", "add_demo_column", cwd=self.checkout)
-        file = next(self.checkout.glob("migrations/versions/*_add_demo_column.py"))
+        self.stream(["git", "clone", "--quiet", "--depth=1", f"file://{self.repository}", self.checkout])
+        project = self.checkout / self.path
+        self.alembic("revision", "-m", "add_demo_column", cwd=project)
+        file = next(project.glob("migrations/versions/*_add_demo_column.py"))
         file.write_text(
             file.read_text().replace("    pass", f"    {UPGRADE}", 1).replace("    pass", f"    {DOWNGRADE}", 1)
         )
         tell(f"You write one line in it, {UPGRADE}, commit, push and deploy:")
-        self.stream(["git", "add", "migrations"], cwd=self.checkout)
+        self.stream(["git", "add", "migrations"], cwd=project)
         self.stream(["git", "commit", "--quiet", "--message=add a column"], cwd=self.checkout)
         self.clone(self.checkout)
         self.migrate("upgrade", "head")
@@ -122,7 +124,7 @@ class Demo:
 
     def alembic(self, *arguments: str, cwd: Path | None = None) -> None:
         show_command("alembic", *arguments)
-        self.stream(["alembic", *arguments], cwd=cwd or self.code)
+        self.stream(["alembic", *arguments], cwd=cwd or self.code / self.path)
 
     def psql(self, command: str) -> None:
         show_command("psql", "--command", command)

@@ -10,8 +10,10 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.support.git import git
+from tests.support.documents import blocks
+from tests.support.git import clone_checkout, git, nested_checkout
 from tests.support.programs import run
 from tools import bundle, cluster
 from tools.cluster import ClusterKind, Provider
@@ -40,13 +42,29 @@ CHANGED = "not committed, so not in the bundle: {}; commit it, or git stash"
 def test_a_checkout_that_is_not_what_would_be_deployed_is_refused(
     tmp_path: Path, options: list[str], changed: str, line: str
 ) -> None:
-    git(ROOT, "clone", "--quiet", *options, f"file://{ROOT}", tmp_path / "clone")
+    clone = clone_checkout(tmp_path / "clone", *options)
     if changed:
-        with (tmp_path / "clone" / changed).open("a") as file:
+        with (clone / changed).open("a") as file:
             file.write("# changed\n")
-    result = run([sys.executable, "-m", "tools.bundle"], cwd=tmp_path / "clone", env=os.environ)
+    result = run([sys.executable, "-m", "tools.bundle"], cwd=clone, env=os.environ)
     assert (result.returncode, result.text) == (1, f"FAILED: {line}\n")
-    assert not (tmp_path / "clone/dist").exists()
+    assert not (clone / "dist").exists()
+
+
+def test_a_folder_of_a_repository_is_what_is_checked_and_what_the_page_deploys(tmp_path: Path) -> None:
+    project = nested_checkout(tmp_path)
+    for file in (tmp_path / "elsewhere", project / "requirements.txt"):
+        with file.open("a") as changed:
+            changed.write("# changed\n")
+        git(tmp_path, "add", "--intent-to-add", file)
+    result = run([sys.executable, "-m", "tools.bundle"], cwd=project, env=os.environ)
+    assert result.text == f"FAILED: {CHANGED.format('utilities/hcm-db-migrations/requirements.txt')}\n"
+    for path, link in (("", "code"), ("utilities/hcm-db-migrations", "code/utilities/hcm-db-migrations")):
+        page = bundle._page("1.2.3", path)
+        (values,) = [yaml.safe_load(each.text) for each in blocks(page) if 'requirements: "" #' in each.text]
+        assert values["hcm-db-migrations"]["git"]["path"] == (path or ".")
+        assert f"]({link}/charts/hcm-db-migrations/README.md" in page
+        assert "<version>" not in page
 
 
 def test_without_a_container_engine_the_line_has_the_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from tests.support import revisions
 from tests.support.documents import block
-from tests.support.git import git
+from tests.support.git import clone_checkout, git, nested_checkout
 from tests.support.programs import Program, start
 from tests.support.project import keep_first_revision
 from tools.paths import BIN, ROOT
@@ -32,10 +32,11 @@ def _demo(folder: Path, command: list[str], cwd: Path, **environment: str) -> Pr
     return start(command, cwd=cwd, env={**environment, "TMPDIR": str(folder)}, one_stream=True)
 
 
-def test_the_demo_upgrades_and_downgrades(folder: Path, tmp_path: Path) -> None:
-    """In a shallow clone, with a name that shells and locales may not expect, another revision, and without HOME."""
+@pytest.mark.parametrize("nested", [False, True], ids=["shallow clone", "folder of a repository"])
+def test_the_demo_upgrades_and_downgrades(folder: Path, tmp_path: Path, nested: bool) -> None:
+    """In a folder with a name that shells and locales may not expect, with another revision, and without HOME."""
     clone = tmp_path / "für die demo"
-    git(tmp_path, "clone", "--quiet", "--depth=1", f"file://{ROOT}", str(clone))
+    clone = nested_checkout(clone) if nested else clone_checkout(clone, "--depth=1")
     (clone / ".venv").symlink_to(BIN.parent)
     for name in ("Makefile", "requirements-dev.txt"):
         shutil.copy2(ROOT / name, clone)  # with its mtime, or .venv would be out of date

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.git import git
+from tests.support.git import clone_checkout, git, nested_checkout
 from tests.support.programs import Result, run
 from tests.support.project import copy_parts
-from tools import fixtures
+from tools import checkout, fixtures
 from tools.cluster import PUBLIC_IMAGES, Cluster, ClusterKind, Passwords, Ports
 from tools.paths import ROOT
 from tools.steps import UnavailableError
@@ -80,23 +80,24 @@ def test_an_unpacked_archive_is_named_by_what_needs_a_clone(tmp_path: Path, monk
     reason = "not a git repository (or any of the parent directories): .git"
     line = f"{tmp_path} has no commit HEAD ({reason}): this needs a clone that you own, not an unpacked archive"
     assert (demo.returncode, demo.stderr) == (1, f"\nthe demo failed: {line}\n")
-    monkeypatch.setattr(fixtures, "ROOT", tmp_path)
+    monkeypatch.setattr(checkout, "ROOT", tmp_path)
     with pytest.raises(UnavailableError) as caught:
         fixtures.push_checkout(Cluster(*CLUSTER, PASSWORDS))
     assert str(caught.value) == line
 
 
-def test_a_shallow_clone_is_pushed_to_the_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("nested", [False, True], ids=["shallow clone", "folder of a repository"])
+def test_a_checkout_is_pushed_to_the_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nested: bool) -> None:
     clone, remote = tmp_path / "clone", tmp_path / "remote"
-    git(tmp_path, "clone", "--quiet", "--depth=1", f"file://{ROOT}", str(clone))
+    clone = nested_checkout(clone) if nested else clone_checkout(clone, "--depth=1")
     git(tmp_path, "init", "--quiet", "--bare", str(remote))
     git(remote, "config", "receive.shallowUpdate", "true")  # as tools/fixtures/server.py
-    monkeypatch.setattr(fixtures, "ROOT", clone)
+    monkeypatch.setattr(checkout, "ROOT", clone)
     monkeypatch.setattr(Cluster, "git_url", str(tmp_path))
     fixtures.push_checkout(Cluster(*CLUSTER, PASSWORDS), "remote")
-    assert git(remote, "rev-parse", "main") == git(ROOT, "rev-parse", "HEAD")
-    tree = "airflow-analysis:utilities/hcm-db-migrations"
-    assert git(remote, "rev-parse", tree) == git(ROOT, "rev-parse", "HEAD^{tree}")
+    assert (git(remote, "rev-parse", "main") == git(clone, "rev-parse", "HEAD")) is not nested
+    for tree in ("main:", "airflow-analysis:utilities/hcm-db-migrations"):
+        assert git(remote, "rev-parse", tree) == git(ROOT, "rev-parse", "HEAD:./")
 
 
 def test_a_cache_that_is_not_writable_is_named_with_the_variable_for_another(tmp_path: Path) -> None:

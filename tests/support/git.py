@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support import revisions
 from tests.support.programs import run
+from tools import checkout
+from tools.paths import ROOT
 
 
 def git(folder: Path, *arguments: str | Path) -> str:
@@ -16,6 +19,28 @@ def git(folder: Path, *arguments: str | Path) -> str:
     author = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
     command = ["git", "-C", folder, *author, *arguments]
     return run(command, env=environment, verbatim=True, check=True).stdout.strip()
+
+
+def clone_checkout(folder: Path, *options: str) -> Path:
+    """Clone the repository of this checkout; return the project's folder in the clone."""
+    repository, path = checkout.location()
+    git(folder.parent, "clone", "--quiet", *options, f"file://{repository}", folder)
+    return folder / path
+
+
+def nested_checkout(folder: Path) -> Path:
+    """Make a repository whose folder utilities/hcm-db-migrations is this checkout's last commit; return that folder."""
+    project = folder / "utilities/hcm-db-migrations"
+    project.mkdir(parents=True)
+    archive = folder / ".git.tar"
+    git(ROOT, "archive", f"--output={archive}", "HEAD")
+    with tarfile.open(archive) as packed:
+        packed.extractall(project, filter="data")
+    archive.unlink()
+    git(folder, "init", "--quiet", "--initial-branch=main")
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--message=test")
+    return project
 
 
 @dataclass(frozen=True)
