@@ -3,7 +3,9 @@ SHELL := /bin/sh
 PYTHON ?= python3
 ROUNDS ?= 1000
 BIN := .venv/bin
-UV_COMPILE = $(BIN)/uv pip compile -q --universal --python-version 3.10 --generate-hashes --only-binary :all: --emit-build-options --no-emit-index-url --no-header
+# uv ignores pip's settings. (An empty variable is none to uv.)
+UV = SSL_CERT_FILE="$${SSL_CERT_FILE:-$$PIP_CERT}" UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$$PIP_INDEX_URL}" $(BIN)/uv
+UV_COMPILE = $(UV) pip compile -q --universal --python-version 3.10 --no-python-downloads --generate-hashes --only-binary :all: --emit-build-options --no-emit-index-url --no-header
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 # What Python compiles is kept: each of a run's hundreds of processes would otherwise compile its imports again.

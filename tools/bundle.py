@@ -25,6 +25,7 @@ import yaml
 from tools.checkout import git, location
 from tools.cluster import NAME, PUBLIC_IMAGES, ClusterKind, Provider, select_engine
 from tools.fixtures import python_version, wheels_for
+from tools.network import SETTINGS
 from tools.offline_cluster import engine, images
 from tools.paths import BIN, CHART, ROOT
 from tools.steps import UnavailableError, interrupt_on_signals, locked, log, run
@@ -70,8 +71,8 @@ def _check_checkout() -> None:
         raise UnavailableError(
             "this checkout is shallow, and no server accepts a push of a partial history: git fetch --unshallow"
         )
-    changed = git("status", "--porcelain", "--untracked-files=no", ".") or git("status", "--porcelain", "--", CHART)
-    if changed:
+    tracked = git("status", "--porcelain", "--untracked-files=no", "--", ROOT)
+    if changed := tracked or git("status", "--porcelain", "--", CHART):
         name = changed.splitlines()[0].split(maxsplit=1)[1]
         raise UnavailableError(f"not committed, so not in the bundle: {name}; commit it, or git stash")
 
@@ -123,8 +124,12 @@ def _wheels(version: str, machine: str) -> Path:
     try:
         return wheels_for(version, machine)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise RuntimeError(f"no wheels of requirements.txt for Python {version} on {machine}: {reason}") from error
+        # After the error and its causes, which may be wrapped, uv prints hints for its command line.
+        text = str(error).partition("\nhint: ")[0]
+        reason = " ".join(re.split(r"^(?:error|ERROR): ", text, flags=re.MULTILINE)[-1].split())
+        raise RuntimeError(
+            f"no wheels of requirements.txt for Python {version} on {machine}: {reason} ({SETTINGS})"
+        ) from error
 
 
 def _add_images(folder: Path, wheels: Path, provider: Provider, version: str) -> list[str]:

@@ -1,7 +1,10 @@
-"""Loopback ports for temporary servers, and connections to them."""
+"""Loopback ports for temporary servers, connections to them, and the settings for other connections."""
 
 import os
 import socket
+
+# Where a message about a proxy or an index refers to.
+SETTINGS = 'docs/machines.md, "Behind a proxy, or with mirrors"'
 
 
 def free_port() -> int:

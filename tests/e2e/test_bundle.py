@@ -25,6 +25,7 @@ from tests.support.packages import debian_program
 from tests.support.programs import Program, Result, run, start
 from tests.support.project import head
 from tests.support.waiting import until
+from tools.checkout import location
 from tools.cluster import NAME, Cluster
 from tools.network import free_port
 from tools.offline_cluster import engine
@@ -90,9 +91,10 @@ def _clone(site: Site) -> Path:
     """A clone of this checkout, with its changes committed."""
     clone = site.root / "clone"
     changed = git(ROOT, "stash", "create")  # a commit, without a ref; empty if nothing is changed
-    git(ROOT, "clone", "--quiet", "--shared", "--no-checkout", ROOT, clone)
+    repository, path = location()
+    git(ROOT, "clone", "--quiet", "--shared", "--no-checkout", repository, clone)
     git(clone, "checkout", "--quiet", "-B", "main", changed or git(ROOT, "rev-parse", "HEAD"))
-    return clone
+    return clone / path
 
 
 def _make_bundle(site: Site) -> str:

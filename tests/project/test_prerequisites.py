@@ -2,8 +2,12 @@
 
 import os
 import shutil
+import ssl
 import sys
 import urllib.request
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -11,9 +15,11 @@ import pytest
 from tests.support.git import clone_checkout, git, nested_checkout
 from tests.support.programs import Result, run
 from tests.support.project import copy_parts
+from tests.support.servers import serving
 from tools import checkout, fixtures
 from tools.cluster import PUBLIC_IMAGES, Cluster, ClusterKind, Passwords, Ports
-from tools.paths import ROOT
+from tools.network import SETTINGS
+from tools.paths import BIN, ROOT
 from tools.steps import UnavailableError
 
 CLUSTER = (ClusterKind.DOCKER, "", "192.0.2.1", Ports(postgres=1, http=2), PUBLIC_IMAGES)
@@ -72,6 +78,55 @@ def test_what_pip_cannot_install_is_reported_with_the_settings_for_a_proxy_and_a
         "pip could not install requirements-dev.txt, for the reason above: behind a proxy, set HTTPS_PROXY; for a"
         " mirror of PyPI, PIP_INDEX_URL; for its CA, PIP_CERT",
     ]
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """The environment with pip's settings, and only those, for an index with a private CA and without packages."""
+    if not shutil.which("openssl"):
+        pytest.skip("openssl is missing: install it (Debian: apt-get install openssl)")
+    new = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=index"
+    extensions = "-addext subjectAltName=IP:127.0.0.1 -addext basicConstraints=critical,CA:FALSE"
+    run(f"{new} {extensions} -keyout index.key -out index.crt".split(), cwd=tmp_path, check=True)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=os.devnull))
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(tmp_path / "index.crt", tmp_path / "index.key")
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    others = {name: value for name, value in os.environ.items() if not name.startswith(("SSL_CERT_", "UV_", "PIP_"))}
+    with serving(server):
+        url = f"https://127.0.0.1:{server.server_port}/"
+        yield others | {
+            "PATH": "/usr/bin:/bin",
+            "PIP_INDEX_URL": url,
+            "PIP_CERT": str(tmp_path / "index.crt"),
+            "XDG_CACHE_HOME": str(tmp_path),
+        }
+
+
+LOCK = ["make", "--old-file=.venv/ready", "lock"]
+BUNDLE = [sys.executable, "-c", "from tools import bundle; bundle._wheels('3.11', 'x86_64')"]
+
+
+@pytest.mark.parametrize("command", [LOCK, BUNDLE], ids=["lock", "bundle"])
+def test_uv_uses_the_index_and_the_ca_that_are_set_for_pip(
+    tmp_path: Path, index: dict[str, str], command: list[str]
+) -> None:
+    copy_parts(tmp_path, "Makefile", "requirements.in", "requirements.txt")
+    (tmp_path / ".venv").symlink_to(BIN.parent)
+    result = run(command, cwd=tmp_path, env={**index, "PYTHONPATH": str(ROOT)})
+    assert result.returncode != 0
+    assert "alembic was not found in the package registry" in result.text
+
+
+def test_a_certificate_that_is_not_trusted_is_named_with_the_settings(index: dict[str, str]) -> None:
+    del index["PIP_CERT"]
+    result = run(BUNDLE, cwd=ROOT, env=index)
+    failed = "RuntimeError: no wheels of requirements.txt for Python 3.11 on x86_64: Failed to fetch: "
+    line = result.lines[-1]
+    assert line.startswith(f"{failed}{index['PIP_INDEX_URL']}")
+    assert line.endswith(f" invalid peer certificate: UnknownIssuer ({SETTINGS})")
+    page, section = SETTINGS.split(", ", 1)
+    assert f"## {section.strip(chr(34))}\n" in (ROOT / page).read_text()
 
 
 def test_an_unpacked_archive_is_named_by_what_needs_a_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ def released_chart(folder: Path, root: Path = ROOT) -> Path:
     """
     version = chart_version(root / FOLDER)
     commit = git(root, "tag", "--list", f"{CHART.name}-{version}")
-    if not commit and yaml.safe_load(git(root, "show", f"HEAD:{FOLDER}/Chart.yaml"))["version"] != version:
+    if not commit and yaml.safe_load(git(root, "show", f"HEAD:./{FOLDER}/Chart.yaml"))["version"] != version:
         commit = "HEAD"
     if not commit:
         newest = ["log", "-1", "--first-parent", "--format=%H", "-G^version: "]
