@@ -11,21 +11,28 @@ UV_COMPILE = $(UV) pip compile -q --universal --python-version 3.10 --no-python-
 # What Python compiles is kept: each of a run's hundreds of processes would otherwise compile its imports again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help venv demo migrate drift impact test test-fast test-e2e soak bench cluster install cluster-down bundle lint lock docs clean
+.PHONY: help venv demo migrate drift impact test test-fast test-e2e soak bench cluster install cluster-down bundle lint lock docs clean git
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-16s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-venv: .venv/ready ## set up .venv for development and tests
+venv: git .venv/ready ## set up .venv for development and tests
 
-.venv/ready: requirements-dev.txt
+git:
 	@command -v git >/dev/null || { echo "git is missing: install it (Debian: apt-get install git)" >&2; exit 1; }
+
+# The programs in .venv have its path in them: one that was moved is set up again.
+ifneq ($(shell cd ./.venv 2>/dev/null && pwd -P),$(shell cat .venv/ready 2>/dev/null))
+.PHONY: .venv/ready
+endif
+
+.venv/ready: requirements-dev.txt | git
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { echo "$(PYTHON) is missing or older than 3.10: install Python 3.10 or newer, or set one: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no venv module: install it (Debian: apt-get install python3-venv)" >&2; exit 1; }
 	@echo "setting up .venv (about 30 s, once)"
 	@rm -rf .venv && $(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --require-hashes --only-binary :all: -r requirements-dev.txt || { echo "pip could not install requirements-dev.txt, for the reason above: behind a proxy, set HTTPS_PROXY; for a mirror of PyPI, PIP_INDEX_URL; for its CA, PIP_CERT" >&2; exit 1; }
-	@touch $@
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --require-hashes --only-binary :all: -r requirements-dev.txt || { echo "pip could not install requirements-dev.txt, for the reason above: behind a proxy, set HTTPS_PROXY; for a mirror of PyPI, PIP_INDEX_URL; for its CA, PIP_CERT (docs/machines.md)" >&2; exit 1; }
+	@cd ./.venv && pwd -P >ready
 
 demo: venv ## upgrade an empty database and downgrade it again, in under a minute
 	@$(BIN)/python -m tools.demo

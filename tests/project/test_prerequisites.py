@@ -23,13 +23,14 @@ from tools.paths import BIN, ROOT
 from tools.steps import UnavailableError
 
 CLUSTER = (ClusterKind.DOCKER, "", "192.0.2.1", Ports(postgres=1, http=2), PUBLIC_IMAGES)
+MAKE = shutil.which("make") or "make"
 PASSWORDS = Passwords(ADMIN_PASSWORD="", USER_PASSWORD="", TOKEN="")
 
 
 def _make_venv(folder: Path, path: Path, python: str) -> Result:
     for name in ("Makefile", "requirements-dev.txt"):
         shutil.copy(ROOT / name, folder)
-    command = [shutil.which("make") or "make", "--silent", "venv", f"PYTHON={python}"]
+    command = [MAKE, "--silent", "venv", f"PYTHON={python}"]
     result = run(command, cwd=folder, env={"PATH": str(path), "HOME": str(folder)})
     assert result.returncode != 0
     assert not (folder / ".venv/ready").exists()
@@ -76,8 +77,40 @@ def test_what_pip_cannot_install_is_reported_with_the_settings_for_a_proxy_and_a
     assert _make_venv(tmp_path, Path("/usr/bin:/bin"), str(python)).stderr.splitlines()[:2] == [
         "pip: no route to host",
         "pip could not install requirements-dev.txt, for the reason above: behind a proxy, set HTTPS_PROXY; for a"
-        " mirror of PyPI, PIP_INDEX_URL; for its CA, PIP_CERT",
+        " mirror of PyPI, PIP_INDEX_URL; for its CA, PIP_CERT (docs/machines.md)",
     ]
+
+
+@pytest.mark.parametrize("target", ["demo", "impact", "docs"])
+def test_without_git_each_command_says_so(tmp_path: Path, target: str) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / ".venv").symlink_to(BIN.parent)
+    (tmp_path / "sh").symlink_to("/bin/sh")
+    result = run([MAKE, "--old-file=.venv/ready", target], cwd=tmp_path, env={"PATH": str(tmp_path)})
+    assert (result.returncode, result.lines[0]) == (2, "git is missing: install it (Debian: apt-get install git)")
+
+
+def test_a_virtual_environment_that_was_moved_is_set_up_again(tmp_path: Path) -> None:
+    """Its programs start with the path of its interpreter. A link to one does not move it."""
+    python = tmp_path / "python"
+    venv = "mkdir -p .venv/bin; ln -s /bin/true .venv/bin/pip"
+    python.write_text(f'#!/bin/sh\ncase "$*" in *"venv .venv") {venv};; esac\n')
+    python.chmod(0o755)
+
+    def make(folder: str) -> str:
+        result = run([MAKE, "venv", f"PYTHON={python}"], cwd=tmp_path / folder, env={"PATH": os.environ["PATH"]})
+        assert result.returncode == 0, result.text
+        return result.stdout
+
+    for folder in ("before", "linked"):
+        (tmp_path / folder).mkdir()
+        copy_parts(tmp_path / folder, "Makefile", "requirements-dev.txt")
+    assert "setting up .venv" in make("before")
+    (tmp_path / "linked/.venv").symlink_to(tmp_path / "before/.venv")
+    assert "setting up" not in make("before") + make("linked")
+    (tmp_path / "before").rename(tmp_path / "after it")
+    assert "setting up .venv" in make("after it")
+    assert "setting up" not in make("after it")
 
 
 @pytest.fixture
