@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tools import checkout
+from tools.network import SETTINGS
 from tools.paths import CHART
 from tools.postgres import Postgres
 from tools.steps import run
@@ -78,7 +79,12 @@ class Demo:
         self.clone(self.repository)
 
         tell("The second container installs the pinned requirements, checks their hashes, and migrates the database.")
-        self.migrate("upgrade", "head")
+        try:
+            self.migrate("upgrade", "head")
+        except RuntimeError as error:
+            if (self.folder / "venv/bin/alembic").exists():
+                raise
+            raise RuntimeError(f"{str(error).strip()}; for pip's settings on this machine, see {SETTINGS}") from None
         # Later runs use the installed requirements, as an image with pre-installed dependencies does.
         self.environment |= {"REQUIREMENTS": "", "PATH": f"{self.folder}/venv/bin:{self.environment['PATH']}"}
 

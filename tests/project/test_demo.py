@@ -17,6 +17,7 @@ from tests.support.documents import block
 from tests.support.git import clone_checkout, git, nested_checkout
 from tests.support.programs import Program, start
 from tests.support.project import keep_first_revision
+from tools.network import SETTINGS
 from tools.paths import BIN, ROOT
 
 
@@ -83,6 +84,15 @@ def test_the_demo_is_styled_on_a_terminal_that_can(variables: dict[str, str], st
     assert lines == (
         ["", "\033[1m▶ A sentence.\033[0m", "\033[32m$ ls\033[0m"] if styled else ["", "▶ A sentence.", "$ ls"]
     )
+
+
+def test_without_the_index_the_last_line_names_the_settings_of_this_machine(folder: Path) -> None:
+    pip = {"PIP_INDEX_URL": "http://127.0.0.1:9/", "PIP_NO_INDEX": "", "PIP_FIND_LINKS": "", "PIP_RETRIES": "1"}
+    result = _demo(folder, [sys.executable, "-m", "tools.demo"], ROOT, **os.environ | pip).wait()
+    assert (result.returncode, list(folder.iterdir())) == (1, [])
+    result.line("FAILED: pip could not install requirements.txt", 'set "extraEnv"')
+    assert result.lines[-1].startswith("the demo failed: ")
+    assert result.lines[-1].endswith(f"; for pip's settings on this machine, see {SETTINGS}")
 
 
 def test_an_interrupted_demo_leaves_nothing_behind(folder: Path) -> None:
