@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tools import checkout
 from tools.paths import CHART, ROOT
 from tools.postgres import Postgres, dsn
 from tools.steps import interrupt_on_signals, run
@@ -170,6 +171,7 @@ def schema() -> str:
 
 
 def main(arguments: list[str]) -> str | None:
+    checkout.commit(ROOT)  # the tests, which are collected, read git's list of files
     texts = {**generated(), SCHEMA: schema(), TROUBLESHOOTING: troubleshooting()}
     differing = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
     if arguments == ["--check"]:

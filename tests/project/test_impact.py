@@ -277,14 +277,23 @@ def test_the_revisions_are_those_that_the_branch_adds(clone: Project) -> None:
     assert [section[:3] for section in sections(summary.read_text())] == ["003", "004"]
 
 
+def test_without_a_commit_or_a_branch_to_compare_with_the_line_names_what_to_set(clone: Project) -> None:
+    reason = "not a git repository (or any of the parent directories): .git"
+    assert impact(clone).failure == (
+        f"{clone.folder} has no commit HEAD ({reason}): this needs a clone that you own, not an unpacked archive; or"
+        " set REVISIONS to a range, such as 002:head"
+    )
+    git(clone.folder, "init", "--quiet")
+    git(clone.folder, "commit", "--quiet", "--allow-empty", "--message=test")
+    assert impact(clone).failure == (
+        "git finds no merge base of HEAD and origin/main: fetch it, set BASE to the branch to compare with, or set"
+        " REVISIONS to a range, such as 002:head"
+    )
+
+
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        (
-            {},
-            "git finds no merge base of HEAD and origin/main: fetch it, set BASE to the branch to compare with, or set"
-            " REVISIONS to a range, such as 002:head",
-        ),
         ({"REVISIONS": "007"}, "REVISIONS is '007': Can't locate revision identified by '007'"),
         ({"REVISIONS": "002:001"}, "REVISIONS is '002:001': Revision 002 is not an ancestor of revision 001"),
         ({"DATABASE_URL": "postgresql://127.0.0.1:1/x"}, "could not connect to database x at 127.0.0.1:1 "),

@@ -164,10 +164,11 @@ def test_a_certificate_that_is_not_trusted_is_named_with_the_settings(index: dic
 
 def test_an_unpacked_archive_is_named_by_what_needs_a_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy_parts(tmp_path, "tools", "charts")
-    demo = run([sys.executable, "-m", "tools.demo"], cwd=tmp_path)
     reason = "not a git repository (or any of the parent directories): .git"
     line = f"{tmp_path} has no commit HEAD ({reason}): this needs a clone that you own, not an unpacked archive"
-    assert (demo.returncode, demo.stderr) == (1, f"\nthe demo failed: {line}\n")
+    for command, failed in (("demo", "\nthe demo failed"), ("docs", "FAILED"), ("bundle", "FAILED")):
+        result = run([sys.executable, "-m", f"tools.{command}"], cwd=tmp_path, env=os.environ)
+        assert (result.returncode, result.stderr) == (1, f"{failed}: {line}\n")
     monkeypatch.setattr(checkout, "ROOT", tmp_path)
     with pytest.raises(UnavailableError) as caught:
         fixtures.push_checkout(Cluster(*CLUSTER, PASSWORDS))

@@ -27,14 +27,14 @@ from alembic.script import Script, ScriptDirectory
 from alembic.script.revision import RevisionError
 from alembic.util import CommandError
 
-from tools import target
+from tools import checkout, target
 from tools.impact import live
 from tools.impact.report import LIMITS, Report, markdown, terminal
 from tools.impact.trace import SETTINGS, Statement, Tracer
 from tools.impact.verdict import Schema, hidden, judge
 from tools.paths import BIN, ROOT
 from tools.postgres import Postgres, dsn
-from tools.steps import interrupt_on_signals, log
+from tools.steps import UnavailableError, interrupt_on_signals, log
 from tools.target import Target, printable
 
 # The run sets these limits itself.
@@ -58,6 +58,10 @@ def select(script: ScriptDirectory, applied: list[str] | None) -> list[Script]:
         )
     if applied is not None:
         return list(reversed(list(script.iterate_revisions("heads", tuple(applied) or "base"))))
+    try:
+        checkout.commit(ROOT)
+    except UnavailableError as error:
+        raise UnavailableError(f"{error}; or set REVISIONS to a range, such as 002:head") from None
     base = os.environ.get("BASE") or _git("rev-parse", "--abbrev-ref", "origin/HEAD") or "origin/main"
     start = _git("merge-base", "HEAD", base)
     if not start:
