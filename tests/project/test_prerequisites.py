@@ -184,7 +184,8 @@ def test_a_checkout_is_pushed_to_the_cluster(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(checkout, "ROOT", clone)
     monkeypatch.setattr(Cluster, "git_url", str(tmp_path))
     fixtures.push_checkout(Cluster(*CLUSTER, PASSWORDS), "remote")
-    assert (git(remote, "rev-parse", "main") == git(clone, "rev-parse", "HEAD")) is not nested
+    is_head = git(remote, "rev-parse", "main") == git(clone, "rev-parse", "HEAD")
+    assert is_head == (clone == tmp_path / "clone")
     for tree in ("main:", "airflow-analysis:utilities/hcm-db-migrations"):
         assert git(remote, "rev-parse", tree) == git(ROOT, "rev-parse", "HEAD:./")
 
