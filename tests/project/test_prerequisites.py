@@ -173,6 +173,12 @@ def test_an_unpacked_archive_is_named_by_what_needs_a_clone(tmp_path: Path, monk
     with pytest.raises(UnavailableError) as caught:
         fixtures.push_checkout(Cluster(*CLUSTER, PASSWORDS))
     assert str(caught.value) == line
+    git(tmp_path, "init", "--quiet")
+    git(tmp_path, "commit", "--quiet", "--allow-empty", "--message=test")
+    monkeypatch.setattr(checkout, "ROOT", tmp_path / "charts")
+    with pytest.raises(UnavailableError) as caught:
+        fixtures.push_checkout(Cluster(*CLUSTER, PASSWORDS))
+    assert str(caught.value) == f"{tmp_path}/charts is not in the last commit of {tmp_path}: git add and commit it"
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["shallow clone", "folder of a repository"])
