@@ -33,7 +33,7 @@ def test_install_migrates_an_empty_database_shows_the_log_and_leaves_no_job(
     assert result.returncode == 0, result.text
     assert f"commit {commit}" in command.output
     assert contacted(cluster, database)  # other tests rely on this function
-    server = database.scalar("SHOW server_version")
+    server = database.scalar("SHOW server_version") + (", TLSv1.3" if database.scalar("SHOW ssl") == "on" else "")
     log = [
         f"code: repository {repository.url}, ref main, commit <commit>, path .",
         f"HH:MM:SS INFO database {database.name} at postgres.hcm-fixtures:5432 as {database.role}, schema public,"
