@@ -315,7 +315,10 @@ fi
 reason=$([ "$status" -eq 0 ] || tail -n 1 "$workspace/log" 2>/dev/null)
 [ "$status" -eq 0 ] && [ -z "$target" ] || set_termination_message "${reason:-$said}"
 case $status in
-137) say "FAILED: alembic was killed, most likely out of memory: raise \"resources.limits.memory\"" ;;
+137)
+  sleep 1 # a container runtime that is busy misses the kill if the container ends at once: `Error` instead of `OOMKilled`
+  say "FAILED: alembic was killed, most likely out of memory: raise \"resources.limits.memory\""
+  ;;
 1) # Python's for an exception that env.py does not handle
   reason=$(last_reason "$workspace/log")
   case $reason in
