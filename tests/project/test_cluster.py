@@ -199,11 +199,16 @@ def test_pytest_refuses_them_before_a_test() -> None:
     assert (result.returncode, BOTH in result.stderr) == (pytest.ExitCode.USAGE_ERROR, True)
 
 
+def nested(folder: Path) -> list[str]:
+    """pytest, which at its end would otherwise delete what many earlier runs left behind."""
+    return [sys.executable, "-m", "pytest", f"--basetemp={folder / 'nested'}"]
+
+
 def test_where_docker_is_required_and_cannot_pull_each_test_fails_with_the_reason(tmp_path: Path) -> None:
     """Also without CI=true, with which a skipped test fails."""
     docker(tmp_path, NO_REGISTRY)
     environment = os.environ | {"CI": "", "PATH": f"{tmp_path}:{os.environ['PATH']}", "XDG_CACHE_HOME": str(tmp_path)}
-    command = [sys.executable, "-m", "pytest", "tests/e2e/test_deadlines.py", "--cluster-type", "docker"]
+    command = [*nested(tmp_path), "tests/e2e/test_deadlines.py", "--cluster-type", "docker"]
     result = run(command, cwd=ROOT, env=environment)
     assert result.returncode == pytest.ExitCode.TESTS_FAILED
     assert "3 errors" in result.stdout
@@ -230,7 +235,7 @@ def test_each_test_on_a_cluster_that_does_not_start_fails_with_the_reason(
         f"def get_or_create(*_, **__):\n    {start}\ncluster.get_or_create = get_or_create\n"
     )
     environment = os.environ | {"CI": "true", "PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    command = [sys.executable, "-m", "pytest", "-n", workers, "-p", "no_cluster", "tests/e2e/test_deadlines.py"]
+    command = [*nested(tmp_path), "-n", workers, "-p", "no_cluster", "tests/e2e/test_deadlines.py"]
     result = run(command, cwd=ROOT, env=environment)
     assert result.returncode == pytest.ExitCode.TESTS_FAILED
     assert "3 errors" in result.stdout

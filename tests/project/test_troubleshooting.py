@@ -29,6 +29,7 @@ def pytest_on(folder: Path, tests: dict[str, tuple[str, str]], *options: str) ->
     marked = [MARK.format(sees) + test.format(name=name) for name, (sees, test) in tests.items()]
     path.write_text("\n\n".join(["import pytest\nfrom tests.support.programs import run, start", *marked]))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.conftest", f"--rootdir={ROOT}", *options]
+    command.append(f"--basetemp={folder / 'nested'}")  # else it deletes at its end what many earlier runs left behind
     return run([*command, "-c", ROOT / "pyproject.toml", path], cwd=ROOT)
 
 
