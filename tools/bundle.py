@@ -157,11 +157,10 @@ def _add_images(folder: Path, wheels: Path, provider: Provider, version: str) ->
     selects_platform = tuple(map(int, docker("version", "--format={{.Client.APIVersion}}").split("."))) >= (1, 48)
     for name, image in (("git-sync", provider.images["git_sync"]), (NAME, own)):
         file = folder / f"{name}.tar"
-        platform = docker("image", "inspect", "--format={{.Os}}/{{.Architecture}}", image)
-        options = [f"--platform={platform}"] if selects_platform else []
+        inspected = docker("image", "inspect", '--format={{.Os}}/{{.Architecture}} {{join .RepoDigests " "}}', image)
+        options = [f"--platform={inspected.partition(' ')[0]}"] if selects_platform else []
         docker("save", *options, "--output", file, image, what=f"saving {image}", expected="10 s")
-        digests = docker("image", "inspect", '--format={{join .RepoDigests " "}}', image)
-        lines.append(f"{folder.name}/{file.name}: {image}, manifest {_manifest(file)}, {platform} {digests}".rstrip())
+        lines.append(f"{folder.name}/{file.name}: {image}, manifest {_manifest(file)}, {inspected}".rstrip())
     return lines
 
 

@@ -187,6 +187,10 @@ class Cluster:
     def apply(self, *objects: Mapping[str, object]) -> None:
         self.kubectl("apply", "-f", "-", input=json.dumps({"apiVersion": "v1", "kind": "List", "items": objects}))
 
+    def wait_for_rollout(self, namespace: str, workload: str) -> None:
+        """Wait until a workload, such as deploy/coredns, is ready; RuntimeError after START_TIMEOUT."""
+        self.kubectl("rollout", "status", f"--namespace={namespace}", workload, f"--timeout={START_TIMEOUT}")
+
     def psql(self, sql: str, database: str = "postgres") -> str:
         """Run SQL or psql's own commands as superuser, in the server's pod."""
         client = f'PGPASSWORD="$POSTGRES_PASSWORD" psql -h 127.0.0.1 -U postgres -v ON_ERROR_STOP=1 -d {database} -f -'
@@ -385,13 +389,11 @@ def _create(owner: int, provider: Provider) -> Cluster:
     except RuntimeError as error:
         raise RuntimeError(f"{error}\n{_control_plane_logs(provider)}") from None
     cluster = Cluster(provider.kind, str(kubeconfig), address, ports, provider.images, _new_passwords(), owner)
-    dns = "--namespace=kube-system", "deploy/coredns"
-    timeout = f"--timeout={START_TIMEOUT}"
     # If CoreDNS starts before kube-proxy, it waits 30 s for an answer that cannot arrive.
-    cluster.kubectl("rollout", "status", "--namespace=kube-system", "daemonset/kube-proxy", timeout)
-    cluster.kubectl("rollout", "restart", *dns)
+    cluster.wait_for_rollout("kube-system", "daemonset/kube-proxy")
+    cluster.kubectl("rollout", "restart", "--namespace=kube-system", "deploy/coredns")
     fixtures.install(cluster, forward=False)
-    cluster.kubectl("rollout", "status", *dns, timeout)
+    cluster.wait_for_rollout("kube-system", "deploy/coredns")
     (STATE / "values.yaml").write_text(json.dumps({NAME: cluster.image_values()}, indent=2) + "\n")
     _save_state(cluster)
     return cluster

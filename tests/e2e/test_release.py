@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.support import servers
 from tests.support.chart import MINIMAL, Helm, migrate
 from tests.support.cluster import Shared
 from tests.support.database import Database
@@ -180,12 +181,7 @@ def test_a_tag_that_does_not_fit_the_chart_or_the_changelog_is_refused(clone: Pa
 @pytest.fixture
 def certificate(tmp_path: Path) -> Path:
     """The certificate of a server on 127.0.0.1; its key is beside it."""
-    if not shutil.which("openssl"):
-        pytest.skip("openssl is missing: install it (Debian: apt-get install openssl)")
-    path = tmp_path / "server.crt"
-    new = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=registry"
-    run([*new.split(), "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", path.with_suffix(".key"), "-out", path])
-    return path
+    return servers.certificate(tmp_path / "server.crt", "registry", "subjectAltName=IP:127.0.0.1")
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """TLS to the database. The embedded server has none, so a proxy terminates it, as a cloud provider's does."""
 
 import re
-import shutil
 import socket
 import ssl
 import threading
@@ -13,8 +12,8 @@ from sqlalchemy import URL
 
 from tests.support.database import Database, parts
 from tests.support.messages import URL_FORMAT
-from tests.support.programs import run
 from tests.support.project import Project
+from tests.support.servers import certificate
 from tools.postgres import dsn
 
 
@@ -24,11 +23,7 @@ class Tls:
     def __init__(self, folder: Path, server: URL) -> None:
         self.server = server
         for name in ("right", "wrong"):
-            command = (
-                "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
-                f" -addext subjectAltName=DNS:localhost -keyout {name}.key -out {name}.crt"
-            )
-            run(command.split(), cwd=folder, check=True)
+            certificate(folder / f"{name}.crt", "localhost", "subjectAltName=DNS:localhost")
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.context.load_cert_chain(folder / "right.crt", folder / "right.key")
         self.listener = socket.create_server(("127.0.0.1", 0))
@@ -69,8 +64,6 @@ class Tls:
 
 @pytest.fixture
 def tls(tmp_path: Path, server: URL) -> Iterator[Tls]:
-    if not shutil.which("openssl"):
-        pytest.skip("openssl is missing: install it (Debian: apt-get install openssl)")
     proxy = Tls(tmp_path, server)
     yield proxy
     proxy.listener.close()
@@ -152,8 +145,7 @@ def test_a_client_key_that_libpq_rejects_fails_at_once(
     project: Project, database: Database, tls: Tls, tmp_path: Path
 ) -> None:
     """The files of a Secret volume have mode 0644 by default."""
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=app"
-    run([*command.split(), "-keyout", "client.key", "-out", "client.crt"], cwd=tmp_path, check=True)
+    certificate(tmp_path / "client.crt", "app")
     query = {"sslmode": "require", "sslcert": str(tmp_path / "client.crt"), "sslkey": str(tmp_path / "client.key")}
     url = database.url.set(host="localhost", port=tls.port).update_query_dict(query)
     (tmp_path / "client.key").chmod(0o644)

@@ -15,7 +15,7 @@ import pytest
 from tests.support.git import clone_checkout, git, nested_checkout
 from tests.support.programs import Result, run
 from tests.support.project import copy_parts
-from tests.support.servers import serving
+from tests.support.servers import certificate, serving
 from tools import checkout, fixtures
 from tools.cluster import PUBLIC_IMAGES, Cluster, ClusterKind, Passwords, Ports
 from tools.network import SETTINGS
@@ -116,14 +116,12 @@ def test_a_virtual_environment_that_was_moved_is_set_up_again(tmp_path: Path) ->
 @pytest.fixture
 def index(tmp_path: Path) -> Iterator[dict[str, str]]:
     """The environment with pip's settings, and only those, for an index with a private CA and without packages."""
-    if not shutil.which("openssl"):
-        pytest.skip("openssl is missing: install it (Debian: apt-get install openssl)")
-    new = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=index"
-    extensions = "-addext subjectAltName=IP:127.0.0.1 -addext basicConstraints=critical,CA:FALSE"
-    run(f"{new} {extensions} -keyout index.key -out index.crt".split(), cwd=tmp_path, check=True)
+    ca = certificate(
+        tmp_path / "index.crt", "index", "subjectAltName=IP:127.0.0.1", "basicConstraints=critical,CA:FALSE"
+    )
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=os.devnull))
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(tmp_path / "index.crt", tmp_path / "index.key")
+    context.load_cert_chain(ca, ca.with_suffix(".key"))
     server.socket = context.wrap_socket(server.socket, server_side=True)
     others = {name: value for name, value in os.environ.items() if not name.startswith(("SSL_CERT_", "UV_", "PIP_"))}
     with serving(server):
@@ -131,7 +129,7 @@ def index(tmp_path: Path) -> Iterator[dict[str, str]]:
         yield others | {
             "PATH": "/usr/bin:/bin",
             "PIP_INDEX_URL": url,
-            "PIP_CERT": str(tmp_path / "index.crt"),
+            "PIP_CERT": str(ca),
             "XDG_CACHE_HOME": str(tmp_path),
         }
 

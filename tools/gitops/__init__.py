@@ -54,7 +54,7 @@ def wait_until_ready(cluster: Cluster) -> None:
     """Wait for the tools' controllers and the registry."""
     for namespace, names in {**CONTROLLERS, "hcm-fixtures": ["deploy/registry"]}.items():
         for name in names:
-            cluster.kubectl("rollout", "status", f"--namespace={namespace}", name, "--timeout=600s")
+            cluster.wait_for_rollout(namespace, name)
 
 
 def example(file: str, namespace: str, addresses: Mapping[str, str], values: Mapping[str, Any]) -> list[dict[str, Any]]:
